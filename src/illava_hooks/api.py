@@ -1,0 +1,111 @@
+"""The four verbs: patch, unpatch, merging, session_of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from illava_hooks.config import MergeConfig
+from illava_hooks.errors import PatchStateError
+from illava_hooks.methods import Method
+from illava_hooks.patchers import registry
+from illava_hooks.runtime.session import MergeSession
+
+__all__ = ["merging", "patch", "session_of", "unpatch"]
+
+
+def patch(
+    model: Any,
+    vit_layers: Sequence[int] | None = None,
+    vit_r: int | float | None = None,
+    llm_layers: Sequence[int] | None = None,
+    llm_ratio: float | None = None,
+    *,
+    method: str | Method = "illava",
+    preset: str = "auto",
+    track: bool = False,
+) -> MergeSession:
+    """Makes a stock model merge redundant visual tokens, in both stages, until ``unpatch``.
+
+    Outside nothing changes shape: features, logits, hidden states and cache lengths are the unpatched ones. What
+    is not given comes from the paper's preset. On a patched model the settings are replaced. All or nothing: an
+    error leaves the model as it was.
+
+    Args:
+        model: a Hugging Face LLaVA-OneVision or Qwen2-VL model, with or without its head.
+        vit_layers: 0-based vision-encoder layers; the merge sits in the layer, before its MLP. ``[]``: none.
+        vit_r: int: tokens removed per tile, image or frame in each listed layer; float in (0, 1): that fraction
+            of the layer's current tokens, rounded down (Qwen2-VL: to whole 2x2 groups). 0: none.
+        llm_layers: 0-based decoder layers, each at least 1; the merge happens on entry. ``[]``: none.
+        llm_ratio: fraction of a span's current visual tokens kept at each listed layer, in (0, 1]. 1.0: all.
+        method: a name in ``METHODS`` or a ``Method``.
+        preset: ``"image"``, ``"video"`` or ``"auto"`` (each image and video uses its own).
+        track: keep provenance of the last forward.
+
+    Returns:
+        The session: ``enabled``, ``config``, ``report``, ``provenance``.
+
+    Raises:
+        UnsupportedModelError: no family knows the model, or its configuration cannot be merged.
+        MergeConfigError: a value is outside of its range.
+    """
+    family = registry.find_family(model)
+    parts = registry.locate(family, model)
+    limits = family.limits(model)
+    config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track)
+    family.check(model, config)
+    before = session_of(model)
+    if before is None:
+        return registry.install(family, parts, config, model)
+    unpatch(model)
+    try:
+        return registry.install(family, parts, config, model)
+    except BaseException:
+        registry.install(family, parts, before.config, model).enabled = before.enabled
+        raise
+
+
+def unpatch(model: Any) -> None:
+    """Takes every change back and leaves no trace; on an unpatched model it does nothing.
+
+    Args:
+        model: any model.
+    """
+    session = session_of(model)
+    if session is not None:
+        session.hooks.remove()
+
+
+@contextlib.contextmanager
+def merging(model: Any, enabled: bool = True) -> Iterator[Any]:
+    """Switches merging on or off for this thread or task; nests, and is undone by exceptions too.
+
+    Args:
+        model: a patched model.
+        enabled: whether to merge inside the context.
+
+    Yields:
+        The model.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    session = session_of(model)
+    if session is None:
+        raise PatchStateError(f"model {type(model).__name__} is not patched; call patch(model, ...) first")
+    with session.switched(enabled):
+        yield model
+
+
+def session_of(model: Any) -> MergeSession | None:
+    """The session of a patched model, or None.
+
+    Args:
+        model: any model.
+    """
+    for holder in (model, getattr(model, "model", None)):
+        session = getattr(holder, "__dict__", {}).get("_illava_session")
+        if isinstance(session, MergeSession):
+            return session
+    return None

@@ -1,0 +1,214 @@
+"""The four numbers, validated against a model's limits, and the paper's presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from illava_hooks.errors import MergeConfigError
+from illava_hooks.methods import Method, resolve_method
+
+__all__ = ["PRESETS", "MergeConfig", "MergeSchedule", "Modality", "ModelLimits", "llm_removed"]
+
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSchedule:
+    """Where and how much one modality merges.
+
+    Attributes:
+        vit_layers: 0-based vision-encoder layers, ascending.
+        vit_r: int: tokens removed per tile, image or frame in each listed layer; float in (0, 1): that fraction
+            of the layer's current tokens, rounded down.
+        llm_layers: 0-based decoder layers, ascending, each at least 1; the merge happens on entry.
+        llm_ratio: fraction of a span's current visual tokens kept at each listed decoder layer, in (0, 1].
+    """
+
+    vit_layers: tuple[int, ...] = ()
+    vit_r: int | float = 0
+    llm_layers: tuple[int, ...] = ()
+    llm_ratio: float = 1.0
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        """Whether anything can be removed in the vision encoder."""
+        return bool(self.vit_layers) and self.vit_r > 0
+
+    @property
+    def merges_in_llm(self) -> bool:
+        """Whether anything can be removed in the language model."""
+        return bool(self.llm_layers) and self.llm_ratio < 1.0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing can be removed anywhere."""
+        return not (self.merges_in_encoder or self.merges_in_llm)
+
+    def encoder_removed(self, num_tokens: int, multiple: int = 1) -> list[int]:
+        """Tokens removed at each listed encoder layer from a segment of ``num_tokens``.
+
+        Args:
+            num_tokens: length of the segment before the first merge.
+            multiple: the counts are rounded down to multiples of this (4 for 2x2 groups).
+
+        Returns:
+            One count per listed layer; clamped so that at least ``multiple`` tokens stay.
+        """
+        counts = []
+        for _ in self.vit_layers:
+            wish = self.vit_r if isinstance(self.vit_r, int) else math.floor(num_tokens * self.vit_r)
+            counts.append(max(0, min(wish // multiple * multiple, num_tokens - multiple)))
+            num_tokens -= counts[-1]
+        return counts
+
+
+def llm_removed(num_tokens: int, keep_ratio: float) -> int:
+    """Tokens removed from a visual span of ``num_tokens``: Python's ``round``, and one token always stays."""
+    return max(0, min(round(num_tokens * (1 - keep_ratio)), num_tokens - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What a model allows.
+
+    Attributes:
+        family: the key of ``PRESETS``.
+        vit_depth: number of vision-encoder layers whose output is used.
+        llm_depth: number of decoder layers.
+        tokens_per_tile: tokens of one encoder segment, where that is fixed by the model; else None.
+    """
+
+    family: str
+    vit_depth: int
+    llm_depth: int
+    tokens_per_tile: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeConfig:
+    """Validated settings of one patched model.
+
+    Attributes:
+        image: what images do.
+        video: what videos do.
+        method: the method in use.
+        track: whether provenance is kept.
+    """
+
+    image: MergeSchedule
+    video: MergeSchedule
+    method: Method
+    track: bool = False
+
+    def schedule(self, modality: Modality) -> MergeSchedule:
+        """The schedule of one modality."""
+        return self.image if modality == "image" else self.video
+
+    @property
+    def vit_layers(self) -> tuple[int, ...]:
+        """Encoder layers in which some modality merges."""
+        return tuple(sorted({i for s in (self.image, self.video) if s.merges_in_encoder for i in s.vit_layers}))
+
+    @property
+    def llm_layers(self) -> tuple[int, ...]:
+        """Decoder layers in which some modality merges."""
+        return tuple(sorted({i for s in (self.image, self.video) if s.merges_in_llm for i in s.llm_layers}))
+
+    @classmethod
+    def build(
+        cls,
+        limits: ModelLimits,
+        vit_layers: Sequence[int] | None,
+        vit_r: int | float | None,
+        llm_layers: Sequence[int] | None,
+        llm_ratio: float | None,
+        method: str | Method,
+        preset: str,
+        track: bool,
+    ) -> MergeConfig:
+        """Fills what is None from the preset and checks every number.
+
+        Raises:
+            MergeConfigError: a value is outside of its range; the message names value, range and cure.
+        """
+        choices = (*get_args(Modality), "auto")
+        if preset not in choices:
+            raise MergeConfigError(f"preset is {preset!r}; choose one of {list(choices)}")
+        given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
+        schedules = [
+            _schedule(limits, given, PRESETS[limits.family][modality if preset == "auto" else preset])
+            for modality in get_args(Modality)
+        ]
+        return cls(schedules[0], schedules[1], resolve_method(method), bool(track))
+
+
+def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSchedule) -> MergeSchedule:
+    value = {name: getattr(preset, name) if chosen is None else chosen for name, chosen in given.items()}
+    origin = {name: " (from the preset; give it yourself)" if chosen is None else "" for name, chosen in given.items()}
+    schedule = MergeSchedule(
+        _layers("vit_layers", value["vit_layers"], 0, limits.vit_depth, origin["vit_layers"]),
+        _vit_r(value["vit_r"]),
+        _layers("llm_layers", value["llm_layers"], 1, limits.llm_depth, origin["llm_layers"]),
+        _ratio(value["llm_ratio"]),
+    )
+    total = len(schedule.vit_layers) * schedule.vit_r
+    if isinstance(total, int) and limits.tokens_per_tile is not None and total >= limits.tokens_per_tile:
+        most = (limits.tokens_per_tile - 1) // len(schedule.vit_layers)
+        raise MergeConfigError(
+            f"vit_r is {schedule.vit_r}: removed in {len(schedule.vit_layers)} layers it leaves none of the "
+            f"{limits.tokens_per_tile} tokens of a tile; use at most {most}"
+        )
+    return schedule
+
+
+def _layers(name: str, value: object, first: int, depth: int, origin: str) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise MergeConfigError(f"{name} is {value!r}; give a list of layer numbers in {first}..{depth - 1}")
+    for layer in value:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not first <= layer < depth:
+            why = ": a layer needs the scores of the one before it" if layer == 0 and first == 1 else ""
+            raise MergeConfigError(
+                f"{name} contains {layer!r}{origin}; this model allows {first}..{depth - 1}{why}; choose other layers"
+            )
+    if len(set(value)) < len(value):
+        raise MergeConfigError(f"{name} is {list(value)} and lists a layer twice; list each layer once")
+    return tuple(sorted(value))
+
+
+def _vit_r(value: object) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MergeConfigError(f"vit_r is {value!r}; give an int >= 0 (tokens) or a float in (0, 1) (a fraction)")
+    if value == 0:
+        return 0
+    if (isinstance(value, int) and value < 0) or (isinstance(value, float) and not 0 < value < 1):
+        raise MergeConfigError(
+            f"vit_r is {value!r}; an int must be >= 0 (tokens removed per layer), a float in (0, 1) (a fraction); "
+            "use 0 to remove none"
+        )
+    return value
+
+
+def _ratio(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise MergeConfigError(f"llm_ratio is {value!r}; it must be in (0, 1], the fraction kept; use 1.0 to keep all")
+    return float(value)
+
+
+_QWEN2_VL = MergeSchedule((12, 13, 14, 15), 0.16, (6, 7, 8), 0.90)
+
+#: The paper's settings by family and modality (read-only).
+PRESETS: Mapping[str, Mapping[str, MergeSchedule]] = MappingProxyType(
+    {
+        "llava_onevision": MappingProxyType(
+            {
+                "image": MergeSchedule((5, 6, 7, 8), 92, (8,), 0.70),
+                "video": MergeSchedule((3, 4, 5, 6), 92, (2,), 0.70),
+            }
+        ),
+        "qwen2_vl": MappingProxyType({"image": _QWEN2_VL, "video": _QWEN2_VL}),
+    }
+)

@@ -1,0 +1,99 @@
+"""A merge plan is data: who stays, who is folded into whom, with which weight.
+
+Shapes: ``B`` rows of ``N`` tokens, ``K`` survivors per row, ``E`` edges from an absorbed token to its anchor.
+Everything that belongs to a token (hidden states, RoPE tables, positions, sizes) goes through the same plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from illava_hooks.merge.rules import SegmentPlan
+from illava_hooks.merge.spans import Segments, compact
+
+__all__ = ["MergePlan", "apply_merge", "build_plan", "take_kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """The outcome of one merge for a whole batch.
+
+    Attributes:
+        keep_indices: ``(B, K)`` int64, column of each survivor, ascending, right-aligned.
+        keep_mask: ``(B, N)`` bool.
+        holder: ``(B, N)`` int64, column of the survivor that represents each token from now on.
+        absorbed: ``(E,)`` int64, flat rows (of ``B * N``) that are folded into an anchor.
+        anchors: ``(E,)`` int64, flat rows of the survivors that receive them.
+        weights: ``(E,)`` float32; edges that only fill up a table have weight 0.
+        self_weights: ``(B, N)`` float32, the weight with which a survivor enters its own new value.
+    """
+
+    keep_indices: Tensor
+    keep_mask: Tensor
+    holder: Tensor
+    absorbed: Tensor
+    anchors: Tensor
+    weights: Tensor
+    self_weights: Tensor
+
+    @property
+    def new_columns(self) -> Tensor:
+        """``(B, N)`` int64: column among the survivors of each kept token (meaningless for others)."""
+        rank = self.keep_mask.cumsum(-1)
+        return (rank - rank[:, -1:] - 1 + self.keep_indices.shape[1]).clamp_min(0)
+
+    def follow(self, owner: Tensor) -> Tensor:
+        """Maps a table of columns before the merge, ``(B, M)``, to the columns after it."""
+        return self.new_columns.gather(1, self.holder).gather(1, owner)
+
+
+def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_kept: int) -> MergePlan:
+    """Turns decisions inside segments into a plan for the batch.
+
+    Args:
+        local: the rule's decision, in token numbers inside each segment.
+        segments: where the segments lie among the ``B * N`` flat rows.
+        keep_mask: ``(B, N)`` bool, tokens that exist (False on padding); tokens outside of all segments stay.
+        num_kept: ``K``, planned on the host.
+    """
+    shape = keep_mask.shape
+    kept = segments.put(keep_mask.flatten(), local.kept).view(shape)
+    columns = torch.arange(shape[1], device=keep_mask.device).expand(shape).reshape(-1)
+    holder_rows = segments.rows.gather(1, local.holder)
+    ones = torch.ones(shape, device=keep_mask.device).flatten()
+    return MergePlan(
+        keep_indices=compact(kept, num_kept),
+        keep_mask=kept,
+        holder=segments.put(columns, columns[holder_rows]).view(shape),
+        absorbed=segments.rows.gather(1, local.absorbed).flatten(),
+        anchors=segments.rows.gather(1, local.anchors).flatten(),
+        weights=local.weights.flatten(),
+        self_weights=segments.put(ones, local.self_weights).view(shape),
+    )
+
+
+def take_kept(tokens: Tensor, plan: MergePlan) -> Tensor:
+    """Selects the survivors of ``(B, N, ...)``: ``(B, K, ...)``. For positions, which are never averaged."""
+    rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    return tokens[rows, plan.keep_indices]
+
+
+def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
+    """Merges ``(B, N, C)`` into ``(B, K, C)``.
+
+    Sums run in float32 (float64 for float64 input) and are cast back; ``tokens`` is never written to, and
+    autograd flows through.
+    """
+    kept = take_kept(tokens, plan)
+    if plan.absorbed.numel() == 0:
+        return kept
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    self_weights = take_kept(plan.self_weights[..., None], plan).to(wide)
+    edges = plan.weights.to(wide)[:, None] * tokens.flatten(0, 1)[plan.absorbed].to(wide)
+    row = torch.div(plan.anchors, tokens.shape[1], rounding_mode="floor")
+    target = row * kept.shape[1] + plan.new_columns.flatten()[plan.anchors]
+    merged = (kept.to(wide) * self_weights).flatten(0, 1).index_add(0, target, edges)
+    return merged.view(kept.shape).to(tokens.dtype)

@@ -1,0 +1,262 @@
+"""Merge rules: from scores to a decision inside each segment.
+
+Shapes: ``S`` segments of ``L`` tokens (padded), ``R`` the largest number removed in any segment, ``E`` edges
+per segment. Scores are float32, higher means keep; padding and protected tokens carry ``+inf``. All rules
+break ties by position: of two equal scores the earlier token goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["RULES", "MergeRule", "RuleInputs", "SegmentPlan", "bipartite", "cluster", "drop", "nearest", "recycle"]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleInputs:
+    """What a rule may look at.
+
+    Attributes:
+        scores: ``(S, L)`` float32.
+        lengths: tokens in each segment, on the host.
+        num_removed: tokens to remove from each segment, on the host; below the segment's length.
+        hidden: returns the hidden states, ``(S, L, C)``.
+        keys: returns the attention keys with RoPE, all key heads side by side, ``(S, L, D)``.
+        token_size: ``(S, L)`` float32, how many original tokens each token stands for.
+        visible: ``(S, L)`` bool or None; False where the layout will crop the seat away.
+    """
+
+    scores: Tensor
+    lengths: tuple[int, ...]
+    num_removed: tuple[int, ...]
+    hidden: Callable[[], Tensor]
+    keys: Callable[[], Tensor]
+    token_size: Tensor
+    visible: Tensor | None = None
+
+    def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
+        """``(S, 1)`` int64 table of one host number per segment."""
+        return torch.tensor(values, device=self.scores.device)[:, None]
+
+    def slots(self, num: int) -> Tensor:
+        """``(1, num)`` int64: 0, 1, ..."""
+        return torch.arange(num, device=self.scores.device)[None]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """A rule's decision, in token numbers inside each segment.
+
+    Attributes:
+        kept: ``(S, L)`` bool.
+        absorbed: ``(S, E)`` int64, tokens folded into an anchor.
+        anchors: ``(S, E)`` int64, the survivors that receive them.
+        weights: ``(S, E)`` float32, 0 for edges that only fill up the table.
+        self_weights: ``(S, L)`` float32, weight of a survivor in its own new value.
+        holder: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
+    """
+
+    kept: Tensor
+    absorbed: Tensor
+    anchors: Tensor
+    weights: Tensor
+    self_weights: Tensor
+    holder: Tensor
+
+
+class MergeRule(Protocol):
+    """A function that decides one merge; give your own to ``Method(merge=...)``."""
+
+    def __call__(self, inputs: RuleInputs) -> SegmentPlan:
+        """Returns the decision for all segments at once."""
+        ...
+
+
+def _ascending(inputs: RuleInputs) -> Tensor:
+    return torch.argsort(inputs.scores, dim=-1, stable=True)
+
+
+def _lowest(inputs: RuleInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Ascending order, the mask of edges in use ``(S, R)``, and who stays ``(S, L)``."""
+    order = _ascending(inputs)
+    used = inputs.slots(max(inputs.num_removed)) < inputs.count(inputs.num_removed)
+    rank = torch.empty_like(order).scatter_(1, order, inputs.slots(order.shape[1]).expand_as(order))
+    return order, used, rank >= inputs.count(inputs.num_removed)
+
+
+def nearest_kept(kept: Tensor, lengths: Tensor) -> Tensor:
+    """For each token the closest survivor by position, the earlier one on a tie: ``(S, L)`` int64."""
+    columns = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    usable = kept & (columns < lengths)
+    far = 2 * kept.shape[1]
+    before = torch.where(usable, columns, -far).cummax(-1).values
+    after = torch.where(usable, columns, far).flip(-1).cummin(-1).values.flip(-1)
+    closest = torch.where(columns - before <= after - columns, before, after)
+    return closest.clamp(0, kept.shape[1] - 1)
+
+
+def _assemble(
+    inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, weights: Tensor, self_weights: Tensor
+) -> SegmentPlan:
+    """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept."""
+    holder = nearest_kept(kept, inputs.count(inputs.lengths))
+    if absorbed.shape[1]:
+        light_first = torch.argsort(weights, dim=-1, stable=True, descending=True).flip(-1)
+        edge_from, edge_to = absorbed.gather(1, light_first), anchors.gather(1, light_first)
+        rank = torch.zeros_like(holder).scatter_reduce(
+            1,
+            edge_from,
+            torch.where(weights.gather(1, light_first) > 0, inputs.slots(edge_from.shape[1]) + 1, 0),
+            "amax",
+        )
+        heaviest = edge_to.gather(1, (rank - 1).clamp_min(0))
+        holder = torch.where((rank > 0) & ~kept, heaviest, holder)
+    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, holder)
+
+
+def drop(inputs: RuleInputs) -> SegmentPlan:
+    """Loses the lowest-scored tokens (with the last query's attention as score: FastV, arXiv 2403.06764)."""
+    order, _, kept = _lowest(inputs)
+    none = order[:, :0]
+    ones = torch.ones_like(inputs.scores)
+    return _assemble(inputs, kept, none, none, ones[:, :0], ones)
+
+
+def recycle(inputs: RuleInputs) -> SegmentPlan:
+    """Folds the ``r + 1`` lowest-scored tokens into one (iLLaVA v1, arXiv 2412.06263v1).
+
+    With ``a_0 .. a_r`` ascending by score, the new token is
+    ``sum_j (r + 1 - j) x[a_j] / ((r + 1)(r + 2) / 2)`` in the seat of ``a_r``: the lowest-scored token gets the
+    largest weight, as in both published stages. If the layout will crop that seat away, the highest-ranked
+    member inside takes its place.
+    """
+    removed = inputs.count(inputs.num_removed)
+    order = _ascending(inputs)
+    members = order[:, : max(inputs.num_removed) + 1]
+    rank = inputs.slots(members.shape[1])
+    share = (removed + 1 - rank).clamp_min(0).to(torch.float32)
+    weights = share / ((removed + 1) * (removed + 2) / 2)
+    last = removed
+    if inputs.visible is not None:
+        inside = inputs.visible.gather(1, members) & (rank <= removed)
+        best = torch.where(inside, rank, -1).amax(1, keepdim=True)
+        last = torch.where(best < 0, removed, best)
+    seat = members.gather(1, last)
+    in_use = rank <= removed
+    members = torch.where(in_use, members, seat)
+    kept = torch.ones_like(inputs.scores, dtype=torch.bool).scatter(1, members, False).scatter(1, seat, True)
+    self_weights = torch.ones_like(inputs.scores).scatter(1, seat, 0.0)
+    return _assemble(inputs, kept, members, seat.expand_as(members), weights, self_weights)
+
+
+def cluster(inputs: RuleInputs) -> SegmentPlan:
+    """Feeds the lowest-scored survivors from their most similar redundant tokens (iLLaVA v2, ICLR 2026).
+
+    Of ``n`` survivors the last ``max(1, round(0.05 n))`` are recycling tokens. Each takes its 5 most similar
+    redundant tokens (dot product of hidden states), weighted by ``softmax(similarity / sqrt(d))``, and becomes
+    the mean of itself and that sum. Redundant tokens that nobody takes are lost.
+    """
+    order, _, kept = _lowest(inputs)
+    most = max(inputs.num_removed)
+    if most == 0:
+        return drop(inputs)
+    num_kept = [n - r for n, r in zip(inputs.lengths, inputs.num_removed, strict=True)]
+    num_recycling = [max(1, round(0.05 * n)) if r else 0 for n, r in zip(num_kept, inputs.num_removed, strict=True)]
+    hidden = inputs.hidden().to(torch.promote_types(inputs.hidden().dtype, torch.float32))
+    width = hidden.shape[-1]
+    last_rank = order.shape[1] - 1
+    slot = inputs.slots(max(num_recycling))
+    anchors = order.gather(1, (inputs.count(inputs.num_removed) + slot).clamp_max(last_rank))
+    anchor_used = slot < inputs.count(num_recycling)
+    redundant = order[:, :most]
+    redundant_used = inputs.slots(most) < inputs.count(inputs.num_removed)
+    similarity = torch.einsum("smc,src->smr", _rows(hidden, anchors), _rows(hidden, redundant))
+    similarity = similarity.masked_fill(~redundant_used[:, None], -torch.inf)
+    ranked, picked = torch.sort(similarity, dim=-1, descending=True, stable=True)
+    ranked, picked = ranked[..., :5], picked[..., :5]
+    weights = 0.5 * torch.softmax(ranked / width**0.5, dim=-1).nan_to_num(0.0) * anchor_used[..., None]
+    absorbed = redundant.gather(1, picked.flatten(1)).view_as(picked)
+    ones = torch.ones_like(inputs.scores)
+    fed = _mark(anchors, anchor_used, kept)
+    return _assemble(
+        inputs,
+        kept,
+        absorbed.flatten(1),
+        anchors[..., None].expand_as(picked).flatten(1),
+        weights.flatten(1).to(torch.float32),
+        torch.where(fed, 0.5 * ones, ones),
+    )
+
+
+def nearest(inputs: RuleInputs) -> SegmentPlan:
+    """Averages each redundant token into its most similar survivor (cosine of keys, weighted by token size)."""
+    order, used, kept = _lowest(inputs)
+    keys = _unit(inputs.keys())
+    absorbed = order[:, : used.shape[1]]
+    similarity = _rows(keys, absorbed) @ keys.transpose(1, 2)
+    inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
+    anchors = similarity.masked_fill(~(kept & inside)[:, None], -torch.inf).argmax(-1)
+    return _average(inputs, kept, absorbed, anchors, used)
+
+
+def bipartite(inputs: RuleInputs) -> SegmentPlan:
+    """ToMe's matching (Bolya et al., arXiv 2210.09461): even tokens propose to odd ones by key similarity.
+
+    The ``r`` most similar pairs merge, weighted by token size; scores are not used. At most half of a segment
+    can go, so ``r`` is clamped to that.
+    """
+    keys = _unit(inputs.keys())
+    even, odd = keys[:, ::2], keys[:, 1::2]
+    lengths = inputs.count(inputs.lengths)
+    even_index = 2 * inputs.slots(even.shape[1])
+    if odd.shape[1] == 0:
+        return drop(inputs)
+    similarity = even @ odd.transpose(1, 2)
+    similarity = similarity.masked_fill((2 * inputs.slots(odd.shape[1]) + 1 >= lengths)[:, None], -torch.inf)
+    best, partner = similarity.max(-1)
+    # A protected or padded token proposes to nobody.
+    free = inputs.scores[:, ::2] < torch.inf
+    best = best.masked_fill(~free, -torch.inf)
+    order = torch.argsort(best, dim=-1, descending=True, stable=True)[:, : max(inputs.num_removed)]
+    used = inputs.slots(order.shape[1]) < inputs.count(inputs.num_removed)
+    absorbed = even_index.expand_as(best).gather(1, order)
+    anchors = 2 * partner.gather(1, order) + 1
+    return _average(inputs, ~_mark(absorbed, used, inputs.scores), absorbed, anchors, used)
+
+
+def _average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor) -> SegmentPlan:
+    """Size-weighted means of the anchors and what they absorb."""
+    size = inputs.token_size
+    mass = torch.where(used, size.gather(1, absorbed), 0.0)
+    total = size.scatter_add(1, anchors, mass)
+    # Unused edges stay inside the table: they point at a survivor and weigh nothing.
+    return _assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
+
+
+def _mark(index: Tensor, used: Tensor, like: Tensor) -> Tensor:
+    """``(S, L)`` bool, True at each ``index`` that is in use."""
+    count = torch.zeros_like(like, dtype=torch.int64)
+    return count.scatter_add(1, index, used.to(torch.int64).expand_as(index)) > 0
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    return table.gather(1, index[..., None].expand(*index.shape, table.shape[-1]))
+
+
+def _unit(keys: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+
+
+#: Merge rules by name.
+RULES: dict[str, MergeRule] = {
+    "recycle": recycle,
+    "cluster": cluster,
+    "nearest": nearest,
+    "bipartite": bipartite,
+    "drop": drop,
+}

@@ -1,0 +1,150 @@
+"""Scores: how much each token matters. Higher means keep.
+
+Shapes: ``S`` segments (or samples), ``H`` query heads, ``G`` key heads (``H`` is a multiple of ``G``), ``N``
+tokens that are scored, ``P >= N`` keys (with those of the cache), ``D`` head width. All results are float32.
+
+No attention map is ever held: the encoder score goes through the map in blocks of rows, the language-model
+score needs the row of one query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SCORES",
+    "Score",
+    "ScoreInputs",
+    "last_query_attention",
+    "query_lse",
+    "random_scores",
+    "received_attention",
+]
+
+#: Elements of one block of the attention map (4 MB in float32).
+BLOCK_ELEMENTS = 1 << 20
+
+_SEED = 0x1D5A
+_MASK = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreInputs:
+    """What a score may look at; give ``Method`` a function of it to score in your own way.
+
+    Attributes:
+        key: ``(S, G, P, D)`` keys with RoPE; the scored tokens are the last ``N`` of them.
+        query: returns the queries of the scored tokens, ``(S, H, N, D)``, with RoPE.
+        last_query: returns the one query that decides in the language model, ``(S, H, D)``.
+        positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
+        key_valid: ``(S, P)`` bool or None, False on padding.
+        scale: factor of the attention logits.
+        layer_idx: the layer that merges.
+        causal: whether token i sees only keys up to itself.
+    """
+
+    key: Tensor
+    query: Callable[[], Tensor]
+    last_query: Callable[[], Tensor]
+    positions: Tensor
+    key_valid: Tensor | None
+    scale: float
+    layer_idx: int
+    causal: bool
+
+
+Score = Callable[[ScoreInputs], Tensor]
+
+
+def received_attention(inputs: ScoreInputs) -> Tensor:
+    """Mean over heads and queries of the attention that a token receives: ``(S, N)``.
+
+    The exact column mean of the softmax (iLLaVA, arXiv 2412.06263), taken in blocks of rows.
+    """
+    (samples, num_tokens), num_keys = inputs.positions.shape, inputs.key.shape[2]
+    num_heads = inputs.query().shape[1]
+    columns = torch.zeros(samples * num_heads, 1, num_keys, device=inputs.key.device)
+    for heads, _, logits in _logit_blocks(inputs):
+        exponentials = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        inverse = exponentials.sum(-1, keepdim=True).reciprocal_()
+        # The product with a row of inverse sums normalises and adds up the rows in one pass.
+        columns[heads] += torch.bmm(inverse.transpose(1, 2), exponentials)
+    return columns.view(samples, num_heads, num_keys).mean(1)[:, -num_tokens:] / num_tokens
+
+
+def query_lse(inputs: ScoreInputs) -> Tensor:
+    """Mean over heads of ``logsumexp_j(q_i k_j * scale)`` of the token's own row: ``(S, N)``.
+
+    What the published Qwen2-VL code in fact ranks by, in both stages.
+    """
+    samples, num_tokens = inputs.positions.shape
+    num_heads = inputs.query().shape[1]
+    scores = torch.empty(samples * num_heads, num_tokens, device=inputs.key.device)
+    for heads, rows, logits in _logit_blocks(inputs):
+        scores[heads, rows] = logits.logsumexp(-1)
+    return scores.view(samples, num_heads, num_tokens).mean(1)
+
+
+def last_query_attention(inputs: ScoreInputs) -> Tensor:
+    """Mean over heads of the attention that the deciding query pays to each token: ``(S, N)``.
+
+    FastV (arXiv 2403.06764) and iLLaVA rank by it in the language model.
+    """
+    query = inputs.last_query()
+    samples, groups = inputs.key.shape[:2]
+    logits = query.view(samples, groups, -1, query.shape[-1]) @ inputs.key.transpose(2, 3)
+    logits = logits.float() * inputs.scale
+    if inputs.key_valid is not None:
+        logits = logits.masked_fill(~inputs.key_valid[:, None, None], torch.finfo(logits.dtype).min)
+    return logits.softmax(-1).flatten(1, 2).mean(1)[:, -inputs.positions.shape[1] :]
+
+
+def random_scores(inputs: ScoreInputs) -> Tensor:
+    """A fixed hash of layer and place: reproducible, and independent of the batch and of any generator."""
+    bits = inputs.positions * 0x9E3779B1 + inputs.layer_idx * 0x85EBCA6B + _SEED
+    for factor in (0x2C1B3C6D, 0x297A2D39):
+        bits = ((bits ^ (bits >> 15)) * factor) & _MASK
+    return (bits ^ (bits >> 13)).double().div(_MASK).float()
+
+
+def uniform(inputs: ScoreInputs) -> Tensor:
+    """Spreads survivors evenly over the image: the golden-ratio sequence of places."""
+    return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
+
+
+def _logit_blocks(inputs: ScoreInputs) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Goes through the attention map: slices of ``S * H`` heads and of rows, and their masked logits."""
+    query = inputs.query()
+    key = inputs.key.repeat_interleave(query.shape[1] // inputs.key.shape[1], dim=1).flatten(0, 1)
+    num_heads, query = query.shape[1], query.flatten(0, 1)
+    (total, num_rows), num_keys = query.shape[:2], key.shape[1]
+    rows = max(1, min(num_rows, BLOCK_ELEMENTS // num_keys))
+    heads = max(1, min(total, BLOCK_ELEMENTS // (rows * num_keys)))
+    columns = torch.arange(num_keys, device=key.device)
+    for head in range(0, total, heads):
+        pick = slice(head, min(head + heads, total))
+        keys = key[pick].transpose(1, 2)
+        sample = torch.arange(pick.start, pick.stop, device=key.device) // num_heads
+        for row in range(0, num_rows, rows):
+            lines = slice(row, min(row + rows, num_rows))
+            logits = torch.bmm(query[pick, lines], keys).float().mul_(inputs.scale)
+            if inputs.causal:
+                last = columns[lines, None] + (num_keys - num_rows)
+                logits.masked_fill_(columns > last, torch.finfo(logits.dtype).min)
+            if inputs.key_valid is not None:
+                logits.masked_fill_(~inputs.key_valid[sample][:, None], torch.finfo(logits.dtype).min)
+            yield pick, lines, logits
+
+
+#: Scores by name.
+SCORES: dict[str, Score] = {
+    "received_attention": received_attention,
+    "last_query_attention": last_query_attention,
+    "query_lse": query_lse,
+    "random": random_scores,
+    "uniform": uniform,
+}

@@ -1,0 +1,105 @@
+"""Methods: names for the four choices of DESIGN (encoder score, LLM score, merge rule, layout)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from illava_hooks.errors import MergeConfigError
+from illava_hooks.merge.rules import RULES, MergeRule
+from illava_hooks.merge.scoring import SCORES, Score
+
+__all__ = ["ENCODER_SCORES", "LLM_SCORES", "METHODS", "Layout", "Method", "resolve_method"]
+
+Layout = Literal["aligned", "compact"]
+
+#: The family decides: what its published code ranks by.
+PUBLISHED = "published"
+
+ENCODER_SCORES = ("received_attention", "query_lse", "random", "uniform")
+LLM_SCORES = ("last_query_attention", "query_lse", "random", "uniform")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What is scored, how it is merged, how survivors are laid out.
+
+    Attributes:
+        name: shown in reports.
+        encoder_score: one of ``ENCODER_SCORES`` or a function of ``ScoreInputs`` that returns ``(S, N)`` scores,
+            higher = keep.
+        llm_score: one of ``LLM_SCORES`` or such a function.
+        merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"bipartite"``, ``"drop"`` or a ``MergeRule``.
+        layout: ``"aligned"``: survivors stay where they are; ``"compact"``: as in the published code.
+
+    Raises:
+        MergeConfigError: a name is not known.
+    """
+
+    name: str
+    encoder_score: str | Score = "received_attention"
+    llm_score: str | Score = "last_query_attention"
+    merge: str | MergeRule = "recycle"
+    layout: Layout = "aligned"
+
+    def __post_init__(self) -> None:
+        """Refuses names that nothing stands behind."""
+        _known("encoder_score", self.encoder_score, (*ENCODER_SCORES, PUBLISHED))
+        _known("llm_score", self.llm_score, (*LLM_SCORES, PUBLISHED))
+        _known("merge", self.merge, tuple(RULES))
+        if self.layout not in get_args(Layout):
+            raise MergeConfigError(f"layout is {self.layout!r}; choose one of {list(get_args(Layout))}")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the family replays the arithmetic of its published code."""
+        return PUBLISHED in (self.encoder_score, self.llm_score)
+
+    @property
+    def rule(self) -> MergeRule:
+        """The merge rule itself."""
+        return RULES[self.merge] if isinstance(self.merge, str) else self.merge
+
+
+def find_score(choice: str | Score, published: str) -> Score:
+    """The function behind a score's name; ``published`` is what the family's published code ranks by."""
+    if not isinstance(choice, str):
+        return choice
+    return SCORES[published if choice == PUBLISHED else choice]
+
+
+def _known(argument: str, value: object, names: tuple[str, ...]) -> None:
+    if not callable(value) and value not in names:
+        raise MergeConfigError(f"{argument} is {value!r}; choose one of {list(names)} or give a function")
+
+
+#: Every method that has a name (read-only).
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method("illava"),
+            Method("illava-v2", merge="cluster"),
+            Method("illava-reference", PUBLISHED, PUBLISHED, layout="compact"),
+            Method("nearest", merge="nearest"),
+            Method("tome", "uniform", "uniform", merge="bipartite"),
+            Method("fastv", merge="drop"),
+            Method("random", "random", "random", merge="drop"),
+        )
+    }
+)
+
+
+def resolve_method(method: str | Method) -> Method:
+    """Looks a method up by name; a ``Method`` passes through.
+
+    Raises:
+        MergeConfigError: the name is not known.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]
+    raise MergeConfigError(f"method is {method!r}; choose one of {list(METHODS)} or give a Method object")

@@ -1,0 +1,266 @@
+"""The vision stage: what both families do between the patch embedding and the projector.
+
+Shapes: ``B`` rows (tiles, or one packed row) of ``M`` units before any merge and ``K`` survivors now; a unit is
+``u`` patches that stay together (1, or Qwen2-VL's 2x2 group of 4). ``S`` segments, ``H`` heads, ``D`` head
+width. The survivors of all segments lie one after the other, in segment order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illava_hooks.config import Modality
+from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.rules import RuleInputs
+from illava_hooks.merge.scoring import ScoreInputs
+from illava_hooks.merge.spans import Segments, buckets, scatter_back
+from illava_hooks.methods import find_score
+from illava_hooks.patchers.base import EncoderTraits, max_removed
+from illava_hooks.runtime.provenance import merge_matrix, product
+from illava_hooks.runtime.session import KEY, MergeSession, VisualRecord, tell_once
+
+#: The run of the vision encoder that this thread is in; the feature methods have no other way to hand it over.
+current_run: ContextVar[EncoderPass | None] = ContextVar("illava_encoder", default=None)
+
+__all__ = ["EncoderLayerHook", "EncoderPass", "EncoderStep", "current_run", "expand_output", "running"]
+
+
+@dataclass(slots=True)
+class EncoderState:
+    """The survivors between two merges.
+
+    Attributes:
+        seats: ``(B, K)`` int64, the unit column in which each survivor sat before any merge.
+        owner: ``(B, M)`` int64, the survivor that stands for each original unit.
+        token_size: ``(B, K)`` float32, how many original units each survivor stands for.
+        sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
+    """
+
+    seats: Tensor
+    owner: Tensor
+    token_size: Tensor
+    sources: Tensor | None = None
+
+
+class EncoderPass:
+    """One run of the vision encoder: counts planned on the host, decisions per merging layer."""
+
+    def __init__(
+        self,
+        session: MergeSession,
+        modality: Modality,
+        traits: EncoderTraits,
+        lengths: Sequence[int],
+        num_rows: int,
+        device: torch.device,
+        visible: Tensor | None = None,
+    ) -> None:
+        """Plans all counts.
+
+        Args:
+            session: the session of the model.
+            modality: whose schedule applies.
+            traits: what the family says about its encoder.
+            lengths: patches of each segment.
+            num_rows: ``B``.
+            device: where the encoder starts.
+            visible: ``(B, M)`` bool, False where the layout will crop a unit away; None: nowhere.
+        """
+        self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
+        self.schedule = session.config.schedule(modality)
+        self.rule = session.config.method.rule
+        self.score = find_score(session.config.method.encoder_score, traits.published_score)
+        self.visible = visible
+        self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
+        self.lengths = [self._plan_lengths(n) for n in lengths]
+        self.segments = [
+            Segments.packed([chain[i] for chain in self.lengths], device) for i in range(len(self.layers) + 1)
+        ]
+        seats = torch.arange(sum(chain[0] for chain in self.lengths) // num_rows, device=device).repeat(num_rows, 1)
+        self.states = [EncoderState(seats, seats, torch.ones_like(seats, dtype=torch.float32))]
+        self.plans: list[MergePlan] = []
+        self.records: list[VisualRecord] = []
+        self.num_videos = 1
+
+    def _plan_lengths(self, num_patches: int) -> tuple[int, ...]:
+        """Units of one segment before, between and after the merges."""
+        unit = self.traits.unit
+        chain = [num_patches // unit]
+        counts = self.schedule.encoder_removed(num_patches, self.traits.multiple) if self.layers else []
+        if isinstance(self.schedule.vit_r, int) and any(r < self.schedule.vit_r // unit * unit for r in counts):
+            tell_once(
+                f"vit_r is {self.schedule.vit_r}, more than a segment of {num_patches} patches can give; clamped"
+            )
+        for removed in counts:
+            chain.append(chain[-1] - min(removed // unit, max_removed(self.session.config.method, chain[-1])))
+        return tuple(chain)
+
+    def patch_counts(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
+        """Patches of the segments ``first .. last - 1`` before, between and after the merges."""
+        return tuple(tuple(n * self.traits.unit for n in chain) for chain in self.lengths[first:last])
+
+    def ordinal(self, layer_idx: int) -> int:
+        """How many merges happened before a layer."""
+        return sum(merging < layer_idx for merging in self.layers)
+
+    @property
+    def final(self) -> EncoderState:
+        """The survivors after the last merge that ran."""
+        return self.states[-1]
+
+    def keep_mask(self, state: EncoderState) -> Tensor:
+        """``(B, M)`` bool, which seats are taken."""
+        return torch.zeros_like(state.owner, dtype=torch.bool).scatter(1, state.seats, True)
+
+    def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer, cut down to the survivors."""
+        ordinal = self.ordinal(layer_idx)
+        if ordinal:
+            kwargs = self.traits.shrink(kwargs, self, ordinal)
+        return {**kwargs, KEY: EncoderStep(self, layer_idx)} if layer_idx in self.layers else kwargs
+
+    def patch_seats(self, ordinal: int) -> Tensor:
+        """``(B, K * u)`` int64: original patch columns of the survivors, for RoPE tables and scores."""
+        unit = self.traits.unit
+        seats = self.states[ordinal].seats[..., None] * unit
+        return (seats + torch.arange(unit, device=seats.device)).flatten(1)
+
+    def merge(self, layer_idx: int, hidden: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Merges the patches of one layer.
+
+        Args:
+            layer_idx: a merging layer.
+            hidden: ``(B, K * u, C)`` or, for one packed row, ``(K * u, C)``.
+            query: ``(B * K * u, H, D)`` with RoPE.
+            key: the same shape.
+            scale: factor of the attention logits.
+
+        Returns:
+            The survivors, in the form of ``hidden``.
+        """
+        ordinal, width = self.layers.index(layer_idx), hidden.shape[-1]
+        units = hidden.reshape(self.num_rows, -1, self.traits.unit * width)
+        # A replay under gradient checkpointing finds the plan of the first run.
+        if len(self.plans) == ordinal:
+            with torch.no_grad():
+                self._decide(ordinal, layer_idx, units.detach(), query, key, scale)
+        merged = apply_merge(units, self.plans[ordinal])
+        return merged.reshape(*hidden.shape[:-2], -1, width)
+
+    def _decide(self, ordinal: int, layer_idx: int, units: Tensor, query: Tensor, key: Tensor, scale: float) -> None:
+        segments, state = self.segments[ordinal], self.states[ordinal]
+        after = self.segments[ordinal + 1].lengths
+        sizes = state.token_size.flatten()
+        inputs = RuleInputs(
+            scores=self._scores(ordinal, layer_idx, query, key, scale),
+            lengths=segments.lengths,
+            num_removed=tuple(n - k for n, k in zip(segments.lengths, after, strict=True)),
+            hidden=lambda: segments.take(units.flatten(0, 1)),
+            keys=lambda: segments.take(key.reshape(units.shape[0] * units.shape[1], -1)),
+            token_size=segments.take(sizes),
+            visible=None if self.visible is None else segments.take(self.visible.gather(1, state.seats).flatten()),
+        )
+        exists = torch.ones_like(state.seats, dtype=torch.bool)
+        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows)
+        gained = torch.where((plan.weights > 0) & (plan.absorbed != plan.anchors), sizes[plan.absorbed], 0.0)
+        sizes = sizes.index_add(0, plan.anchors, gained).view_as(state.token_size)
+        self.plans.append(plan)
+        self.states.append(
+            EncoderState(take_kept(state.seats, plan), plan.follow(state.owner), take_kept(sizes, plan))
+        )
+        if self.session.config.track:
+            matrix = merge_matrix(plan)
+            self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
+
+    def _scores(self, ordinal: int, layer_idx: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """``(S, L)`` float32 scores of the units; ``+inf`` on padding."""
+        unit, segments = self.traits.unit, self.segments[ordinal]
+        first = self.segments[0].rows[:, :1] % self.states[0].owner.shape[1]
+        scores = torch.full(segments.rows.shape, torch.inf, device=key.device)
+        patches = torch.arange(unit, device=key.device)
+        seats = self.patch_seats(ordinal).flatten()
+        for length, members in buckets(segments.lengths).items():
+            rows = (segments.rows[members, :length, None] * unit + patches).flatten(1)
+            whole = segments.valid is None  # then segments are a view, and nothing is copied
+            table = (query.view(*rows.shape, *query.shape[1:]) if whole else query[rows]).transpose(1, 2)
+            keys = (key.view(*rows.shape, *key.shape[1:]) if whole else key[rows]).transpose(1, 2)
+            score = self.score(
+                ScoreInputs(
+                    key=keys,
+                    query=lambda table=table: table,  # type: ignore[misc]  # bound now, not at the loop's end
+                    last_query=lambda table=table: table[:, :, -1],  # type: ignore[misc]
+                    positions=seats[rows] - first[members] * unit,
+                    key_valid=None,
+                    scale=scale,
+                    layer_idx=layer_idx,
+                    causal=False,
+                )
+            )
+            scores[members, :length] = score.view(len(members), length, unit).mean(-1)
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderStep:
+    """What a merging layer finds in its keyword arguments."""
+
+    run: EncoderPass
+    layer_idx: int
+
+    def watch(self, *projections: nn.Module) -> None:
+        """Makes the outputs of the projections available to ``capture``."""
+        for module in projections:
+            self.run.session.hooks.capture(module)
+
+    def merge(self, hidden: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """See ``EncoderPass.merge``."""
+        return self.run.merge(self.layer_idx, hidden, query, key, scale)
+
+
+class EncoderLayerHook:
+    """Pre-hook of every encoder layer: takes the pass out of the keyword arguments, puts the survivors' in."""
+
+    def __init__(self, layer_idx: int) -> None:
+        """Remembers which layer it sits on."""
+        self.layer_idx = layer_idx
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leaves the call alone when no pass travels with it."""
+        run = kwargs.pop(KEY, None)
+        return None if run is None else (args, run.enter(self.layer_idx, kwargs))
+
+
+@contextmanager
+def running(run: EncoderPass) -> Iterator[None]:
+    """Makes ``run`` the current one of this thread or task."""
+    token = current_run.set(run)
+    try:
+        yield
+    finally:
+        current_run.reset(token)
+
+
+def expand_output(run: EncoderPass, output: Any) -> None:
+    """Gives ``last_hidden_state`` and ``hidden_states`` of the encoder their unpatched length back."""
+    if output.last_hidden_state is not None:
+        output.last_hidden_state = _expand(run, output.last_hidden_state, len(run.plans))
+    if output.hidden_states is not None:
+        output.hidden_states = tuple(
+            None if hidden is None else _expand(run, hidden, run.ordinal(index))
+            for index, hidden in enumerate(output.hidden_states)
+        )
+
+
+def _expand(run: EncoderPass, hidden: Tensor, ordinal: int) -> Tensor:
+    owner, width = run.states[ordinal].owner, hidden.shape[-1]
+    units = hidden.reshape(run.num_rows, -1, run.traits.unit * width)
+    if units.shape[1] == owner.shape[1]:
+        return hidden
+    return scatter_back(units, owner.to(hidden.device)).reshape(*hidden.shape[:-2], -1, width)

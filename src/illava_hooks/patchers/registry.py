@@ -1,0 +1,107 @@
+"""From a model to its family, and from a family to a patched model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from illava_hooks.config import MergeConfig
+from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers.base import Family, ModelParts
+from illava_hooks.runtime.session import MergeSession
+
+__all__ = ["FAMILIES", "find_family", "install"]
+
+#: ``config.model_type`` to the module that knows the family; imported when first needed.
+FAMILIES = {
+    "llava_onevision": "illava_hooks.patchers.llava_onevision",
+    "qwen2_vl": "illava_hooks.patchers.qwen2_vl",
+}
+
+
+def find_family(model: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: there is none; the message lists what is supported.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model is a {type(model).__name__} with model_type {kind!r}; supported are {sorted(FAMILIES)}: give one of "
+            "those Hugging Face models, or the ...Model inside"
+        )
+    family: Family = import_module(FAMILIES[kind]).FAMILY
+    return family
+
+
+def locate(family: Family, model: Any) -> ModelParts:
+    """The model's parts, all of them there.
+
+    Raises:
+        UnsupportedModelError: a release of transformers renamed a seam.
+    """
+    import transformers
+
+    try:
+        parts = family.locate(model)
+        for layer in parts.decoder_layers:
+            _ = layer.self_attn.q_proj, layer.self_attn.k_proj
+        _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
+        if parts.top is not None:
+            _ = parts.top.generate, parts.top._expand_multimodal_outputs
+    except AttributeError as missing:
+        raise UnsupportedModelError(
+            f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, which "
+            "patching needs; use a version of transformers that this library supports"
+        ) from missing
+    text = model.config.text_config
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            "text_config.use_sliding_window gives sliding-window layers; merging needs full attention in every layer; "
+            "load the model with use_sliding_window=False"
+        )
+    return parts
+
+
+def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) -> MergeSession:
+    """Makes all changes to a model, or none.
+
+    Raises:
+        Exception: whatever stopped it; the model is then as before.
+    """
+    from illava_hooks.patchers.decoder import AttentionHook, DecoderLayerHook, TextModelHook, restore_lengths
+    from illava_hooks.patchers.encoder import EncoderLayerHook
+    from illava_hooks.patchers.forward import BaseModelHooks, TopModelHooks
+
+    session = MergeSession(config)
+    hooks, base = session.hooks, BaseModelHooks(session)
+    try:
+        family.install(parts, session)
+        for index, layer in enumerate(parts.encoder_layers):
+            hooks.before(layer, EncoderLayerHook(index))
+        hooks.before(parts.base, base.before)
+        hooks.after(parts.base, base.after, always=True)
+        hooks.wrap(parts.base, "get_image_features", base.features)
+        hooks.wrap(parts.base, "get_video_features", base.features)
+        hooks.wrap(parts.base, "get_placeholder_mask", base.placeholders)
+        if parts.top is not None:
+            top = TopModelHooks(session)
+            hooks.before(parts.top, top.before)
+            hooks.wrap(parts.top, "generate", top.generate)
+            hooks.wrap(parts.top, "_expand_multimodal_outputs", top.expand)
+        shapes = family.encoder_shape(model), family.decoder_shape(model)
+        hooks.before(parts.text_model, TextModelHook(family, shapes))
+        hooks.after(parts.text_model, restore_lengths)
+        for index, layer in enumerate(parts.decoder_layers):
+            hooks.before(layer, DecoderLayerHook(index))
+            if index + 1 in config.llm_layers:
+                attention: Any = layer.self_attn
+                hooks.before(attention, AttentionHook(index))
+        hooks.swap(parts.base, "_illava_session", session)
+        if parts.top is not None:
+            hooks.swap(parts.top, "_illava_session", session)
+    except BaseException:
+        hooks.remove()
+        raise
+    return session

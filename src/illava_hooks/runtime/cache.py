@@ -1,0 +1,175 @@
+"""Cache layers that hold fewer keys than the sequence has tokens.
+
+Outside, a cache speaks of the *logical* length: ``get_seq_length()`` is what it would be without merging, so
+``generate``, RoPE and multi-turn continuation stay right. Inside, each layer holds its own *physical* number of
+keys, with padding where the samples of a batch kept different numbers.
+"""
+
+from __future__ import annotations
+
+from functools import cache as memoize
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from illava_hooks.errors import PatchStateError
+
+__all__ = ["MergedLayer", "cache_layer", "is_merged", "physical_lengths"]
+
+
+class MergedLayer(CacheLayerMixin):
+    """Mixin over a cache layer's own class.
+
+    Attributes:
+        num_merged: tokens of the sequence that have no key here.
+        key_valid: ``(B, V)`` bool, which of the first ``V`` keys are real; None for all. Later keys are real.
+        history: for each prefill that merged, the numbers of real tokens per sample; layers with equal history
+            have equal ``key_valid``.
+        croppable: how many of the last keys may be cropped, all of them text.
+    """
+
+    num_merged: int
+    key_valid: Tensor | None
+    history: tuple[tuple[int, ...], ...]
+    croppable: int
+    _pending: int
+
+    def begin(self) -> None:
+        """Starts the bookkeeping on a layer that has not merged yet."""
+        self.num_merged, self.key_valid, self.history, self.croppable, self._pending = 0, None, (), 0, 0
+
+    def admit(
+        self, past: int, kept: int, lengths: tuple[int, ...], logical: int, valid: Tensor | None, tail: int
+    ) -> None:
+        """Announces ``kept`` new keys that stand for ``logical`` tokens.
+
+        Args:
+            past: physical keys before.
+            kept: physical keys to come.
+            lengths: real tokens among them, per sample.
+            logical: tokens that they stand for.
+            valid: ``(B, kept)`` bool or None.
+            tail: trailing keys that are text.
+        """
+        self.num_merged += logical - kept
+        self.history = (*self.history, lengths)
+        self.croppable, self._pending = tail, kept
+        self.extend_validity(past, valid)
+
+    def extend_validity(self, past: int, valid: Tensor | None) -> None:
+        """Appends the validity of new keys behind ``past`` old ones; None means all real."""
+        if valid is None:
+            return
+        self.key_valid = torch.cat([self.validity(past, valid.shape[0], valid.device), valid], dim=1)
+
+    def validity(self, length: int, batch_size: int, device: torch.device) -> Tensor:
+        """``(B, length)`` bool of the first ``length`` keys."""
+        known = (
+            torch.ones(batch_size, 0, dtype=torch.bool, device=device) if self.key_valid is None else self.key_valid
+        )
+        known = known[:, :length].to(device)
+        return torch.nn.functional.pad(known, (0, length - known.shape[1]), value=True)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Stores new keys; text that follows a merge may be cropped again."""
+        if self._pending:
+            self._pending = 0
+        else:
+            self.croppable += key_states.shape[-2]
+        out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        return out
+
+    def get_seq_length(self) -> Any:
+        """The logical length."""
+        length = super().get_seq_length()  # type: ignore[misc]
+        # A layer without keys has not begun: announced merges do not count yet.
+        return length + self.num_merged if self.is_initialized else 0  # type: ignore[attr-defined]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The physical key length and offset."""
+        if isinstance(self, StaticLayer):
+            return self.max_cache_len, 0
+        return super().get_seq_length() + query_length, 0  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens, as far as they are text."""
+        if abs(tokens_to_remove) > self.croppable:
+            raise PatchStateError(
+                f"cannot crop {abs(tokens_to_remove)} tokens: only the last {self.croppable} came after merged visual "
+                "tokens; start from a new cache"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        self.croppable -= abs(tokens_to_remove)
+        if self.key_valid is not None:
+            self.key_valid = self.key_valid[:, : super().get_seq_length()]  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Forgets everything, merges too."""
+        super().reset()  # type: ignore[misc]
+        self.begin()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the samples for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.key_valid is not None:
+            self.key_valid = self.key_valid.index_select(0, beam_idx.to(self.key_valid.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sample."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.key_valid is not None:
+            self.key_valid = self.key_valid.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some samples."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if self.key_valid is not None:
+            self.key_valid = self.key_valid[indices]
+
+
+@memoize
+def _merged_class(stock: type) -> type:
+    """A subclass of a cache layer's class; ``_layer_type`` None keeps it out of transformers' registries."""
+    return type(f"Merged{stock.__name__}", (MergedLayer, stock), {"_layer_type": None, "__module__": __name__})
+
+
+def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
+    """The cache's layer, turned into one that can hold merged tokens.
+
+    Raises:
+        PatchStateError: the layer keeps a sliding window.
+    """
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, MergedLayer):
+        return layer
+    if getattr(layer, "is_sliding", False):
+        raise PatchStateError(
+            f"past_key_values has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention caches; "
+            "use DynamicCache or StaticCache"
+        )
+    layer.__class__ = _merged_class(type(layer))
+    merged: MergedLayer = layer
+    merged.begin()
+    return merged
+
+
+def is_merged(cache: Any) -> bool:
+    """Whether some layer of the cache holds fewer keys than tokens, or padding of our own."""
+    return any(isinstance(layer, MergedLayer) for layer in getattr(cache, "layers", ()))
+
+
+def physical_lengths(cache: Cache | None, num_layers: int) -> list[int]:
+    """Keys that each layer holds; one transfer to the host at most (static caches count on the device)."""
+    lengths: list[Any] = [0] * num_layers
+    for index, layer in enumerate(cache.layers[:num_layers] if cache is not None else ()):
+        if getattr(layer, "is_initialized", False):
+            lengths[index] = layer.get_seq_length() - getattr(layer, "num_merged", 0)
+    on_device = [n for n in lengths if isinstance(n, Tensor)]
+    if on_device:
+        known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
+        lengths = [next(known) if isinstance(n, Tensor) else n for n in lengths]
+    return lengths

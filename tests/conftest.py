@@ -1,0 +1,23 @@
+"""What every test gets: one thread, a fixed seed, and no GPU test where there is no GPU."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed torch's global generator; tests that draw numbers of their own can ask for the seed."""
+    value = 20241206
+    torch.manual_seed(value)
+    return value
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,907 @@
+"""A slow reference of the patched models, written from the description of the method with lists and loops.
+
+It imports nothing of the library. A single sample without padding goes through the stock model's own weights
+(`q_proj`, layer norms, MLPs, projector, patch merger, rotary tables, `pack_image_features`, `apply_pooling`);
+everything that merging adds (scores, order, weights, who holds what, which positions a layer sees) is spelled
+out token by token.
+
+Vocabulary: a *segment* is what one encoder merge works on (tile, frame, temporal slice), counted in *units*
+(LLaVA-OneVision: one token; Qwen2-VL: a group of 4 patches). A *visual* is one image or video in the prompt;
+its tokens in the language model form one *span*. *Logical* positions are those of the unpatched sequence. The
+*holder* of a token that was merged away is the survivor that stands for it.
+
+Legend: `N` tokens of a segment, `C` hidden width, `H` heads, `D` head width, `L` logical length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, rotate_half
+
+NEWLINE = -1
+TAKEN_BY_RECYCLER = 5
+RECYCLER_SHARE = 0.05
+
+
+class MethodLike(Protocol):
+    """The choices of a method that the reference knows; the library's `Method` has the same names."""
+
+    encoder_score: str
+    llm_score: str
+    merge: str
+
+
+@dataclass(frozen=True)
+class ReferenceMethod:
+    """A method by its three choices (the layout is always "aligned").
+
+    Attributes:
+        merge: "recycle", "cluster", "nearest", "bipartite" or "drop".
+        encoder_score: "received_attention" or "query_lse".
+        llm_score: "last_query_attention" or "query_lse".
+    """
+
+    merge: str = "recycle"
+    encoder_score: str = "received_attention"
+    llm_score: str = "last_query_attention"
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Where, how much and how to merge: the arguments of `reference_forward` in one object."""
+
+    vit_layers: Sequence[int] = ()
+    vit_r: int | float = 0
+    llm_layers: Sequence[int] = ()
+    llm_ratio: float = 1.0
+    method: MethodLike = field(default_factory=ReferenceMethod)
+
+
+# ------------------------------------------------------------------------------- merge rules
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The decision of one merge among `n` tokens.
+
+    Attributes:
+        kept: Survivors, ascending.
+        recipe: For each survivor that changes, the (token, weight) pairs of its new value.
+        holder: For each token the survivor that stands for it; None where its content is lost.
+    """
+
+    kept: list[int]
+    recipe: dict[int, list[tuple[int, float]]]
+    holder: list[int | None]
+
+    def apply(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """New values of the survivors, from the values of all tokens."""
+        merged = []
+        for token in self.kept:
+            if token in self.recipe:
+                merged.append(sum(weight * values[member] for member, weight in self.recipe[token]))
+            else:
+                merged.append(values[token])
+        return merged
+
+    def new_sizes(self, sizes: Sequence[float]) -> list[float]:
+        """How many source tokens each survivor stands for."""
+        totals = {token: 0.0 for token in self.kept}
+        for token, holder in enumerate(self.holder):
+            if holder is not None:
+                totals[holder] += sizes[token]
+        return [totals[token] for token in self.kept]
+
+    def holder_or_nearest(self) -> list[int]:
+        """The holder of each token; for lost ones the nearest survivor by index, the lower one on a tie."""
+        return [
+            nearest_index(token, self.kept) if holder is None else holder for token, holder in enumerate(self.holder)
+        ]
+
+
+def nearest_index(index: int, kept: Sequence[int]) -> int:
+    """The kept index closest to `index`; the lower one on a tie."""
+    return min(kept, key=lambda other: (abs(other - index), other))
+
+
+def no_merge(count: int) -> Merge:
+    """The merge that leaves `count` tokens as they are."""
+    return Merge(list(range(count)), {}, list(range(count)))
+
+
+def ascending(scores: Sequence[float]) -> list[int]:
+    """Token indices from the lowest score to the highest; of equal scores the lower index first."""
+    return sorted(range(len(scores)), key=lambda token: (scores[token], token))
+
+
+def recycle(scores: Sequence[float], num_removed: int, visible: Sequence[bool] | None = None) -> Merge:
+    """Folds the `num_removed + 1` lowest tokens into one, the lowest with the largest weight.
+
+    Args:
+        scores: Score of each token, higher is kept.
+        num_removed: Tokens that disappear.
+        visible: False where a seat would be cropped away later.
+
+    Returns:
+        The merge; the seat is the highest-ranked member, or the highest-ranked visible one if there is any.
+    """
+    members = ascending(scores)[: num_removed + 1]
+    total = (num_removed + 1) * (num_removed + 2) / 2
+    seat = members[-1]
+    seats_inside = [token for token in members if visible is None or visible[token]]
+    if seats_inside:
+        seat = seats_inside[-1]
+    recipe = {seat: [(token, (num_removed + 1 - rank) / total) for rank, token in enumerate(members)]}
+    kept = [token for token in range(len(scores)) if token == seat or token not in members]
+    holder: list[int | None] = [seat if token in members else token for token in range(len(scores))]
+    return Merge(kept, recipe, holder)
+
+
+def cluster(scores: Sequence[float], num_removed: int, hidden: Tensor) -> Merge:
+    """Keeps the top tokens; the lowest kept ones recycle their most similar redundant tokens.
+
+    Args:
+        scores: Score of each token, higher is kept.
+        num_removed: Tokens that disappear.
+        hidden: (N, C) hidden states, for similarities by dot product.
+
+    Returns:
+        The merge; redundant tokens that nobody takes are lost, one taken by several is held by the one that
+        gives it the largest weight.
+    """
+    order = ascending(scores)
+    redundant, kept = order[:num_removed], order[num_removed:]
+    num_recyclers = max(1, round(RECYCLER_SHARE * len(kept)))
+    recipe: dict[int, list[tuple[int, float]]] = {}
+    holder: list[int | None] = [None if token in redundant else token for token in range(len(scores))]
+    strongest: dict[int, float] = {}
+    for recycler in kept[:num_recyclers]:
+        similarity = {token: float(hidden[recycler] @ hidden[token]) for token in redundant}
+        taken = sorted(redundant, key=lambda token, of=similarity: (-of[token], token))[:TAKEN_BY_RECYCLER]
+        weights = _softmax([similarity[token] / math.sqrt(hidden.shape[1]) for token in taken])
+        recipe[recycler] = [(recycler, 0.5)]
+        for token, weight in zip(taken, weights, strict=True):
+            recipe[recycler].append((token, 0.5 * weight))
+            if weight > strongest.get(token, 0.0):
+                strongest[token], holder[token] = weight, recycler
+    return Merge(sorted(kept), recipe, holder)
+
+
+def nearest(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
+    """Averages each of the lowest tokens into its most similar survivor.
+
+    Args:
+        scores: Score of each token, higher is kept.
+        num_removed: Tokens that disappear.
+        keys: (N, D) features compared by cosine.
+        sizes: Source tokens that each token stands for, its weight in the average.
+
+    Returns:
+        The merge; of equally similar survivors the lower index.
+    """
+    order = ascending(scores)
+    redundant, kept = order[:num_removed], sorted(order[num_removed:])
+    cosine = _cosines(keys)
+    anchors = {token: max(kept, key=lambda other, t=token: (cosine[t][other], -other)) for token in redundant}
+    return _averaged(kept, anchors, sizes)
+
+
+def bipartite(num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
+    """Token merging: even tokens propose to their most similar odd token, the most similar pairs merge.
+
+    Args:
+        num_removed: Tokens that should disappear; at most half of them can.
+        keys: (N, D) features compared by cosine.
+        sizes: Source tokens that each token stands for, its weight in the average.
+
+    Returns:
+        The merge; ties go to the lower index.
+    """
+    cosine = _cosines(keys)
+    even, odd = range(0, len(keys), 2), range(1, len(keys), 2)
+    best = {token: max(odd, key=lambda other, t=token: (cosine[t][other], -other)) for token in even if len(odd)}
+    proposals = sorted(best, key=lambda token: (-cosine[token][best[token]], token))
+    absorbed = proposals[: min(num_removed, len(keys) // 2)]
+    kept = [token for token in range(len(keys)) if token not in absorbed]
+    return _averaged(kept, {token: best[token] for token in absorbed}, sizes)
+
+
+def drop(scores: Sequence[float], num_removed: int) -> Merge:
+    """Loses the lowest tokens."""
+    lost = ascending(scores)[:num_removed]
+    kept = [token for token in range(len(scores)) if token not in lost]
+    return Merge(kept, {}, [None if token in lost else token for token in range(len(scores))])
+
+
+def decide(
+    rule: str,
+    scores: Sequence[float],
+    num_removed: int,
+    hidden: Tensor,
+    keys: Tensor,
+    sizes: Sequence[float],
+    visible: Sequence[bool] | None = None,
+) -> Merge:
+    """Runs a merge rule by name on what it needs; with nothing to remove nothing changes."""
+    if num_removed <= 0:
+        return no_merge(len(scores))
+    rules: dict[str, Callable[[], Merge]] = {
+        "recycle": lambda: recycle(scores, num_removed, visible),
+        "cluster": lambda: cluster(scores, num_removed, hidden),
+        "nearest": lambda: nearest(scores, num_removed, keys, sizes),
+        "bipartite": lambda: bipartite(num_removed, keys, sizes),
+        "drop": lambda: drop(scores, num_removed),
+    }
+    return rules[rule]()
+
+
+def _averaged(kept: list[int], anchors: dict[int, int], sizes: Sequence[float]) -> Merge:
+    """Size-weighted means of anchors and what they absorb."""
+    holder: list[int | None] = [anchors.get(token, token) for token in range(len(sizes))]
+    recipe = {}
+    for anchor in set(anchors.values()):
+        members = [token for token in range(len(sizes)) if holder[token] == anchor]
+        total = sum(sizes[token] for token in members)
+        recipe[anchor] = [(token, sizes[token] / total) for token in members]
+    return Merge(kept, recipe, holder)
+
+
+def _cosines(keys: Tensor) -> list[list[float]]:
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    return (unit @ unit.T).tolist()
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    exponentials = [math.exp(value - max(values)) for value in values]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+# ------------------------------------------------------------------------- attention, scores
+
+
+def attention_logits(query: Tensor, key: Tensor, causal: bool) -> Tensor:
+    """Scaled dot products (H, Nq, Nk) in float32 or wider; with `causal` the last query sees all keys."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logits = query.to(wide) @ key.to(wide).transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if causal:
+        num_queries, num_keys = logits.shape[-2:]
+        for row in range(num_queries):
+            logits[:, row, num_keys - num_queries + row + 1 :] = -torch.inf
+    return logits
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Attention output (Nq, H * D) for query (H, Nq, D) and key, value (H, Nk, D)."""
+    probabilities = attention_logits(query, key, causal).softmax(-1).to(value.dtype)
+    return (probabilities @ value).transpose(0, 1).flatten(1)
+
+
+def encoder_scores(name: str, query: Tensor, key: Tensor) -> list[float]:
+    """Scores of the tokens of one segment from its own attention, heads (H, N, D)."""
+    logits = attention_logits(query, key, causal=False)
+    if name == "query_lse":
+        return logits.logsumexp(-1).mean(0).tolist()
+    return logits.softmax(-1).mean((0, 1)).tolist()
+
+
+def decoder_scores(name: str, query: Tensor, key: Tensor, row: int) -> list[float]:
+    """Scores of all tokens of a decoder layer, heads (H, N, D); `row` is the token that asks."""
+    logits = attention_logits(query, key, causal=True)
+    if name == "query_lse":
+        return logits.logsumexp(-1).mean(0).tolist()
+    return logits[:, row].softmax(-1).mean(0).tolist()
+
+
+def _heads(projected: Tensor, head_dim: int) -> Tensor:
+    """(N, H * D) to (H, N, D)."""
+    return projected.view(len(projected), -1, head_dim).transpose(0, 1)
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    """(H, N, D) to (N, H * D)."""
+    return heads.transpose(0, 1).flatten(1)
+
+
+# ------------------------------------------------------------------------------ vision stage
+
+
+@dataclass
+class Segment:
+    """What is left of one tile, frame or slice.
+
+    Attributes:
+        unit: Tokens that are kept or merged together.
+        seats: Unit number, in the full segment, of each survivor; ascending.
+        holder: For each unit of the full segment the seat that stands for it.
+        sizes: Source units of each survivor.
+        visible: False for units that the layout will crop away.
+        merges: The decisions, one per merging layer.
+        values: Features of the survivors for the language model, (survivors, C).
+    """
+
+    unit: int
+    seats: list[int]
+    holder: list[int]
+    sizes: list[float]
+    visible: list[bool] | None = None
+    merges: list[Merge] = field(default_factory=list)
+    values: Tensor | None = None
+
+    @classmethod
+    def full(cls, count: int, unit: int, visible: list[bool] | None = None) -> Segment:
+        """A segment of `count` units before any merge."""
+        return cls(unit, list(range(count)), list(range(count)), [1.0] * count, visible)
+
+    def num_removed(self, vit_r: int | float) -> int:
+        """Units that one merging layer removes; at least one stays."""
+        tokens = len(self.seats) * self.unit
+        removed = vit_r if isinstance(vit_r, int) else math.floor(tokens * vit_r)
+        return min(removed // self.unit, len(self.seats) - 1)
+
+    def merge(self, settings: ReferenceSettings, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Merges (N, C) hidden states between attention and MLP; query and key are the layer's, (H, N, D)."""
+        count, width = len(self.seats), hidden.shape[1]
+        token_scores = encoder_scores(settings.method.encoder_score, query, key)
+        scores = [sum(token_scores[u * self.unit : (u + 1) * self.unit]) / self.unit for u in range(count)]
+        units = hidden.reshape(count, self.unit * width)
+        decision = decide(
+            settings.method.merge,
+            scores,
+            self.num_removed(settings.vit_r),
+            hidden=units,
+            keys=_side_by_side(key).reshape(count, -1),
+            sizes=self.sizes,
+            visible=None if self.visible is None else [self.visible[seat] for seat in self.seats],
+        )
+        self._follow(decision)
+        return torch.stack(decision.apply(list(units))).reshape(-1, width)
+
+    def _follow(self, decision: Merge) -> None:
+        to = decision.holder_or_nearest()
+        moved = {seat: self.seats[to[index]] for index, seat in enumerate(self.seats)}
+        self.holder = [moved[seat] for seat in self.holder]
+        self.sizes = decision.new_sizes(self.sizes)
+        self.seats = [self.seats[index] for index in decision.kept]
+        self.merges.append(decision)
+
+    def expanded(self) -> Tensor:
+        """Features at full length: each unit shows its holder's."""
+        row = {seat: index for index, seat in enumerate(self.seats)}
+        return torch.stack([self.values[row[seat]] for seat in self.holder])
+
+    def mass(self) -> Tensor:
+        """1.0 at the seats of survivors, 0.0 elsewhere, (units,)."""
+        return torch.tensor([float(unit in self.seats) for unit in range(len(self.holder))])
+
+
+@dataclass
+class Visual:
+    """One image or video as the language model gets it.
+
+    Attributes:
+        kind: "image" or "video".
+        values: (tokens, C) features at full length; merged-away positions show what absorbed them.
+        kept: Which tokens enter the language model.
+        holder: For each token the kept token that stands for it; where the seat that stands for it was cropped
+            away, the nearest kept token by index.
+        segments: The segments it is made of.
+    """
+
+    kind: str
+    values: Tensor
+    kept: list[bool]
+    holder: list[int]
+    segments: list[Segment]
+
+
+def vision_stage(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> list[Visual]:
+    """Runs the vision encoder with merging: images first, then videos, each in the order of the inputs."""
+    stage = {"llava_onevision": _llava_visuals, "qwen2_vl": _qwen_visuals}[model.config.model_type]
+    return list(stage(model, inputs, settings))
+
+
+def _llava_visuals(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
+    if "pixel_values" in inputs:
+        numbers = inputs.get("batch_num_images")
+        alone = [True] * len(inputs["image_sizes"]) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
+        for pixels, size, tiled in zip(inputs["pixel_values"], inputs["image_sizes"], alone, strict=True):
+            yield _llava_image(model, pixels, size, tiled, settings)
+    for pixels in inputs.get("pixel_values_videos", ()):
+        yield _llava_video(model, pixels, settings)
+
+
+def _llava_segment(
+    model: Any, pixels: Tensor, settings: ReferenceSettings, visible: list[bool] | None = None
+) -> Segment:
+    """One tile or frame (3, height, width) through the tower and the projector."""
+    tower = model.model.vision_tower
+    hidden = tower.embeddings(pixels[None])[0]
+    segment = Segment.full(len(hidden), unit=1, visible=visible)
+    num_layers = model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
+    for index, layer in enumerate(tower.encoder.layers[:num_layers]):
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+        query, key, value = (
+            _heads(projection(normed), attention.head_dim)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        hidden = hidden + attention.out_proj(attend(query, key, value, causal=False))
+        if index in settings.vit_layers:
+            hidden = segment.merge(settings, hidden, query, key)
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    segment.values = model.model.multi_modal_projector(hidden)
+    return segment
+
+
+def _llava_image(model: Any, pixels: Tensor, size: Tensor, tiled: bool, settings: ReferenceSettings) -> Visual:
+    config = model.config
+    num_tiles = 1
+    if tiled:
+        num_tiles = image_size_to_num_patches(
+            size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size
+        )
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    places = _packed_places(model, num_tiles, tokens, size)
+    inside = set(places)
+    segments = [
+        _llava_segment(model, pixels[t], settings, [t * tokens + u in inside for u in range(tokens)])
+        for t in range(num_tiles)
+    ]
+    visual = _placed_visual(places, segments, tokens, model.model.image_newline)
+    full = _pack(model, torch.stack([s.expanded() for s in segments]), size, model.model.image_newline)
+    if len(full) == len(places):
+        return visual
+    return _shrunk_visual(model, visual, full, segments, size)
+
+
+def _pack(model: Any, tiles: Tensor, size: Tensor, newline: Tensor, aspect_ratio: str | None = None) -> Tensor:
+    """The stock packing of one image: (tiles, tokens, C) to (length, C)."""
+    packed, _ = model.model.pack_image_features(
+        [tiles],
+        size[None],
+        image_newline=newline,
+        vision_aspect_ratio=aspect_ratio or model.config.vision_aspect_ratio,
+    )
+    return packed[0]
+
+
+def _packed_places(model: Any, num_tiles: int, tokens: int, size: Tensor) -> list[int]:
+    """Which tile token (tile * tokens + unit) stands at each packed position, big images not shrunk."""
+    numbers = torch.arange(num_tiles * tokens, dtype=torch.float64).view(num_tiles, tokens, 1)
+    newline = torch.tensor([float(NEWLINE)], dtype=torch.float64)
+    packed = _pack(model, numbers, size, newline, aspect_ratio="anyres_max_1000000")
+    return [int(number) for number in packed[:, 0].tolist()]
+
+
+def _placed_visual(places: list[int], segments: list[Segment], tokens: int, newline: Tensor) -> Visual:
+    """An image whose packed positions are single tile tokens or newlines."""
+    position_of = {place: position for position, place in enumerate(places)}
+    expanded = [segment.expanded() for segment in segments]
+    values, kept, holder = [], [], []
+    for position, place in enumerate(places):
+        if place == NEWLINE:
+            values.append(newline)
+            kept.append(True)
+            holder.append(position)
+            continue
+        tile, unit = divmod(place, tokens)
+        values.append(expanded[tile][unit])
+        kept.append(unit in segments[tile].seats)
+        holder.append(position_of.get(tile * tokens + segments[tile].holder[unit]))
+    remaining = [position for position in range(len(places)) if kept[position]]
+    holder = [nearest_index(p, remaining) if held is None else held for p, held in enumerate(holder)]
+    return Visual("image", torch.stack(values), kept, holder, segments)
+
+
+def _shrunk_visual(model: Any, placed: Visual, full: Tensor, segments: list[Segment], size: Tensor) -> Visual:
+    """An image whose grid is interpolated down: the base tile stays as placed, the grid is chosen by mass.
+
+    `full` is the stock packing of the expanded features.
+    """
+    newline = torch.tensor([float(NEWLINE)])
+    masses = _pack(model, torch.stack([s.mass() for s in segments])[..., None], size, newline)[:, 0].tolist()
+    base = len(segments[0].holder)
+    newlines = [p for p in range(base, len(full)) if masses[p] == NEWLINE]
+    columns = newlines[0] - base
+    grid = [p for p in range(base, len(full)) if masses[p] != NEWLINE]
+    survivors = sum(len(s.seats) for s in segments[1:])
+    originals = sum(len(s.holder) for s in segments[1:])
+    num_kept = -(-len(grid) * survivors // originals)
+    values, chosen, held = choose_by_mass(full[grid], [masses[p] for p in grid], columns, num_kept)
+    out = full.clone()
+    out[:base] = placed.values[:base]
+    out[grid] = values
+    kept = placed.kept[:base] + [True] * (len(full) - base)
+    holder = placed.holder[:base] + list(range(base, len(full)))
+    for index, position in enumerate(grid):
+        kept[position] = index in chosen
+        holder[position] = grid[held[index]]
+    return Visual("image", out, kept, holder, segments)
+
+
+def _llava_video(model: Any, pixels: Tensor, settings: ReferenceSettings) -> Visual:
+    segments = [_llava_segment(model, frame, settings) for frame in pixels]
+    values, kept, holder = [], [], []
+    for segment in segments:
+        pooled = model.model.apply_pooling(segment.expanded()[None])[0]
+        masses = model.model.apply_pooling(segment.mass()[None, :, None])[0, :, 0].tolist()
+        num_kept = -(-len(pooled) * len(segment.seats) // len(segment.holder))
+        frame, chosen, held = choose_by_mass(pooled, masses, math.isqrt(len(pooled)), num_kept)
+        holder += [len(kept) + index for index in held]
+        kept += [index in chosen for index in range(len(pooled))]
+        values += list(frame)
+    newline = len(kept)
+    return Visual(
+        "video",
+        torch.stack([*values, model.model.image_newline]),
+        [*kept, True],
+        [*holder, newline],
+        segments,
+    )
+
+
+def choose_by_mass(
+    values: Tensor, masses: Sequence[float], columns: int, num_kept: int
+) -> tuple[Tensor, list[int], list[int]]:
+    """Chooses positions of a pooled grid and folds the others into them.
+
+    Args:
+        values: (positions, C), row-major.
+        masses: How much of a survivor stands under each position.
+        columns: Columns of the grid.
+        num_kept: Positions to keep: those with the largest mass, of equal ones the lower index.
+
+    Returns:
+        The values after folding (every position shows its holder's), the chosen positions, each one's holder.
+    """
+    by_mass = sorted(range(len(masses)), key=lambda position: (-masses[position], position))
+    chosen = sorted(by_mass[:num_kept])
+    held = [
+        position
+        if position in chosen
+        else min(chosen, key=lambda other, p=position: (_distance(p, other, columns), other))
+        for position in range(len(masses))
+    ]
+    folded = {}
+    for seat in chosen:
+        members = [position for position in range(len(masses)) if held[position] == seat]
+        total = sum(masses[position] for position in members)
+        folded[seat] = values[seat]
+        if total > 0:
+            folded[seat] = sum(masses[position] * values[position] for position in members) / total
+    return torch.stack([folded[seat] for seat in held]), chosen, held
+
+
+def _distance(first: int, second: int, columns: int) -> int:
+    """Squared distance on the grid, exact."""
+    rows = first // columns - second // columns
+    return rows**2 + (first % columns - second % columns) ** 2
+
+
+def _qwen_visuals(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
+    for kind, pixel_name, grid_name in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        start = 0
+        for grid in inputs.get(grid_name, ()):
+            count = int(grid.prod())
+            yield _qwen_visual(model, kind, inputs[pixel_name][start : start + count], grid, settings)
+            start += count
+
+
+def _qwen_visual(model: Any, kind: str, pixels: Tensor, grid: Tensor, settings: ReferenceSettings) -> Visual:
+    visual = model.model.visual
+    hidden = visual.patch_embed(pixels)
+    angles = visual.rotary_pos_emb(hidden, _patch_places(grid.tolist(), visual.spatial_merge_size))
+    slices, length = int(grid[0]), int(grid[1] * grid[2])
+    segments = []
+    for part in range(slices):
+        rows = slice(part * length, (part + 1) * length)
+        segments.append(_qwen_segment(visual, hidden[rows], tuple(table[rows] for table in angles), settings))
+    kept, holder = [], []
+    for segment in segments:
+        start = len(kept)
+        holder += [start + seat for seat in segment.holder]
+        kept += [unit in segment.seats for unit in range(len(segment.holder))]
+    return Visual(kind, torch.cat([segment.expanded() for segment in segments]), kept, holder, segments)
+
+
+def _patch_places(grid: list[int], merge_size: int) -> Tensor:
+    """Row and column of each patch, (patches, 2): groups row by row, patches row by row inside a group."""
+    slices, rows, columns = grid
+    places = [
+        [group_row + row, group_column + column]
+        for group_row in range(0, rows, merge_size)
+        for group_column in range(0, columns, merge_size)
+        for row in range(merge_size)
+        for column in range(merge_size)
+    ]
+    return torch.tensor(places * slices)
+
+
+def _qwen_segment(visual: Any, hidden: Tensor, angles: tuple[Tensor, ...], settings: ReferenceSettings) -> Segment:
+    """One temporal slice through the blocks and the patch merger."""
+    unit = visual.spatial_merge_size**2
+    segment = Segment.full(len(hidden) // unit, unit)
+    cos, sin = angles
+    for index, block in enumerate(visual.blocks):
+        attention = block.attn
+        query, key, value = (
+            part.view(len(hidden), attention.num_heads, -1)
+            for part in attention.qkv(block.norm1(hidden)).chunk(3, dim=-1)
+        )
+        query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
+        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+        hidden = hidden + attention.proj(attend(query, key, value, causal=False))
+        if index in settings.vit_layers:
+            survivors_before = segment.seats
+            hidden = segment.merge(settings, hidden, query, key)
+            rows = [survivors_before.index(seat) * unit + offset for seat in segment.seats for offset in range(unit)]
+            cos, sin = cos[rows], sin[rows]
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    segment.values = visual.merger(hidden)
+    return segment
+
+
+# ---------------------------------------------------------------------------- language stage
+
+
+@dataclass
+class ReferenceOutput:
+    """What a forward gives.
+
+    Attributes:
+        logits: (L, vocabulary) at logical length.
+        hidden: (L, C) last hidden state after the final norm, at logical length.
+        kept: For each decoder layer the logical positions that it sees.
+        merges: For each merging decoder layer its decisions, one per visual.
+        kv_lengths: Tokens in each decoder layer's cache.
+        vision_kept: For each visual, which of its tokens enter the language model.
+        vision_seats: For each visual, the surviving units of each of its segments.
+        caches: For each decoder layer the rotated keys and the values, (key-value heads, tokens, D).
+        next_position: Position of the first generated token, one number per rotary axis.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    kept: list[list[int]]
+    merges: dict[int, list[Merge]]
+    kv_lengths: list[int]
+    vision_kept: list[list[bool]]
+    vision_seats: list[list[list[int]]]
+    caches: list[tuple[Tensor, Tensor]]
+    next_position: list[int]
+
+
+@dataclass
+class GenerationOutput:
+    """What greedy decoding gives.
+
+    Attributes:
+        ids: The generated token ids.
+        logits: (steps, vocabulary), the scores that each id was chosen from.
+        prefill: The forward over the prompt.
+        kv_lengths: Tokens in each decoder layer's cache after the last step that was run.
+    """
+
+    ids: list[int]
+    logits: Tensor
+    prefill: ReferenceOutput
+    kv_lengths: list[int]
+
+
+@dataclass
+class Tokens:
+    """The sequence inside the language model.
+
+    Attributes:
+        hidden: (n, C).
+        places: Logical position of each token, ascending.
+        spans: For each visual its logical positions.
+        sizes: Source tokens of each token, by logical position.
+        holder: For every logical position the one that stands for it.
+    """
+
+    hidden: Tensor
+    places: list[int]
+    spans: list[list[int]]
+    sizes: dict[int, float]
+    holder: list[int]
+
+
+@torch.no_grad()
+def reference_forward(
+    model: Any,
+    inputs: dict[str, Tensor],
+    *,
+    vit_layers: Sequence[int] = (),
+    vit_r: int | float = 0,
+    llm_layers: Sequence[int] = (),
+    llm_ratio: float = 1.0,
+    method: MethodLike | None = None,
+    query: int | None = None,
+) -> ReferenceOutput:
+    """Runs a prompt with merging.
+
+    Args:
+        model: A stock, unpatched model of one of the families.
+        inputs: A batch of one without padding.
+        vit_layers: Encoder layers that merge.
+        vit_r: Tokens (int) or fraction of the current tokens (float) removed per segment and layer.
+        llm_layers: Decoder layers on whose entry merging happens.
+        llm_ratio: Fraction of a span's current tokens kept at each of them.
+        method: Scores and rule; `ReferenceMethod()` when not given.
+        query: Logical position of the token that ranks the visual tokens in the decoder; the last one when
+            not given.
+
+    Returns:
+        Outputs at logical length and what happened on the way.
+    """
+    settings = ReferenceSettings(vit_layers, vit_r, llm_layers, llm_ratio, method or ReferenceMethod())
+    visuals = vision_stage(model, inputs, settings)
+    language = model.model.language_model
+    length = inputs["input_ids"].shape[1]
+    tokens = _language_tokens(model, inputs["input_ids"][0], visuals)
+    positions = _positions(model, inputs)
+    cos, sin = (table[0] for table in language.rotary_emb(tokens.hidden, positions))
+    query_place = length - 1 if query is None else query
+    kept, caches = [], []
+    merges: dict[int, list[Merge]] = {}
+    query_heads = key_heads = None
+    for index, layer in enumerate(language.layers):
+        if index in settings.llm_layers:
+            merges[index] = _merge_spans(tokens, settings, query_heads, key_heads, query_place)
+        tokens.hidden, query_heads, key_heads, cache = _decoder_layer(
+            layer, tokens.hidden, cos[tokens.places], sin[tokens.places]
+        )
+        kept.append(list(tokens.places))
+        caches.append(cache)
+    row = {place: index for index, place in enumerate(tokens.places)}
+    hidden = language.norm(tokens.hidden)[[row[place] for place in tokens.holder]]
+    return ReferenceOutput(
+        logits=model.lm_head(hidden),
+        hidden=hidden,
+        kept=kept,
+        merges=merges,
+        kv_lengths=[len(places) for places in kept],
+        vision_kept=[visual.kept for visual in visuals],
+        vision_seats=[[segment.seats for segment in visual.segments] for visual in visuals],
+        caches=caches,
+        next_position=[int(axis.max()) + 1 for axis in [positions] * len(positions)],
+    )
+
+
+@torch.no_grad()
+def reference_generate(
+    model: Any, inputs: dict[str, Tensor], *, max_new_tokens: int, **settings: Any
+) -> GenerationOutput:
+    """Decodes greedily, one token at a time, on the caches that the merged prefill left.
+
+    Args:
+        model: A stock, unpatched model of one of the families.
+        inputs: A batch of one without padding.
+        max_new_tokens: Number of tokens to generate.
+        **settings: As for `reference_forward`.
+
+    Returns:
+        The ids and the scores of each step.
+    """
+    prefill = reference_forward(model, inputs, **settings)
+    language = model.model.language_model
+    caches = list(prefill.caches)
+    logits = [prefill.logits[-1]]
+    ids = [int(logits[-1].argmax())]
+    for step in range(max_new_tokens - 1):
+        hidden = language.embed_tokens(torch.tensor([ids[-1]], device=inputs["input_ids"].device))
+        position = torch.tensor(prefill.next_position, device=hidden.device).view(-1, 1, 1) + step
+        cos, sin = (table[0] for table in language.rotary_emb(hidden, _as_axes(position)))
+        for index, layer in enumerate(language.layers):
+            hidden, _, _, caches[index] = _decoder_layer(layer, hidden, cos, sin, caches[index])
+        logits.append(model.lm_head(language.norm(hidden))[0])
+        ids.append(int(logits[-1].argmax()))
+    return GenerationOutput(ids, torch.stack(logits), prefill, [keys.shape[1] for keys, _ in caches])
+
+
+def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
+    """Embeds the prompt, fills the placeholders and takes out what the encoder merged away."""
+    embeddings = model.model.language_model.embed_tokens(ids).clone()
+    config = model.config
+    free = {
+        "image": (ids == config.image_token_id).nonzero().flatten().tolist(),
+        "video": (ids == config.video_token_id).nonzero().flatten().tolist(),
+    }
+    enters = [True] * len(ids)
+    holder = list(range(len(ids)))
+    spans = []
+    for visual in visuals:
+        count = len(visual.kept)
+        span, free[visual.kind] = free[visual.kind][:count], free[visual.kind][count:]
+        for index, place in enumerate(span):
+            embeddings[place] = visual.values[index]
+            enters[place] = visual.kept[index]
+            holder[place] = span[visual.holder[index]]
+        spans.append(span)
+    places = [place for place in range(len(ids)) if enters[place]]
+    return Tokens(
+        hidden=embeddings[places],
+        places=places,
+        spans=spans,
+        sizes={place: 1.0 for place in places},
+        holder=holder,
+    )
+
+
+def _merge_spans(
+    tokens: Tokens, settings: ReferenceSettings, query: Tensor, key: Tensor, query_place: int
+) -> list[Merge]:
+    """Merges each visual span by the attention of the layer before; changes `tokens`."""
+    groups = len(query) // len(key)
+    row = {place: index for index, place in enumerate(tokens.places)}
+    scores = decoder_scores(settings.method.llm_score, query, key.repeat_interleave(groups, dim=0), row[query_place])
+    flat_keys = _side_by_side(key)
+    values = {place: tokens.hidden[row[place]] for place in tokens.places}
+    moved = {place: place for place in tokens.places}
+    decisions = []
+    for span in tokens.spans:
+        current = [place for place in span if place in row]
+        rows = [row[place] for place in current]
+        removed = min(round(len(current) * (1 - settings.llm_ratio)), len(current) - 1)
+        decision = decide(
+            settings.method.merge,
+            [scores[index] for index in rows],
+            removed,
+            hidden=tokens.hidden[rows],
+            keys=flat_keys[rows],
+            sizes=[tokens.sizes[place] for place in current],
+        )
+        sizes = decision.new_sizes([tokens.sizes[place] for place in current])
+        for index, value, size in zip(decision.kept, decision.apply(list(tokens.hidden[rows])), sizes, strict=True):
+            values[current[index]], tokens.sizes[current[index]] = value, size
+        for place, held in zip(current, decision.holder_or_nearest(), strict=True):
+            moved[place] = current[held]
+        decisions.append(decision)
+    tokens.places = [place for place in tokens.places if moved[place] == place]
+    tokens.hidden = torch.stack([values[place] for place in tokens.places])
+    tokens.holder = [moved[held] for held in tokens.holder]
+    return decisions
+
+
+def _positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Positions as the unpatched model has them: (1, L), or (3, 1, L) for M-RoPE."""
+    if model.config.model_type == "llava_onevision":
+        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
+    if not {"image_grid_thw", "video_grid_thw"} & set(inputs):
+        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).expand(3, 1, -1)
+    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+    return model.model.get_rope_index(inputs["input_ids"], **{n: inputs[n] for n in names if n in inputs})[0]
+
+
+def _as_axes(position: Tensor) -> Tensor:
+    """(axes, 1, 1) to what the rotary table wants: (1, 1) for one axis, else as it is."""
+    return position[0] if len(position) == 1 else position
+
+
+def _decoder_layer(
+    layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """One decoder layer on (n, C): new hidden states, rotated query and key heads, the grown cache."""
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    query, key, value = (
+        _heads(projection(normed), attention.head_dim)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    if cache is not None:
+        key, value = torch.cat([cache[0], key], dim=1), torch.cat([cache[1], value], dim=1)
+    groups = len(query) // len(key)
+    repeated = (part.repeat_interleave(groups, dim=0) for part in (key, value))
+    hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True))
+    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden, query, key, (key, value)

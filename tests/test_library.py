@@ -1,0 +1,428 @@
+"""The shape of the library: floors, file lengths, docstrings, exports, what importing does, the README."""
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "illava_hooks"
+
+#: The floor of each part of the package; a part is a module or a folder directly under the package.
+FLOORS = {
+    "__init__": 9,
+    "__main__": 9,
+    "cli": 8,
+    "tools": 7,
+    "integrations": 7,
+    "api": 6,
+    "patchers": 5,
+    "runtime": 4,
+    "config": 3,
+    "methods": 2,
+    "merge": 1,
+    "tiny": 1,
+    "errors": 1,
+}
+
+MAX_LINES = 220
+
+EXPORTS = {
+    "IllavaHooksError",
+    "METHODS",
+    "MergeConfig",
+    "MergeConfigError",
+    "MergeReport",
+    "MergeSession",
+    "Method",
+    "PRESETS",
+    "PatchStateError",
+    "UnsupportedModelError",
+    "__version__",
+    "merging",
+    "patch",
+    "session_of",
+    "unpatch",
+}
+
+Graph = dict[str, set[str]]
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """Map the dotted name of every module of a package to its file; a folder stands for its `__init__`."""
+    names = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imported_names(tree: ast.AST, module: str, is_folder: bool) -> Iterator[str]:
+    """Yield the absolute dotted name of everything that is imported anywhere in a file.
+
+    Imports inside functions and under `TYPE_CHECKING` count like all others.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                anchor = parts[: len(parts) - node.level + is_folder]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def import_graph(package: Path) -> Graph:
+    """Return, for each module of a package, the modules of the same package that it imports."""
+    modules = modules_of(package)
+    graph: Graph = {}
+    for module, path in modules.items():
+        graph[module] = set()
+        for name in imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py"):
+            while name and name not in modules:  # `package.module.function` -> `package.module`
+                name = name.rpartition(".")[0]
+            if name:
+                graph[module].add(name)
+    return graph
+
+
+def part_of(module: str) -> str:
+    """Return the part of the package that a module belongs to: a key of `FLOORS`."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def upward_imports(graph: Graph, floors: dict[str, int]) -> list[str]:
+    """List the imports that do not go down, but for those inside one part."""
+    return [
+        f"{module} (floor {floors[part_of(module)]}) imports {other} (floor {floors[part_of(other)]})"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if part_of(module) != part_of(other) and floors[part_of(module)] <= floors[part_of(other)]
+    ]
+
+
+def find_circle(graph: Graph) -> list[str]:
+    """Return modules that import each other in a circle, or an empty list."""
+    finished: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return [*trail[trail.index(module) :], module]
+        if module not in finished:
+            for other in sorted(graph[module]):
+                if circle := visit(other, [*trail, module]):
+                    return circle
+            finished.add(module)
+        return []
+
+    return next((circle for module in graph if (circle := visit(module, []))), [])
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """List the public functions, classes and methods of a module that have no docstring."""
+    missing = [] if ast.get_docstring(tree) else ["the module itself"]
+    pending: list[tuple[str, ast.AST]] = [("", node) for node in tree.body]
+    while pending:
+        prefix, node = pending.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name[0] == "_":
+            continue
+        if not ast.get_docstring(node) and "overload" not in map(ast.unparse, node.decorator_list):
+            missing.append(prefix + node.name)
+        if isinstance(node, ast.ClassDef):
+            pending += [(f"{prefix}{node.name}.", child) for child in node.body]
+    return missing
+
+
+def run_python(code: str) -> dict[str, object]:
+    """Run code in a fresh interpreter and return the JSON that it prints last."""
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_package(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = folder / "house" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return folder / "house"
+
+
+class TestTheWalker:
+    """The checks below are worth as much as the walker that they use."""
+
+    def test_sees_every_form_of_import(self, tmp_path: Path) -> None:
+        files = {
+            "__init__.py": "from .low import one",
+            "low/__init__.py": "",
+            "low/one.py": "",
+            "low/two.py": "",
+        }
+        files["high.py"] = """
+            from typing import TYPE_CHECKING
+            import house.low.one
+            from . import low
+            if TYPE_CHECKING:
+                from .low import two
+            def late():
+                from house.low.two import function
+        """
+        files["low/three.py"] = "from ..high import late\nfrom . import one\nfrom .two import x"
+        graph = import_graph(write_package(tmp_path, files))
+        assert graph["house"] == {"house.low.one"}
+        assert graph["house.high"] == {"house.low", "house.low.one", "house.low.two"}
+        assert graph["house.low.three"] == {"house.high", "house.low.one", "house.low.two"}
+
+    def test_finds_upward_imports_and_circles(self, tmp_path: Path) -> None:
+        files = {"__init__.py": "", "high.py": "from house import low", "low.py": "import house.high"}
+        graph = import_graph(write_package(tmp_path, files))
+        floors = {"__init__": 3, "high": 2, "low": 1}
+        assert upward_imports(graph, floors) == ["house.low (floor 1) imports house.high (floor 2)"]
+        assert find_circle(graph) == ["house.high", "house.low", "house.high"]
+        graph["house.low"] = set()
+        assert upward_imports(graph, floors) == find_circle(graph) == []
+
+    def test_finds_missing_docstrings(self) -> None:
+        tree = ast.parse(
+            "class A:\n  def b(self): ...\n  def _c(self): ...\ndef d():\n  'Say.'\n  def e(): ..."
+        )
+        assert sorted(undocumented(tree)) == ["A", "A.b", "the module itself"]
+
+
+class TestTheHouse:
+    """Where things may stand."""
+
+    def test_every_part_has_a_floor(self) -> None:
+        parts = {part_of(module) for module in modules_of(PACKAGE)}
+        assert parts <= set(FLOORS)
+        assert {"api", "patchers", "runtime", "config", "methods", "merge", "errors"} <= parts
+
+    def test_imports_go_downwards(self) -> None:
+        assert upward_imports(import_graph(PACKAGE), FLOORS) == []
+
+    def test_no_circles(self) -> None:
+        assert find_circle(import_graph(PACKAGE)) == []
+
+    def test_the_lowest_floor_knows_torch_only(self) -> None:
+        allowed = set(sys.stdlib_module_names) | {"torch"}
+        for module, path in modules_of(PACKAGE).items():
+            if part_of(module) == "merge":
+                names = set(imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py"))
+                foreign = {name for name in names if name.split(".")[0] not in allowed}
+                assert all(name.startswith("illava_hooks.merge.") for name in foreign), (module, foreign)
+
+    def test_files_are_short(self) -> None:
+        lengths = {name: len(path.read_text().splitlines()) for name, path in modules_of(PACKAGE).items()}
+        assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+    def test_everything_public_is_documented(self) -> None:
+        missing = {
+            name: undocumented(ast.parse(path.read_text())) for name, path in modules_of(PACKAGE).items()
+        }
+        assert {name: found for name, found in missing.items() if found} == {}
+
+    def test_types_are_shipped(self) -> None:
+        assert (PACKAGE / "py.typed").exists()
+
+
+class TestTheSurface:
+    """What a user can count on."""
+
+    def test_exports(self) -> None:
+        import illava_hooks
+
+        assert len(illava_hooks.__all__) == len(set(illava_hooks.__all__))
+        assert set(illava_hooks.__all__) == EXPORTS
+        assert all(hasattr(illava_hooks, name) for name in EXPORTS)
+
+    def test_version(self) -> None:
+        import illava_hooks
+
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert illava_hooks.__version__ == project["version"] == version("illava-hooks")
+
+    def test_signature_of_patch(self) -> None:
+        from illava_hooks import patch
+
+        parameters = inspect.signature(patch).parameters.values()
+        assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == [
+            ("model", inspect.Parameter.empty),
+            ("vit_layers", None),
+            ("vit_r", None),
+            ("llm_layers", None),
+            ("llm_ratio", None),
+        ]
+        assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == {
+            "method": "illava",
+            "preset": "auto",
+            "track": False,
+        }
+
+    def test_errors(self) -> None:
+        from illava_hooks import IllavaHooksError, MergeConfigError, PatchStateError, UnsupportedModelError
+
+        for error in (UnsupportedModelError, PatchStateError, MergeConfigError):
+            assert issubclass(error, IllavaHooksError)
+        assert issubclass(MergeConfigError, ValueError)
+
+
+class TestImporting:
+    """Importing the package does nothing but importing the package."""
+
+    def test_patches_nothing(self) -> None:
+        outcome = run_python(
+            """
+            import importlib, json, logging, pkgutil, sys, warnings
+            from collections.abc import Mapping
+
+            watched = ["torch.nn.modules.module", "torch.nn.functional", "torch.overrides"]
+            watched += [f"transformers.{name}" for name in (
+                "cache_utils", "masking_utils", "modeling_utils", "modeling_outputs", "modeling_layers",
+                "modeling_flash_attention_utils", "generation.utils", "utils.generic",
+                "utils.output_capturing",
+                "models.auto.modeling_auto", "models.auto.configuration_auto",
+                "models.llava_onevision.modeling_llava_onevision", "models.qwen2_vl.modeling_qwen2_vl",
+                "models.siglip.modeling_siglip", "models.qwen2.modeling_qwen2",
+            )]
+            watched = [importlib.import_module(name) for name in watched]
+
+            def contents(value, depth=2):  # registries are containers that live in modules and classes
+                if isinstance(value, Mapping) and depth:
+                    items = dict.items(value) if isinstance(value, dict) else ()  # what it holds, not what it
+                    held = {repr(key): id(item) for key, item in items}           # loads when it is asked
+                    own = getattr(value, "__dict__", {})
+                    return held | {name: contents(item, depth - 1) for name, item in own.items()}
+                if isinstance(value, (list, tuple, set, frozenset)):
+                    return sorted(map(id, value))
+                return id(value)
+
+            def snapshot():
+                seen = {"warnings": contents(warnings.filters), "logging": contents(logging.root.handlers)}
+                for module in watched:
+                    for name, value in list(vars(module).items()):
+                        if name in ("__builtins__", "__warningregistry__"):
+                            continue
+                        seen[f"{module.__name__}.{name}"] = (id(value), contents(value))
+                        for own, member in list(vars(value).items()) if isinstance(value, type) else ():
+                            seen[f"{module.__name__}.{name}.{own}"] = (id(member), contents(member))
+                return seen
+
+            def changed(before, after):
+                return sorted(key for key in before | after if before.get(key) != after.get(key))
+
+            before = snapshot()
+            import illava_hooks
+            by_package = changed(before, snapshot())
+
+            optional = tuple(f"illava_hooks.{part}" for part in ("cli", "tools", "integrations", "__main__"))
+            modules = [m.name for m in pkgutil.walk_packages(illava_hooks.__path__, "illava_hooks.")]
+            modules = [name for name in modules if not name.startswith(optional)]
+            for name in modules:
+                importlib.import_module(name)
+            by_modules = changed(before, snapshot())
+
+            torch = sys.modules["torch"]
+            torch.nn.Module.illava = 1
+            torch.nn.modules.module._global_forward_hooks[0] = print
+            by_hand = changed(before, snapshot())
+            print(json.dumps([sorted(before), by_package, by_modules, len(modules), by_hand]))
+            """
+        )
+        watched, by_package, by_modules, num_modules, by_hand = outcome
+        assert "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS" in watched
+        assert "transformers.cache_utils.DynamicLayer.update" in watched and num_modules >= 10
+        assert by_package == [] and by_modules == []
+        assert len(by_hand) == 2, by_hand  # the comparison does notice a change
+
+    @pytest.mark.slow
+    def test_is_light(self) -> None:
+        def once() -> tuple[float, list[str]]:
+            seconds, heavy = run_python(
+                """
+                import json, sys, time
+                import torch, transformers
+                import transformers.cache_utils, transformers.masking_utils, transformers.modeling_utils
+
+                before, start = set(sys.modules), time.perf_counter()
+                import illava_hooks
+                seconds = time.perf_counter() - start
+                heavy = ("av", "sklearn", "skimage", "accelerate", "peft", "transformers.models.")
+                print(json.dumps([seconds, [m for m in set(sys.modules) - before if m.startswith(heavy)]]))
+                """
+            )
+            return seconds, heavy
+
+        best, heavy = once()
+        for _ in range(4):  # the machine may be busy: the fastest of a few counts
+            if best < 0.1:
+                break
+            best = min(best, once()[0])
+        assert heavy == []
+        assert best < 0.1
+
+
+class TestTheReadme:
+    """The README says what the code does."""
+
+    text = (ROOT / "README.md").read_text()
+
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+
+    def test_snippets_compile_and_name_what_exists(self) -> None:
+        import importlib
+
+        snippets = self.blocks("python")
+        assert len(snippets) >= 3
+        for snippet in snippets:
+            tree = ast.parse(snippet)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("illava_hooks"):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names), snippet
+
+    def test_table_has_every_argument(self) -> None:
+        from illava_hooks import patch
+
+        rows = set(re.findall(r"^\| `(\w+)` \|", self.text, re.MULTILINE))
+        assert set(inspect.signature(patch).parameters) <= rows
+
+    def test_table_has_every_method_and_every_export_is_mentioned(self) -> None:
+        import illava_hooks
+
+        rows = set(re.findall(r"^\| `([\w-]+)` \|", self.text, re.MULTILINE))
+        assert set(illava_hooks.METHODS) <= rows
+        words = set(re.findall(r"\w+", self.text))
+        assert set(illava_hooks.__all__) - {"__version__"} <= words
+
+    def test_presets_are_those_of_the_code(self) -> None:
+        from illava_hooks import PRESETS
+
+        for modalities in PRESETS.values():
+            for preset in modalities.values():
+                layers, llm_layers = list(preset.vit_layers), list(preset.llm_layers)
+                assert (
+                    f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |"
+                    in self.text
+                )
+
+    def test_the_two_commands(self) -> None:
+        lines = [line for block in self.blocks("bash") for line in block.splitlines()]
+        assert lines[:2] == ['pip install -e ".[dev]"', "make test"]
+
+    def test_links_lead_somewhere(self) -> None:
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", self.text)
+        assert targets
+        assert [target for target in targets if not (ROOT / target).exists()] == []
