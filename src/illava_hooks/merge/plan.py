@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.rules import SegmentPlan
+from illava_hooks.merge.decision import SegmentPlan
 from illava_hooks.merge.spans import Segments, compact
 
 __all__ = ["MergePlan", "apply_merge", "build_plan", "take_kept"]

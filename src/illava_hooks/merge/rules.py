@@ -7,66 +7,14 @@ break ties by position: of two equal scores the earlier token goes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RULES", "MergeRule", "RuleInputs", "SegmentPlan", "bipartite", "cluster", "drop", "nearest", "recycle"]
+from illava_hooks.merge.decision import RuleInputs, SegmentPlan, assemble
 
-
-@dataclass(frozen=True, slots=True)
-class RuleInputs:
-    """What a rule may look at.
-
-    Attributes:
-        scores: ``(S, L)`` float32.
-        lengths: tokens in each segment, on the host.
-        num_removed: tokens to remove from each segment, on the host; below the segment's length.
-        hidden: returns the hidden states, ``(S, L, C)``.
-        keys: returns the attention keys with RoPE, all key heads side by side, ``(S, L, D)``.
-        token_size: ``(S, L)`` float32, how many original tokens each token stands for.
-        visible: ``(S, L)`` bool or None; False where the layout will crop the seat away.
-    """
-
-    scores: Tensor
-    lengths: tuple[int, ...]
-    num_removed: tuple[int, ...]
-    hidden: Callable[[], Tensor]
-    keys: Callable[[], Tensor]
-    token_size: Tensor
-    visible: Tensor | None = None
-
-    def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        """``(S, 1)`` int64 table of one host number per segment."""
-        return torch.tensor(values, device=self.scores.device)[:, None]
-
-    def slots(self, num: int) -> Tensor:
-        """``(1, num)`` int64: 0, 1, ..."""
-        return torch.arange(num, device=self.scores.device)[None]
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentPlan:
-    """A rule's decision, in token numbers inside each segment.
-
-    Attributes:
-        kept: ``(S, L)`` bool.
-        absorbed: ``(S, E)`` int64, tokens folded into an anchor.
-        anchors: ``(S, E)`` int64, the survivors that receive them.
-        weights: ``(S, E)`` float32, 0 for edges that only fill up the table.
-        self_weights: ``(S, L)`` float32, weight of a survivor in its own new value.
-        holder: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
-    """
-
-    kept: Tensor
-    absorbed: Tensor
-    anchors: Tensor
-    weights: Tensor
-    self_weights: Tensor
-    holder: Tensor
+__all__ = ["RULES", "MergeRule", "bipartite", "cluster", "drop", "nearest", "recycle"]
 
 
 class MergeRule(Protocol):
@@ -89,42 +37,12 @@ def _lowest(inputs: RuleInputs) -> tuple[Tensor, Tensor, Tensor]:
     return order, used, rank >= inputs.count(inputs.num_removed)
 
 
-def nearest_kept(kept: Tensor, lengths: Tensor) -> Tensor:
-    """For each token the closest survivor by position, the earlier one on a tie: ``(S, L)`` int64."""
-    columns = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    usable = kept & (columns < lengths)
-    far = 2 * kept.shape[1]
-    before = torch.where(usable, columns, -far).cummax(-1).values
-    after = torch.where(usable, columns, far).flip(-1).cummin(-1).values.flip(-1)
-    closest = torch.where(columns - before <= after - columns, before, after)
-    return closest.clamp(0, kept.shape[1] - 1)
-
-
-def _assemble(
-    inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, weights: Tensor, self_weights: Tensor
-) -> SegmentPlan:
-    """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept."""
-    holder = nearest_kept(kept, inputs.count(inputs.lengths))
-    if absorbed.shape[1]:
-        light_first = torch.argsort(weights, dim=-1, stable=True, descending=True).flip(-1)
-        edge_from, edge_to = absorbed.gather(1, light_first), anchors.gather(1, light_first)
-        rank = torch.zeros_like(holder).scatter_reduce(
-            1,
-            edge_from,
-            torch.where(weights.gather(1, light_first) > 0, inputs.slots(edge_from.shape[1]) + 1, 0),
-            "amax",
-        )
-        heaviest = edge_to.gather(1, (rank - 1).clamp_min(0))
-        holder = torch.where((rank > 0) & ~kept, heaviest, holder)
-    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, holder)
-
-
 def drop(inputs: RuleInputs) -> SegmentPlan:
     """Loses the lowest-scored tokens (with the last query's attention as score: FastV, arXiv 2403.06764)."""
     order, _, kept = _lowest(inputs)
     none = order[:, :0]
     ones = torch.ones_like(inputs.scores)
-    return _assemble(inputs, kept, none, none, ones[:, :0], ones)
+    return assemble(inputs, kept, none, none, ones[:, :0], ones)
 
 
 def recycle(inputs: RuleInputs) -> SegmentPlan:
@@ -151,7 +69,7 @@ def recycle(inputs: RuleInputs) -> SegmentPlan:
     members = torch.where(in_use, members, seat)
     kept = torch.ones_like(inputs.scores, dtype=torch.bool).scatter(1, members, False).scatter(1, seat, True)
     self_weights = torch.ones_like(inputs.scores).scatter(1, seat, 0.0)
-    return _assemble(inputs, kept, members, seat.expand_as(members), weights, self_weights)
+    return assemble(inputs, kept, members, seat.expand_as(members), weights, self_weights)
 
 
 def cluster(inputs: RuleInputs) -> SegmentPlan:
@@ -183,7 +101,7 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
     absorbed = redundant.gather(1, picked.flatten(1)).view_as(picked)
     ones = torch.ones_like(inputs.scores)
     fed = _mark(anchors, anchor_used, kept)
-    return _assemble(
+    return assemble(
         inputs,
         kept,
         absorbed.flatten(1),
@@ -235,7 +153,7 @@ def _average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor
     mass = torch.where(used, size.gather(1, absorbed), 0.0)
     total = size.scatter_add(1, anchors, mass)
     # Unused edges stay inside the table: they point at a survivor and weigh nothing.
-    return _assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
+    return assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
 
 
 def _mark(index: Tensor, used: Tensor, like: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def find_family(model: Any) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise UnsupportedModelError(
-            f"model is a {type(model).__name__} with model_type {kind!r}; supported are {sorted(FAMILIES)}: give one of "
-            "those Hugging Face models, or the ...Model inside"
+            f"model is a {type(model).__name__} with model_type {kind!r}; supported are {sorted(FAMILIES)}: give one "
+            "of those Hugging Face models, or the ...Model inside"
         )
     family: Family = import_module(FAMILIES[kind]).FAMILY
     return family
@@ -46,7 +46,8 @@ def locate(family: Family, model: Any) -> ModelParts:
     try:
         parts = family.locate(model)
         for layer in parts.decoder_layers:
-            _ = layer.self_attn.q_proj, layer.self_attn.k_proj
+            attention: Any = layer.self_attn
+            _ = attention.q_proj, attention.k_proj
         _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
         if parts.top is not None:
             _ = parts.top.generate, parts.top._expand_multimodal_outputs
@@ -70,9 +71,10 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
     Raises:
         Exception: whatever stopped it; the model is then as before.
     """
-    from illava_hooks.patchers.decoder import AttentionHook, DecoderLayerHook, TextModelHook, restore_lengths
-    from illava_hooks.patchers.encoder import EncoderLayerHook
     from illava_hooks.patchers.forward import BaseModelHooks, TopModelHooks
+    from illava_hooks.patchers.language.attention import AttentionHook
+    from illava_hooks.patchers.language.hooks import DecoderLayerHook, TextModelHook, restore_lengths
+    from illava_hooks.patchers.vision.hooks import EncoderLayerHook
 
     session = MergeSession(config)
     hooks, base = session.hooks, BaseModelHooks(session)

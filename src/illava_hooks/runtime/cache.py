@@ -19,7 +19,7 @@ from illava_hooks.errors import PatchStateError
 __all__ = ["MergedLayer", "cache_layer", "is_merged", "physical_lengths"]
 
 
-class MergedLayer(CacheLayerMixin):
+class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the base class
     """Mixin over a cache layer's own class.
 
     Attributes:
@@ -78,20 +78,19 @@ class MergedLayer(CacheLayerMixin):
             self._pending = 0
         else:
             self.croppable += key_states.shape[-2]
-        out: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
-        return out
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
 
     def get_seq_length(self) -> Any:
         """The logical length."""
-        length = super().get_seq_length()  # type: ignore[misc]
+        length = super().get_seq_length()  # type: ignore[safe-super]  # the stock layer comes next in line
         # A layer without keys has not begun: announced merges do not count yet.
-        return length + self.num_merged if self.is_initialized else 0  # type: ignore[attr-defined]
+        return length + self.num_merged if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The physical key length and offset."""
         if isinstance(self, StaticLayer):
             return self.max_cache_len, 0
-        return super().get_seq_length() + query_length, 0  # type: ignore[misc]
+        return super().get_seq_length() + query_length, 0  # type: ignore[safe-super]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens, as far as they are text."""
@@ -100,19 +99,19 @@ class MergedLayer(CacheLayerMixin):
                 f"cannot crop {abs(tokens_to_remove)} tokens: only the last {self.croppable} came after merged visual "
                 "tokens; start from a new cache"
             )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
+        super().crop(tokens_to_remove)  # type: ignore[misc]  # a method of the stock layers, not of their base
         self.croppable -= abs(tokens_to_remove)
         if self.key_valid is not None:
-            self.key_valid = self.key_valid[:, : super().get_seq_length()]  # type: ignore[misc]
+            self.key_valid = self.key_valid[:, : self.get_seq_length() - self.num_merged]
 
     def reset(self) -> None:
         """Forgets everything, merges too."""
-        super().reset()  # type: ignore[misc]
+        super().reset()
         self.begin()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Reorders the samples for beam search."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(beam_idx)
         if self.key_valid is not None:
             self.key_valid = self.key_valid.index_select(0, beam_idx.to(self.key_valid.device))
 
@@ -143,7 +142,7 @@ def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if isinstance(layer, MergedLayer):
         return layer
     if getattr(layer, "is_sliding", False):
@@ -151,7 +150,7 @@ def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
             f"past_key_values has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention caches; "
             "use DynamicCache or StaticCache"
         )
-    layer.__class__ = _merged_class(type(layer))
+    layer.__class__ = _merged_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
     merged: MergedLayer = layer
     merged.begin()
     return merged
@@ -165,7 +164,8 @@ def is_merged(cache: Any) -> bool:
 def physical_lengths(cache: Cache | None, num_layers: int) -> list[int]:
     """Keys that each layer holds; one transfer to the host at most (static caches count on the device)."""
     lengths: list[Any] = [0] * num_layers
-    for index, layer in enumerate(cache.layers[:num_layers] if cache is not None else ()):
+    layers: Any = () if cache is None else cache.layers[:num_layers]
+    for index, layer in enumerate(layers):
         if getattr(layer, "is_initialized", False):
             lengths[index] = layer.get_seq_length() - getattr(layer, "num_merged", 0)
     on_device = [n for n in lengths if isinstance(n, Tensor)]

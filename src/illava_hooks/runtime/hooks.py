@@ -20,7 +20,7 @@ _captured: ContextVar[dict[int, Tensor | None] | None] = ContextVar("illava_capt
 _lock = Lock()
 
 
-class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[misc]  # wrapt carries no types
+class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
     """A bound method with ``around(method, *args, **kwargs)`` in its place; keeps its signature and name.
 
     Unlike a closure it follows ``copy.deepcopy`` and pickle of the model that it belongs to.
@@ -136,7 +136,7 @@ class HookSet:
 
 
 def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
-    """accelerate stores a module's bound ``forward`` as ``_old_forward``: point it at the new class's."""
+    """Accelerate stores a module's bound ``forward`` as ``_old_forward``: point it at the new class's."""
     for name in ("_old_forward", "forward"):
         bound = vars(module).get(name)
         if getattr(bound, "__func__", None) is getattr(old, "forward", None) and bound is not None:

@@ -57,7 +57,7 @@ def causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=key_valid,
-        past_key_values=_PhysicalCache(past_length, key_length, compileable),
+        past_key_values=_PhysicalCache(past_length, key_length, compileable),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=0,
         # With a mask the skip would look at its values, which synchronises with the host.
@@ -102,6 +102,6 @@ def new_validity(attention_mask: Any, past_length: int, num_new: int, prepared: 
         return last if last.dtype == torch.bool else last == 0
     shape = getattr(attention_mask, "shape", None)
     raise PatchStateError(
-        f"attention_mask is a {type(attention_mask).__name__} of shape {tuple(shape) if shape else None}; merging needs "
-        "a 2-D padding mask (batch, length) or none; use merging(model, False) for this call"
+        f"attention_mask is a {type(attention_mask).__name__} of shape {tuple(shape) if shape else None}; merging "
+        "needs a 2-D padding mask (batch, length) or none; use merging(model, False) for this call"
     )

@@ -98,7 +98,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     with warnings.catch_warnings():
         # torch multiplies by way of CSR, of which it warns that it is young.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return torch.sparse.mm(left, right).coalesce()
+        out: Tensor = torch.sparse.mm(left, right).coalesce()
+        return out
 
 
 def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:

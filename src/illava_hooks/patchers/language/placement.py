@@ -15,7 +15,7 @@ from torch import Tensor
 from illava_hooks.config import Modality
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.spans import compact
-from illava_hooks.patchers.decoder_pass import CompactState, Layout
+from illava_hooks.patchers.language.run import CompactState, Layout
 from illava_hooks.runtime.session import ForwardState, VisualRecord
 
 __all__ = ["Placement", "place"]

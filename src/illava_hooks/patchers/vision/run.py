@@ -1,4 +1,4 @@
-"""The vision stage: what both families do between the patch embedding and the projector.
+"""One run of the vision encoder: who survives each merging layer.
 
 Shapes: ``B`` rows (tiles, or one packed row) of ``M`` units before any merge and ``K`` survivors now; a unit is
 ``u`` patches that stay together (1, or Qwen2-VL's 2x2 group of 4). ``S`` segments, ``H`` heads, ``D`` head
@@ -7,29 +7,24 @@ width. The survivors of all segments lie one after the other, in segment order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from illava_hooks.config import Modality
+from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scoring import ScoreInputs
-from illava_hooks.merge.spans import Segments, buckets, scatter_back
+from illava_hooks.merge.spans import Segments, buckets
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import EncoderTraits, max_removed
 from illava_hooks.runtime.provenance import merge_matrix, product
-from illava_hooks.runtime.session import KEY, MergeSession, VisualRecord, tell_once
+from illava_hooks.runtime.session import MergeSession, VisualRecord, tell_once
 
-#: The run of the vision encoder that this thread is in; the feature methods have no other way to hand it over.
-current_run: ContextVar[EncoderPass | None] = ContextVar("illava_encoder", default=None)
-
-__all__ = ["EncoderLayerHook", "EncoderPass", "EncoderStep", "current_run", "expand_output", "running"]
+__all__ = ["EncoderPass", "EncoderState"]
 
 
 @dataclass(slots=True)
@@ -122,9 +117,7 @@ class EncoderPass:
     def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, cut down to the survivors."""
         ordinal = self.ordinal(layer_idx)
-        if ordinal:
-            kwargs = self.traits.shrink(kwargs, self, ordinal)
-        return {**kwargs, KEY: EncoderStep(self, layer_idx)} if layer_idx in self.layers else kwargs
+        return self.traits.shrink(kwargs, self, ordinal) if ordinal else kwargs
 
     def patch_seats(self, ordinal: int) -> Tensor:
         """``(B, K * u)`` int64: original patch columns of the survivors, for RoPE tables and scores."""
@@ -205,62 +198,3 @@ class EncoderPass:
             )
             scores[members, :length] = score.view(len(members), length, unit).mean(-1)
         return scores
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderStep:
-    """What a merging layer finds in its keyword arguments."""
-
-    run: EncoderPass
-    layer_idx: int
-
-    def watch(self, *projections: nn.Module) -> None:
-        """Makes the outputs of the projections available to ``capture``."""
-        for module in projections:
-            self.run.session.hooks.capture(module)
-
-    def merge(self, hidden: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """See ``EncoderPass.merge``."""
-        return self.run.merge(self.layer_idx, hidden, query, key, scale)
-
-
-class EncoderLayerHook:
-    """Pre-hook of every encoder layer: takes the pass out of the keyword arguments, puts the survivors' in."""
-
-    def __init__(self, layer_idx: int) -> None:
-        """Remembers which layer it sits on."""
-        self.layer_idx = layer_idx
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Leaves the call alone when no pass travels with it."""
-        run = kwargs.pop(KEY, None)
-        return None if run is None else (args, run.enter(self.layer_idx, kwargs))
-
-
-@contextmanager
-def running(run: EncoderPass) -> Iterator[None]:
-    """Makes ``run`` the current one of this thread or task."""
-    token = current_run.set(run)
-    try:
-        yield
-    finally:
-        current_run.reset(token)
-
-
-def expand_output(run: EncoderPass, output: Any) -> None:
-    """Gives ``last_hidden_state`` and ``hidden_states`` of the encoder their unpatched length back."""
-    if output.last_hidden_state is not None:
-        output.last_hidden_state = _expand(run, output.last_hidden_state, len(run.plans))
-    if output.hidden_states is not None:
-        output.hidden_states = tuple(
-            None if hidden is None else _expand(run, hidden, run.ordinal(index))
-            for index, hidden in enumerate(output.hidden_states)
-        )
-
-
-def _expand(run: EncoderPass, hidden: Tensor, ordinal: int) -> Tensor:
-    owner, width = run.states[ordinal].owner, hidden.shape[-1]
-    units = hidden.reshape(run.num_rows, -1, run.traits.unit * width)
-    if units.shape[1] == owner.shape[1]:
-        return hidden
-    return scatter_back(units, owner.to(hidden.device)).reshape(*hidden.shape[:-2], -1, width)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.rules import nearest_kept
+from illava_hooks.merge.decision import nearest_kept
 from illava_hooks.merge.spans import scatter_back
-from illava_hooks.patchers.encoder import EncoderPass
-from illava_hooks.patchers.llava_layout import Folded, Geometry, fold_by_mass
-from illava_hooks.patchers.tracking import selection, token_sources, vision_tracks
+from illava_hooks.patchers.llava_onevision.layout import Folded, Geometry, fold_by_mass
+from illava_hooks.patchers.vision.run import EncoderPass
+from illava_hooks.patchers.vision.tracking import selection, token_sources, vision_tracks
 from illava_hooks.runtime.provenance import product, sparse
 from illava_hooks.runtime.session import VisualRecord
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.patchers.decoder_pass import DecoderPass
-from illava_hooks.patchers.placement import Placement
-from illava_hooks.patchers.tracking import selection
+from illava_hooks.patchers.language.placement import Placement
+from illava_hooks.patchers.language.run import DecoderPass
+from illava_hooks.patchers.vision.tracking import selection
 from illava_hooks.runtime.provenance import (
     Provenance,
     StageProvenance,
@@ -111,9 +111,7 @@ def chain(run: DecoderPass, placed: Placement) -> Provenance:
             sources = (
                 selection(seats, record.num_tokens) if record.sources is None else take_rows(record.sources, seats)
             )
-            images.append(
-                TokenProvenance(state.seats.flatten().cpu()[rows], product(weights, sources))
-            )
+            images.append(TokenProvenance(state.seats.flatten().cpu()[rows], product(weights, sources)))
         found.merges["language", layer_idx] = StageProvenance(images)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from illava_hooks.patchers.encoder import EncoderPass
+from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.runtime.provenance import product, sparse, take_rows
 
 __all__ = ["selection", "token_sources", "vision_tracks"]

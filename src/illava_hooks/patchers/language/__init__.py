@@ -1,0 +1,1 @@
+"""The language stage, the same for all families."""

@@ -1,0 +1,86 @@
+"""Qwen2-VL: one packed row of patches, 2x2 patch merger, M-RoPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
+
+from illava_hooks.config import MergeConfig, ModelLimits
+from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers.base import ModelParts
+from illava_hooks.patchers.qwen2_vl.features import ExpandTower, FeatureMethods
+from illava_hooks.patchers.qwen2_vl.layers import MergingQwen2VLVisionBlock
+from illava_hooks.runtime.report import DecoderShape, EncoderShape
+from illava_hooks.runtime.session import MergeSession
+
+__all__ = ["FAMILY", "Qwen2VL"]
+
+
+class Qwen2VL:
+    """The family."""
+
+    name = "qwen2_vl"
+    published_llm_score = "query_lse"
+
+    def locate(self, model: Any) -> ModelParts:
+        """Finds the parts of the model."""
+        base = model.model if hasattr(model, "lm_head") else model
+        return ModelParts(
+            top=model if base is not model else None,
+            base=base,
+            encoder_layers=base.visual.blocks,
+            text_model=base.language_model,
+            decoder_layers=base.language_model.layers,
+        )
+
+    def limits(self, model: Any) -> ModelLimits:
+        """Depths; images have no fixed number of tokens."""
+        return ModelLimits(
+            self.name, model.config.vision_config.depth, model.config.text_config.num_hidden_layers, None
+        )
+
+    def check(self, model: Any, config: MergeConfig) -> None:
+        """Refuses towers with other blocks."""
+        block = self.locate(model).encoder_layers[0]
+        if not isinstance(block, Qwen2VLVisionBlock):
+            raise UnsupportedModelError(f"visual has {type(block).__name__} blocks; use a stock Qwen2-VL model")
+
+    def install(self, parts: ModelParts, session: MergeSession) -> None:
+        """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
+        for layer in session.config.vit_layers:
+            session.hooks.swap_class(parts.encoder_layers[layer], MergingQwen2VLVisionBlock)
+        base: Any = parts.base
+        methods = FeatureMethods(base, session)
+        session.hooks.wrap(base, "get_image_features", methods.image_features)
+        session.hooks.wrap(base, "get_video_features", methods.video_features)
+        session.hooks.after(base.visual, ExpandTower())
+
+    def encoder_shape(self, model: Any) -> EncoderShape:
+        """Sizes of the vision tower and the patch merger."""
+        vision = model.config.vision_config
+        size = vision.spatial_merge_size**2
+        wide = vision.embed_dim * size
+        return EncoderShape(
+            vision.depth,
+            vision.embed_dim,
+            int(vision.embed_dim * vision.mlp_ratio),
+            size,
+            2 * wide * (wide + vision.hidden_size),
+        )
+
+    def decoder_shape(self, model: Any) -> DecoderShape:
+        """Sizes of the Qwen2-VL decoder."""
+        text = model.config.text_config
+        head = text.hidden_size // text.num_attention_heads
+        return DecoderShape(
+            text.num_hidden_layers, text.hidden_size, text.intermediate_size, head * text.num_key_value_heads
+        )
+
+    def text_positions(self, position_ids: Tensor) -> Tensor:
+        """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
+        return position_ids[1:] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
+
+
+FAMILY = Qwen2VL()

@@ -1,0 +1,68 @@
+"""The vision block that merges, and what belongs to a packed row of patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock, apply_rotary_pos_emb_vision
+
+from illava_hooks.patchers.vision.hooks import EncoderStep
+from illava_hooks.patchers.vision.run import EncoderPass
+from illava_hooks.runtime.hooks import capture
+from illava_hooks.runtime.session import KEY
+
+__all__ = ["MergingQwen2VLVisionBlock", "PackedTraits"]
+
+
+class MergingQwen2VLVisionBlock(Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
+    """A vision block that merges between attention and MLP when a step travels with the call."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock forward, or the merging one."""
+        step = kwargs.pop(KEY, None)
+        if step is None:
+            out: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return out
+        merged: Tensor = self._merging_forward(step, hidden_states, *args, **kwargs)
+        return merged
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _merging_forward(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        attention = self.attn
+        step.watch(attention.qkv)
+        with capture(attention.qkv) as take:
+            hidden = hidden + attention(self.norm1(hidden), *args, **kwargs)
+            projected = take(attention.qkv)
+        query, key, _ = projected.view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])
+        hidden = step.merge(hidden, query, key, attention.scaling)
+        out: Tensor = hidden + self.mlp(self.norm2(hidden))
+        return out
+
+
+MergingQwen2VLVisionBlock.__name__ = Qwen2VLVisionBlock.__name__  # `_no_split_modules` goes by name
+
+
+class PackedTraits:
+    """One row of patches, cut into images and temporal slices by ``cu_seqlens``."""
+
+    published_score = "query_lse"
+
+    def __init__(self, unit: int, multiple: int) -> None:
+        """``unit`` patches stay together; counts are multiples of ``multiple`` patches."""
+        self.unit, self.multiple = unit, multiple
+
+    def shrink(self, kwargs: dict[str, Any], run: EncoderPass, ordinal: int) -> dict[str, Any]:
+        """RoPE tables and segment borders of the survivors."""
+        tables = kwargs["position_embeddings"]
+        seats = run.patch_seats(ordinal)[0].to(tables[0].device)
+        lengths = [units * self.unit for units in run.segments[ordinal].lengths]
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {
+            **kwargs,
+            "position_embeddings": tuple(table[seats] for table in tables),
+            "cu_seqlens": borders.to(tables[0].device, non_blocking=True),
+            "max_seqlen": max(lengths),
+        }

@@ -1,0 +1,1 @@
+"""The vision stage, the same for all families."""
