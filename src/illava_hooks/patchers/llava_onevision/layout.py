@@ -51,19 +51,20 @@ def image_geometry(base: Any, num_tiles: int, num_tokens: int, image_size: Seque
         aspect: ``vision_aspect_ratio``.
     """
     pack = type(base).pack_image_features
-    index = torch.arange(num_tiles * num_tokens, dtype=torch.float64).view(num_tiles, num_tokens, 1)
-    with torch.enable_grad():
+    # The gradient of the sum tells which tokens are looked at; the caller may be in inference mode.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        index = torch.arange(num_tiles * num_tokens, dtype=torch.float64).view(num_tiles, num_tokens, 1)
         traced = index.clone().requires_grad_()
         shown = pack(base, [traced], [list(image_size)], torch.tensor([-1.0]).double(), aspect)[0][0]
         (reach,) = torch.autograd.grad(shown.sum(), traced)
-    values = shown.detach().flatten()
-    newline = pack(base, [0 * index], [list(image_size)], torch.tensor([1.0]).double(), aspect)[0][0].flatten() > 0
-    shrunk = bool((values != values.round()).any())
-    source = values.round().long()
-    if shrunk:
-        source[num_tokens:] = -1
-    packed = torch.full((num_tiles * num_tokens,), -1)
-    packed[source[source >= 0]] = (source >= 0).nonzero().flatten()
+        values = shown.detach().flatten()
+        newline = pack(base, [0 * index], [list(image_size)], torch.tensor([1.0]).double(), aspect)[0][0].flatten() > 0
+        shrunk = bool((values != values.round()).any())
+        source = values.round().long()
+        if shrunk:
+            source[num_tokens:] = -1
+        packed = torch.full((num_tiles * num_tokens,), -1)
+        packed[source[source >= 0]] = (source >= 0).nonzero().flatten()
     return Geometry(source, packed, (reach != 0).squeeze(-1), newline, shrunk)
 
 
