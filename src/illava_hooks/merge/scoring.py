@@ -40,6 +40,7 @@ class ScoreInputs:
         key: ``(S, G, P, D)`` keys with RoPE; the scored tokens are the last ``N`` of them.
         query: returns the queries of the scored tokens, ``(S, H, N, D)``, with RoPE.
         last_query: returns the one query that decides in the language model, ``(S, H, D)``.
+        last_place: ``(S,)`` int64, which of the ``N`` tokens that query belongs to; None in the encoder.
         positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
         key_valid: ``(S, P)`` bool or None, False on padding.
         scale: factor of the attention logits.
@@ -55,6 +56,7 @@ class ScoreInputs:
     scale: float
     layer_idx: int
     causal: bool
+    last_place: Tensor | None = None
 
 
 Score = Callable[[ScoreInputs], Tensor]
@@ -100,6 +102,12 @@ def last_query_attention(inputs: ScoreInputs) -> Tensor:
     logits = logits.float() * inputs.scale
     if inputs.key_valid is not None:
         logits = logits.masked_fill(~inputs.key_valid[:, None, None], torch.finfo(logits.dtype).min)
+    if inputs.last_place is not None:
+        # Tokens behind the query (labels, candidates) must not have a say.
+        num_keys = inputs.key.shape[2]
+        last = inputs.last_place + num_keys - inputs.positions.shape[1]
+        behind = torch.arange(num_keys, device=logits.device) > last[:, None]
+        logits = logits.masked_fill(behind[:, None, None], torch.finfo(logits.dtype).min)
     return logits.softmax(-1).flatten(1, 2).mean(1)[:, -inputs.positions.shape[1] :]
 
 

@@ -55,7 +55,17 @@ class AttentionHook:
 
         seats = state.seats.to(hidden.device)
         merging = self.layer_idx + 1
-        inputs = ScoreInputs(key, query, last_query, seats, valid, module.scaling, merging, causal=True)
+        inputs = ScoreInputs(
+            key,
+            query,
+            last_query,
+            seats,
+            valid,
+            module.scaling,
+            merging,
+            causal=True,
+            last_place=state.query.to(hidden.device),
+        )
         run.rank(merging, inputs, new_key.transpose(1, 2).flatten(2).flatten(0, 1))
 
     def _with_past(self, plan: LayerPlan, run: DecoderPass, new_key: Tensor) -> tuple[Tensor, Tensor | None]:
