@@ -154,7 +154,7 @@ def cluster(scores: Sequence[float], num_removed: int, hidden: Tensor) -> Merge:
 
     Returns:
         The merge; redundant tokens that nobody takes are lost, one taken by several is held by the one that
-        gives it the largest weight.
+        gives it the largest weight (in float32, where saturated weights are equal; then by the lowest-scored).
     """
     order = ascending(scores)
     redundant, kept = order[:num_removed], order[num_removed:]
@@ -163,14 +163,14 @@ def cluster(scores: Sequence[float], num_removed: int, hidden: Tensor) -> Merge:
     holder: list[int | None] = [None if token in redundant else token for token in range(len(scores))]
     strongest: dict[int, float] = {}
     for recycler in kept[:num_recyclers]:
-        similarity = {token: float(hidden[recycler] @ hidden[token]) for token in redundant}
+        similarity = dict(zip(redundant, (hidden[redundant] @ hidden[recycler]).tolist(), strict=True))
         taken = sorted(redundant, key=lambda token, of=similarity: (-of[token], token))[:TAKEN_BY_RECYCLER]
         weights = _softmax([similarity[token] / math.sqrt(hidden.shape[1]) for token in taken])
         recipe[recycler] = [(recycler, 0.5)]
         for token, weight in zip(taken, weights, strict=True):
             recipe[recycler].append((token, 0.5 * weight))
-            if weight > strongest.get(token, 0.0):
-                strongest[token], holder[token] = weight, recycler
+            if _single(weight) > strongest.get(token, 0.0):
+                strongest[token], holder[token] = _single(weight), recycler
     return Merge(sorted(kept), recipe, holder)
 
 
@@ -256,6 +256,11 @@ def _averaged(kept: list[int], anchors: dict[int, int], sizes: Sequence[float]) 
 def _cosines(keys: Tensor) -> list[list[float]]:
     unit = keys / keys.norm(dim=-1, keepdim=True)
     return (unit @ unit.T).tolist()
+
+
+def _single(value: float) -> float:
+    """Rounded to float32."""
+    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _softmax(values: Sequence[float]) -> list[float]:
@@ -401,6 +406,7 @@ class Visual:
     segments: list[Segment]
 
 
+@torch.no_grad()
 def vision_stage(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> list[Visual]:
     """Runs the vision encoder with merging: images first, then videos, each in the order of the inputs."""
     stage = {"llava_onevision": _llava_visuals, "qwen2_vl": _qwen_visuals}[model.config.model_type]

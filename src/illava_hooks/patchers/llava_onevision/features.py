@@ -109,23 +109,20 @@ class FeatureMethods:
             settled = [front_record(run, t, s, len(p)) for t, s, p in zip(tiles, small, packed, strict=True)]
         else:
             settled = [
-                settle_image(run, t, p, self.geometry(len(f), size, aspect), self._mass(method, t, size, aspect))
+                settle_image(run, t, p, self.geometry(len(f), size, aspect), self._show(method, size, aspect))
                 for t, p, f, size in zip(tiles, packed, features, sizes, strict=True)
             ]
         run.records = [record for _, record in settled]
         return [tokens for tokens, _ in settled], lengths
 
-    def _mass(
-        self, method: Callable[..., Any], tiles: Tiles, size: tuple[int, ...], aspect: str
-    ) -> Callable[[], Tensor]:
-        """How much of each packed token are survivors, by the stock method over their mask."""
+    def _show(self, method: Callable[..., Any], size: tuple[int, ...], aspect: str) -> Callable[[Tensor], Tensor]:
+        """The stock packing of any values ``(T, N, c)`` on the tiles of one image; newlines are zero."""
 
-        def mass() -> Tensor:
-            mask = tiles.keep[..., None].float()
-            packed: Tensor = method([mask], [list(size)], mask.new_ones(1), aspect)[0][0]
-            return packed[:, 0]
+        def show(values: Tensor) -> Tensor:
+            packed: Tensor = method([values], [list(size)], values.new_zeros(values.shape[-1]), aspect)[0][0]
+            return packed
 
-        return mass
+        return show
 
     def pool(self, method: Callable[..., Any], image_features: Tensor) -> Tensor:
         """Around ``apply_pooling``: pools the expanded frames and keeps as many tokens as the encoder kept."""

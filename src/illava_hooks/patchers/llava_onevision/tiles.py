@@ -17,7 +17,7 @@ from illava_hooks.merge.spans import scatter_back
 from illava_hooks.patchers.llava_onevision.layout import Folded, Geometry, fold_by_mass
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.patchers.vision.tracking import selection, token_sources, vision_tracks
-from illava_hooks.runtime.provenance import product, sparse
+from illava_hooks.runtime.provenance import product, sparse, take_rows
 from illava_hooks.runtime.session import VisualRecord
 
 __all__ = ["Tiles", "front_record", "settle_image", "settle_video"]
@@ -83,7 +83,7 @@ def front_record(run: EncoderPass, tiles: Tiles, small: Tensor, num_tokens: int)
 
 
 def settle_image(
-    run: EncoderPass, tiles: Tiles, packed: Tensor, geometry: Geometry, mass: Callable[[], Tensor]
+    run: EncoderPass, tiles: Tiles, packed: Tensor, geometry: Geometry, show: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, VisualRecord]:
     """Finds the survivors among packed tokens.
 
@@ -92,7 +92,7 @@ def settle_image(
         tiles: the image's tiles.
         packed: ``(P, C)`` stock packing of the expanded tiles.
         geometry: how stock packs this image.
-        mass: gives the stock packing of the survivors' mask, ``(P,)``; asked only where stock interpolates.
+        show: the stock packing of any values on the tiles, ``(T, N, c)`` to ``(P, c)``, with zero newlines.
 
     Returns:
         ``(P, C)`` tokens and the record.
@@ -103,25 +103,29 @@ def settle_image(
     from_tile = source >= 0
     keep = torch.where(from_tile, tiles.keep.flatten()[source.clamp_min(0)], newline)
     holder = torch.where(from_tile, places[tiles.holders()[source.clamp_min(0)]], index)
-    folded: Folded | None = None
+    shares = torch.ones(len(packed), device=device)
     grid = slice(tiles.owner.shape[1], None)
     if geometry.shrunk:
         inside = (~geometry.is_newline[grid]).nonzero().flatten().to(device) + tiles.owner.shape[1]
         columns = len(inside) // int(geometry.is_newline.sum())
         num_kept = math.ceil(len(inside) * tiles.seats.shape[1] / tiles.owner.shape[1])
-        folded = fold_by_mass(packed[inside][None], mass()[inside][None], num_kept, columns)
+        mask = tiles.keep[..., None].float()
+        folded = fold_by_mass(packed[inside][None], show(mask)[inside].T, num_kept, columns)
         packed = packed.index_copy(0, inside, folded.values[0])
         keep = keep.index_copy(0, inside, folded.keep[0])
         holder = holder.index_copy(0, inside, inside[folded.holder[0]])
+        shares = shares.index_copy(0, inside, folded.shares[0])
     # The owner of a place may be cropped away itself: then the nearest token that stays stands for it.
     fallback = nearest_kept(keep[None], torch.tensor([[len(keep)]], device=device))[0]
     holder = torch.where(keep, index, torch.where(holder < 0, fallback, holder))
 
-    def tokens() -> Tensor:
+    def chosen() -> Tensor:
         rows = torch.where(from_tile, tiles.survivor_rows()[source.clamp_min(0)], -1)
         return selection(rows, tiles.seats.numel())
 
-    return packed, _record(run, tiles, keep, holder, None if folded is not None else tokens)
+    at = torch.where(from_tile, index, holder)
+    tokens = _Interpolated(tiles, show, at, shares) if geometry.shrunk else chosen
+    return packed, _record(run, tiles, keep, holder, tokens)
 
 
 def settle_video(
@@ -144,44 +148,63 @@ def settle_video(
         shown = torch.arange(n, device=pooled.device).clamp_max(small.shape[1] - 1).expand(frames, n)
         folded = Folded(scatter_back(small, shown), shown == torch.arange(n, device=pooled.device), shown, shown * 0.0)
     else:
-        mass = pool(tiles.keep[..., None].to(pooled.dtype))[..., 0]
+        mass = pool(tiles.keep[..., None].float())[..., 0]
         num_kept = math.ceil(n * tiles.seats.shape[1] / tiles.owner.shape[1])
         folded = fold_by_mass(pooled, mass, num_kept, math.isqrt(n))
     records = []
     per_video = frames // run.num_videos
+    start = torch.arange(per_video, device=pooled.device)[:, None] * n
     for first in range(0, frames, per_video):
         rows = slice(first, first + per_video)
         video = Tiles(first, first + per_video, tiles.owner[rows], tiles.seats[rows], tiles.keep[rows])
-        start = torch.arange(per_video, device=pooled.device)[:, None] * n
         keep = torch.nn.functional.pad(folded.keep[rows].flatten(), (0, 1), value=True)
         holder = (folded.holder[rows] + start).flatten()
         holder = torch.cat([holder, holder.new_tensor([per_video * n])])
-        part = Folded(folded.values[rows], folded.keep[rows], folded.holder[rows], folded.shares[rows])
-        weights = None if small is not None else _PooledTokens(video, part, pool)
-        records.append(_record(run, video, keep, holder, weights))
+        shares = torch.nn.functional.pad(folded.shares[rows].flatten(), (0, 1))
+        tokens = None if small is not None else _Interpolated(video, _with_newline(pool), holder, shares)
+        records.append(_record(run, video, keep, holder, tokens))
     return folded.values, records
 
 
+def _with_newline(pool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Pooling of one video, ``(T, N, c)`` to ``(T * n + 1, c)``; the newline shows nothing."""
+    return lambda values: torch.nn.functional.pad(pool(values).flatten(0, 1), (0, 0, 0, 1))
+
+
+def _fold_matrix(holder: Tensor, shares: Tensor) -> Tensor:
+    """Sparse ``(n, n)``: what each token shows after its group was folded into its holder."""
+    holder, n = holder.cpu(), len(holder)
+    return take_rows(sparse(holder, torch.arange(n), shares.cpu(), (n, n)), holder)
+
+
 @dataclass(frozen=True, slots=True)
-class _PooledTokens:
-    """Weights of survivors in pooled tokens; computed only when tracked."""
+class _Interpolated:
+    """Weights of survivors in tokens that the stock code interpolates; computed only when tracked.
+
+    Attributes:
+        tiles: the tiles or frames.
+        show: runs the stock code over ``(T, N, c)`` values: ``(P, c)``.
+        holder: ``(P,)`` int64.
+        shares: ``(P,)`` float32, the weight with which each token entered its holder.
+    """
 
     tiles: Tiles
-    folded: Folded
-    pool: Callable[[Tensor], Tensor]
+    show: Callable[[Tensor], Tensor]
+    holder: Tensor
+    shares: Tensor
 
     def __call__(self) -> Tensor:
-        frames, grid = self.tiles.owner.shape
-        kernel = self.pool(torch.eye(grid).expand(1, grid, grid))[0]
-        n, kept = kernel.shape[0], self.tiles.seats.shape[1]
-        token, place = kernel.nonzero(as_tuple=True)
-        parts = []
-        for frame in range(frames):
-            onto = sparse(token, self.tiles.owner[frame].cpu()[place], kernel[token, place], (n, kept))
-            fold = sparse(self.folded.holder[frame].cpu(), torch.arange(n), self.folded.shares[frame].cpu(), (n, n))
-            part = product(fold, onto)
-            part = torch.index_select(part, 0, self.folded.holder[frame].cpu()).coalesce()
-            index = part.indices()
-            parts.append((index[0] + frame * n, index[1] + frame * kept, part.values()))
-        rows, columns, values = (torch.cat(piece) for piece in zip(*parts, strict=True))
-        return sparse(rows, columns, values, (frames * n + 1, frames * kept))
+        num_tiles, grid = self.tiles.owner.shape
+        survivors = self.tiles.survivor_rows().cpu()
+        rows, columns, values = [], [], []
+        for tile in range(num_tiles):
+            probe = torch.zeros(num_tiles, grid, grid)
+            probe[tile] = torch.eye(grid)
+            kernel = self.show(probe)
+            token, place = kernel.nonzero(as_tuple=True)
+            rows.append(token)
+            columns.append(survivors[tile * grid + place])
+            values.append(kernel[token, place])
+        shape = (len(self.holder), self.tiles.seats.numel())
+        shown = sparse(torch.cat(rows), torch.cat(columns), torch.cat(values), shape)
+        return product(_fold_matrix(self.holder, self.shares), shown)
