@@ -1,0 +1,145 @@
+"""What several test files share: prompts of every kind, settings that merge, and all that a model gives out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from tiny_models import Inputs, Sample, inputs_for
+
+#: Settings that merge in both stages of the tiny models.
+MERGING: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [2], "llm_ratio": 0.5}
+
+#: Every kind of input; LLaVA-OneVision cuts the single images into tiles.
+PROMPTS: dict[str, tuple[Sample, ...]] = {
+    "image": (Sample(1, images=((60, 64),)),),
+    "images": (Sample(2, images=((48, 30), (64, 64), (32, 32))),),
+    "ragged": (Sample(1, images=((48, 30),)), Sample(2, images=((30, 30), (64, 64))), Sample(5, text=(9,))),
+    "video": (Sample(3, videos=(4,)),),
+    "image and video": (Sample(4, images=((60, 40),), videos=(4,), order="vi", text=(2, 3, 5)),),
+    "text": (Sample(5, text=(9,)),),
+}
+VISUAL = tuple(kind for kind in PROMPTS if kind != "text")
+
+NEW_TOKENS = 3
+
+#: The key under which a patched model's feature outputs carry what the language stage must know.
+RECORDS = "illava_state"
+
+Found = dict[str, Tensor]
+
+
+def prompt(model: Any, kind: str, **kwargs: Any) -> Inputs:
+    """The inputs of one kind for a model."""
+    return inputs_for(model, PROMPTS[kind], **kwargs)
+
+
+# ---------------------------------------------------------------------------- what a model gives out
+
+
+def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in an output with its place, caches opened up."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Cache):
+        yield f"{name}.length", torch.as_tensor(value.get_seq_length())
+        for index, layer in enumerate(value.layers):
+            yield f"{name}.{index}.keys", layer.keys
+            yield f"{name}.{index}.values", layer.values
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != RECORDS:
+                yield from tensors_of(item, f"{name}.{key}")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for index, item in enumerate(value):
+            yield from tensors_of(item, f"{name}.{index}")
+    elif value is not None:
+        raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+@torch.no_grad()
+def forward(model: Any, inputs: Inputs, **kwargs: Any) -> Found:
+    """Logits, hidden states and cache of a forward."""
+    return dict(tensors_of(model(**inputs, output_hidden_states=True, **kwargs), "forward"))
+
+
+def logits(model: Any, inputs: Inputs, **kwargs: Any) -> Tensor:
+    """Logits of a forward."""
+    return forward(model, inputs, **kwargs)["forward.logits"]
+
+
+def generate(model: Any, inputs: Inputs, **kwargs: Any) -> Found:
+    """Ids, logits of each step and, for greedy search, hidden states and cache of a generation."""
+    wanted = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": not kwargs}
+    out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **wanted, **kwargs)
+    if kwargs:
+        out = {"sequences": out.sequences, "logits": out.logits}
+    return dict(tensors_of(out, " ".join(["generate", *map(str, kwargs.values())])))
+
+
+def feature_outputs(model: Any, inputs: Inputs, **kwargs: Any) -> dict[str, Any]:
+    """What the feature methods return, by modality."""
+    arguments = {
+        "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    return {
+        kind: getattr(model, f"get_{kind}_features")(**{n: inputs[n] for n in names if n in inputs}, **kwargs)
+        for kind, names in arguments.items()
+        if names[0] in inputs
+    }
+
+
+@torch.no_grad()
+def features(model: Any, inputs: Inputs) -> Found:
+    """Visual features and the vision encoder's hidden states."""
+    return dict(tensors_of(feature_outputs(model, inputs, output_hidden_states=True), "features"))
+
+
+def everything(model: Any, inputs: Inputs) -> Found:
+    """All that a model gives out for one prompt, whichever way it is called."""
+    found = forward(model, inputs) | features(model, inputs) | generate(model, inputs)
+    return found | generate(model, inputs, num_beams=2) | generate(model, inputs, cache_implementation="static")
+
+
+# ------------------------------------------------------------------------------------ comparing
+
+
+def assert_same(ours: Found, theirs: Found) -> None:
+    """Bitwise the same tensors at the same places."""
+    assert list(ours) == list(theirs)
+    changed = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert not changed, f"{len(changed)} of {len(theirs)} tensors differ: {changed[:8]}"
+
+
+def assert_near(ours: Found, theirs: Found, *, atol: float, rtol: float = 0.0) -> None:
+    """The same tensors at the same places up to a tolerance."""
+    assert list(ours) == list(theirs)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(
+            ours[name], expected, atol=atol, rtol=rtol, msg=lambda message, name=name: f"{name}\n{message}"
+        )
+
+
+def assert_differ(ours: Tensor, theirs: Tensor, by: float = 1e-3) -> None:
+    """Some value of the same shape is clearly another: what is compared elsewhere could have differed."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() > by
+
+
+def assert_says(error: BaseException, *parts: str) -> None:
+    """The message is one line and holds each part, a regular expression."""
+    message = str(error)
+    assert "\n" not in message
+    missing = [part for part in parts if not re.search(part, message)]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+def every(function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
+    """``[function(item), ...]``."""
+    return [function(item) for item in items]
