@@ -1,0 +1,186 @@
+"""The report: counts by hand, FLOPs against torch's own counter, KV bytes against the cache."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from illava_hooks import MergeReport, merging, patch
+from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llava_onevision": {"vit_layers": [1, 2], "vit_r": 7, "llm_layers": [1, 3], "llm_ratio": 0.6},
+    "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
+}
+RAGGED = [
+    Sample(text_seed=1, images=((48, 30), (64, 64))),
+    Sample(text_seed=2),
+    Sample(text_seed=3, images=((32, 90),), videos=(4,)),
+]
+
+
+def run(family: str, samples: list[Sample], **other: Any) -> tuple[Any, Inputs, Any, MergeReport]:
+    """A patched forward: model, inputs, output, report."""
+    model = tiny_model(family)
+    inputs = inputs_for(model, samples)
+    session = patch(model, **{**SETTINGS[family], **other})
+    with torch.no_grad():
+        output = model(**inputs)
+    return model, inputs, output, session.report
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_follow_from_the_settings(family: str) -> None:
+    model, inputs, output, report = run(family, RAGGED)
+    assert [v.sample for v in report.visuals] == [0, 0, 2, 2]
+    assert [v.modality for v in report.visuals] == ["image", "image", "image", "video"]
+    assert report.images == report.visuals[:3] and report.videos == report.visuals[3:]
+    assert report.prompt_tokens == tuple(inputs["attention_mask"].sum(1).tolist())
+    for visual in report.visuals:
+        entry, *_ = visual.language_tokens
+        second = entry - round(entry * (1 - 0.6))
+        third = second - round(second * (1 - 0.6))
+        assert visual.language_tokens == (entry, second, second, third)
+        assert visual.kept_fraction == third / visual.prompt_tokens
+    whole, left = sum(v.prompt_tokens for v in report.visuals), sum(v.language_tokens[-1] for v in report.visuals)
+    assert report.kept_fraction == left / whole
+    physical = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    assert physical == [max(lengths) for lengths in report.sequence_tokens]
+    for layer, lengths in enumerate(report.sequence_tokens):
+        for sample, length in enumerate(lengths):
+            mine = [v for v in report.visuals if v.sample == sample]
+            merged = sum(v.prompt_tokens - v.language_tokens[layer] for v in mine)
+            assert length == report.prompt_tokens[sample] - merged
+
+
+def test_vision_tokens_of_llava_onevision() -> None:
+    *_, report = run("llava_onevision", RAGGED)
+    single_tile = (64, 64, 57, 50, 50)
+    assert report.visuals[0].vision_tokens == single_tile  # two images in one sample: a base tile each
+    tiles = report.visuals[2].vision_tokens[0] // 64
+    assert report.visuals[2].vision_tokens == tuple(tiles * n for n in single_tile)
+    assert report.visuals[3].vision_tokens == tuple(4 * n for n in single_tile)
+    pooled = 16  # 8 x 8 tokens of a frame become 4 x 4
+    assert report.visuals[3].language_tokens[0] == 4 * math.ceil(pooled * 50 / 64) + 1
+
+
+def test_vision_tokens_of_qwen2_vl_come_in_groups() -> None:
+    model, inputs, _, report = run("qwen2_vl", RAGGED)
+    grids = [*inputs["image_grid_thw"].tolist(), *inputs["video_grid_thw"].tolist()]
+    for visual, (slices, height, width) in zip(report.visuals, grids, strict=True):
+        chain = [height * width]
+        for _ in range(2):
+            chain.append(chain[-1] - int(chain[-1] * 0.25) // 4 * 4)
+        expected = (chain[0], chain[0], chain[1], chain[2], chain[2])
+        assert visual.vision_tokens == tuple(slices * n for n in expected)
+        assert visual.language_tokens[0] == slices * chain[2] // 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kv_bytes_are_those_of_the_cache(family: str) -> None:
+    model, inputs, output, report = run(family, RAGGED[:1])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    with torch.no_grad(), merging(model, False):
+        whole = model(**inputs).past_key_values
+    assert report.kv_bytes == (held, sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers))
+
+
+def attention_flops(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """What torch's counter does not know on the CPU: two matrix products of a full attention map."""
+    batch, heads, rows, width = query
+    return 2 * 2 * batch * heads * rows * key[2] * width
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_run(family: str, merged: bool) -> None:
+    """Against torch's counter, by kind of operation; the causal half is the formula's own convention."""
+    model = tiny_model(family)
+    inputs = inputs_for(model, RAGGED[:1])
+    # Random scores need no products in the encoder; what scoring costs there has a test of its own.
+    session = patch(model, **SETTINGS[family], method="random")
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={flash: attention_flops})
+    with torch.no_grad():
+        model(**inputs)
+        report = session.report
+        with merging(model, merged), counter:
+            model(**inputs)
+    index = 0 if merged else 1
+    text = model.config.text_config
+    lengths = [n for (n,) in report.sequence_tokens] if merged else [report.prompt_tokens[0]] * 4
+    counts = counter.get_flop_counts()
+    base = type(model.model).__name__
+    language = counts[next(k for k in counts if k.endswith("language_model"))]
+    linear = sum(n for op, n in language.items() if "attention" not in str(op))
+    attention = sum(n for op, n in language.items() if "attention" in str(op))
+    width = text.hidden_size
+    key_width = width // text.num_attention_heads * text.num_key_value_heads
+    causal = sum(2 * n * n * width for n in lengths)
+    scored = sum(2 * lengths[k - 1] * width * key_width for k in (1, 3)) if merged else 0
+    assert linear - scored == report.llm_flops[index] - causal
+    assert attention == 2 * causal
+    tower = (
+        counts[next(k for k in counts if k.endswith(("vision_tower.encoder", "visual.blocks")) or k == "")]
+        if False
+        else None
+    )
+    assert tower is None and base
+    blocks = [v for k, v in counts.items() if _is_encoder_layer(k)]
+    assert sum(sum(block.values()) for block in blocks) == report.encoder_flops[index]
+    projector = counts[next(k for k in counts if k.endswith(("multi_modal_projector", "visual.merger")))]
+    assert sum(projector.values()) == report.projector_flops[index]
+
+
+def _is_encoder_layer(name: str) -> bool:
+    parent, _, number = name.rpartition(".")
+    return number.isdigit() and parent.endswith(("encoder.layers", "visual.blocks"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_costs_what_it_should(family: str) -> None:
+    """Encoder scores add two products per score map: the logits, and a row of inverse sums (N x N x H)."""
+    model = tiny_model(family)
+    inputs = inputs_for(model, [Sample(text_seed=1, images=((32, 32),))])
+    counts = {}
+    for method in ("random", "fastv"):
+        patch(model, vit_layers=[1], vit_r=0.25, llm_layers=[], llm_ratio=1.0, method=method)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.get_image_features(
+                **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
+            )
+        counts[method] = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+    vision = model.config.vision_config
+    heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    n = 64
+    tiles = 2 if family == "llava_onevision" else 1
+    assert counts["fastv"] - counts["random"] == tiles * (2 * n * n * width + 2 * n * n * heads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_of_the_report(family: str) -> None:
+    *_, report = run(family, RAGGED)
+    text = str(report)
+    assert "image of sample 0" in text and "video of sample 2" in text
+    assert f"kept fraction of visual tokens: {report.kept_fraction:.3f}" in text
+    for stage in ("encoder", "projector", "language model", "prefill in all", "KV cache"):
+        assert stage in text
+    assert report.flops[0] < report.flops[1]
+
+
+def test_features_that_came_ready_made_have_no_encoder_cost() -> None:
+    model = tiny_model("llava_onevision")
+    inputs = inputs_for(model, RAGGED[:1])
+    with torch.no_grad():
+        keys = ("pixel_values", "image_sizes", "batch_num_images")
+        features = model.get_image_features(**{k: inputs[k] for k in keys if k in inputs}, return_dict=True)
+        session = patch(model, **SETTINGS["llava_onevision"])
+        model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": features})
+    assert session.report.encoder_flops == session.report.projector_flops == (0, 0)
+    assert session.report.images[0].vision_tokens == ()
+    assert session.report.llm_flops[0] < session.report.llm_flops[1]
