@@ -29,9 +29,7 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeatu
 
 
 @torch.inference_mode()
-def compare(
-    model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature, method: str, length: int
-) -> None:
+def compare(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature, method: str, length: int) -> None:
     """Print the text of both and the largest difference of their logits, over the prompt and at its end."""
     stock_text, stock_logits = answer(model, processor, inputs, length), model(**inputs).logits
     patch(model, method=method)

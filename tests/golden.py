@@ -148,9 +148,7 @@ def language_model() -> PreTrainedModel:
     table, head = state["model.embed_tokens.weight"], state.pop("lm_head.weight")
     ids = range(len(table) + len(text))
     state["model.embed_tokens.weight"] = rows(torch.cat([table, text]), ids, vocab_size)
-    load_exactly(
-        model.model.language_model, {name.removeprefix("model."): value for name, value in state.items()}
-    )
+    load_exactly(model.model.language_model, {name.removeprefix("model."): value for name, value in state.items()})
     load_exactly(model.lm_head, {"weight": rows(head, range(len(head)), vocab_size)})
     return model
 
@@ -307,8 +305,7 @@ def encoder_merges(case: str, num_segments: int = 1) -> list[list[Merge]]:
     """Returns the merges of a case A or C: per segment (tile or image), layer after layer."""
     layers = cases()[case]["settings"]["vit_layers"]
     indices = [
-        [golden(case, f"{name}.{i}").view(num_segments, -1) for name in ("lowest", "kept_local")]
-        for i in layers
+        [golden(case, f"{name}.{i}").view(num_segments, -1) for name in ("lowest", "kept_local")] for i in layers
     ]
     return [[Merge(lowest[s], kept[s]) for lowest, kept in indices] for s in range(num_segments)]
 
@@ -381,9 +378,7 @@ def traced(model: PreTrainedModel) -> Iterator[Trace]:
         return read
 
     language = model.model.language_model
-    handles = [
-        language.norm.register_forward_hook(lambda module, args, output: trace.final.append(output.detach()))
-    ]
+    handles = [language.norm.register_forward_hook(lambda module, args, output: trace.final.append(output.detach()))]
     for index, layer in enumerate(language.layers):
         handles.append(layer.input_layernorm.register_forward_pre_hook(norm_hook(index)))
         handles.append(layer.self_attn.register_forward_pre_hook(attention_hook(index), with_kwargs=True))
@@ -405,9 +400,7 @@ def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor | None]]:
 
         return read
 
-    handles = [
-        module.register_forward_pre_hook(reader(i), with_kwargs=True) for i, module in enumerate(modules)
-    ]
+    handles = [module.register_forward_pre_hook(reader(i), with_kwargs=True) for i, module in enumerate(modules)]
     try:
         yield seen
     finally:
@@ -425,9 +418,7 @@ def rotary_of(model: PreTrainedModel, position_ids: Tensor) -> tuple[Tensor, Ten
 
 def assert_near(label: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Compares floats by their largest absolute difference, and notes it under `label`."""
-    assert actual.shape == expected.shape, (
-        f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     error = (actual.float() - expected.float()).abs().max().item()
     reached[label] = max(error, reached.get(label, 0.0))
     assert error <= tolerance, f"{label}: largest error {error:.2e}, allowed {tolerance:.0e}"

@@ -91,9 +91,7 @@ def test_offline_prompts_survive_the_tokenizer(family: str) -> None:
     assert text.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(processor.image_token_id) > 50
-    assert [
-        ids.count(processor.tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")
-    ] == [2, 1]
+    assert [ids.count(processor.tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>")] == [2, 1]
 
 
 def test_the_video_is_a_film() -> None:

@@ -59,9 +59,7 @@ def walk_language(model: PreTrainedModel, prompt: gold.Prompt, case: str, seen: 
         for index, layer in enumerate(language.layers):
             if step == 0 and index in merge_layers:
                 own = [span_merges[merge_layers.index(index)] for span_merges in merges]
-                matrices = [
-                    merge.matrix(stop - start) for merge, (start, stop) in zip(own, spans, strict=True)
-                ]
+                matrices = [merge.matrix(stop - start) for merge, (start, stop) in zip(own, spans, strict=True)]
                 hidden_states = gold.sequence_merge(matrices, spans, hidden_states.shape[1]) @ hidden_states
                 spans = shrunk([len(matrix) for matrix in matrices], spans)
                 position_ids = gold.golden(case, f"position_ids.{index}").view(*position_ids.shape[:-1], -1)
@@ -105,9 +103,7 @@ def test_stock_siglip_carries_the_published_weights() -> None:
         hidden_states = hidden_states + layer.self_attn(layer.layer_norm1(hidden_states))[0]
         if index in merge_layers:
             step, num_tokens = merge_layers.index(index), hidden_states.shape[1]
-            hidden_states = (
-                torch.stack([merges[t][step].matrix(num_tokens) for t in range(num_tiles)]) @ hidden_states
-            )
+            hidden_states = torch.stack([merges[t][step].matrix(num_tokens) for t in range(num_tiles)]) @ hidden_states
         hidden_states = hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
         if index in (0, 1, 5):
             expected = gold.golden("A1", f"hidden.{index + 1}")
@@ -117,9 +113,7 @@ def test_stock_siglip_carries_the_published_weights() -> None:
 def test_stock_qwen2_vl_encoder_gives_the_published_features() -> None:
     """C0: without merging, the stock vision encoder and patch merger give the published features."""
     model = gold.qwen2_vl_model()
-    features = model.get_image_features(
-        gold.golden("C0", "patches"), gold.golden("C0", "grid_thw")
-    ).pooler_output
+    features = model.get_image_features(gold.golden("C0", "patches"), gold.golden("C0", "grid_thw")).pooler_output
     gold.assert_near("stock C0 merger_out", features[0], gold.golden("C0", "merger_out"), 1e-5)
 
 
@@ -148,9 +142,7 @@ def test_stock_qwen2_vl_encoder_with_recorded_merges() -> None:
         if index in (1, 4):
             expected = gold.golden("C1", f"block_out.{index}")
             gold.assert_near(f"stock C1 block_out.{index}", hidden_states, expected, 2e-5)
-    gold.assert_near(
-        "stock C1 merger_out", visual.merger(hidden_states), gold.golden("C1", "merger_out"), 2e-5
-    )
+    gold.assert_near("stock C1 merger_out", visual.merger(hidden_states), gold.golden("C1", "merger_out"), 2e-5)
 
 
 @pytest.mark.parametrize("case", LANGUAGE_CASES)
@@ -220,9 +212,7 @@ def test_encoder_of_llava_onevision() -> None:
         assert torch.equal(torch.stack([seats for seats, _ in tiles]), published)
         seats = published + torch.arange(num_tiles)[:, None] * num_tokens
         (image,) = images
-        assert_provenance(
-            f"A1 layer {step + 1}", image, seats.flatten(), torch.block_diag(*(s for _, s in tiles))
-        )
+        assert_provenance(f"A1 layer {step + 1}", image, seats.flatten(), torch.block_diag(*(s for _, s in tiles)))
 
 
 def test_encoder_with_exactly_tied_scores() -> None:
@@ -266,9 +256,7 @@ def test_prefill(case: str) -> None:
     logits = outputs.logits[0, -1, : gold.NUM_LOGITS]
     gold.assert_near(f"{case} prefill logits", logits, gold.golden(case, "decode_logits")[0], 2e-5)
     gold.assert_near(f"{case} final_hidden", trace.final[0][0], gold.golden(case, "final_hidden"), 2e-5)
-    assert [trace.entering[i][0].shape[1] for i in range(len(trace.entering))] == description[
-        "prefill_lengths"
-    ]
+    assert [trace.entering[i][0].shape[1] for i in range(len(trace.entering))] == description["prefill_lengths"]
     merges = gold.language_merges(case, prompt.spans)
     for step, layer in enumerate(layers):
         expected = gold.golden(case, f"layer_in.{layer}")
@@ -333,9 +321,7 @@ def test_generate(case: str) -> None:
 def layout_model() -> PreTrainedModel:
     """Builds a LLaVA-OneVision with the geometry of the cases E: tiles of 384 pixels, 4 channels."""
     vision = gold.TINY_VISION | {"image_size": 384, "patch_size": 14}
-    return gold.llava_onevision(
-        vision, gold.TINY_TEXT | {"hidden_size": 4}, image_grid_pinpoints=[[384, 768]]
-    )
+    return gold.llava_onevision(vision, gold.TINY_TEXT | {"hidden_size": 4}, image_grid_pinpoints=[[384, 768]])
 
 
 def test_compact_grid() -> None:
@@ -343,9 +329,7 @@ def test_compact_grid() -> None:
     tile, row, column = torch.meshgrid(torch.arange(3), torch.arange(19), torch.arange(19), indexing="ij")
     kept = torch.stack([tile, row, column, torch.ones_like(tile)], dim=-1).float().view(3, 19 * 19, 4)
     image_sizes = torch.tensor([gold.cases()["E1"]["image_size_hw"]])
-    (packed,) = llava_onevision.compact_grid(
-        layout_model().model, [kept], image_sizes, torch.full((4,), -1.0)
-    )
+    (packed,) = llava_onevision.compact_grid(layout_model().model, [kept], image_sizes, torch.full((4,), -1.0))
     start, stop = gold.cases()["E1"]["span"]
     assert torch.equal(packed, gold.golden("E1", "inputs_embeds")[start:stop])
 

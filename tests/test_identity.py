@@ -169,7 +169,12 @@ def _real(name: str, tensor: Tensor, real: Tensor, cached: Tensor) -> Tensor:
 
 
 def check_idle(
-    family: str, kind: str, settings: dict[str, Any], run: Callable[[Any, Inputs], Found], side: Any = "left", **kwargs: Any
+    family: str,
+    kind: str,
+    settings: dict[str, Any],
+    run: Callable[[Any, Inputs], Found],
+    side: Any = "left",
+    **kwargs: Any,
 ) -> None:
     """A patched model that merges nothing gives what the stock model gives, at every real position."""
     model = tiny_model(family, **kwargs)
@@ -179,8 +184,20 @@ def check_idle(
     found = at_real_tokens(run(model, inputs), inputs, right_aligned=True)
     assert session.report.kept_fraction == 1
     import os
+
     if os.environ.get("SHOW"):
-        print("REL", family, kind, max(((found[n].double() - expected[n].double()).abs().max() / max(1, expected[n].double().abs().max())).item() for n in found if found[n].shape==expected[n].shape))
+        print(
+            "REL",
+            family,
+            kind,
+            max(
+                (
+                    (found[n].double() - expected[n].double()).abs().max() / max(1, expected[n].double().abs().max())
+                ).item()
+                for n in found
+                if found[n].shape == expected[n].shape
+            ),
+        )
         return
     assert_near(found, expected, atol=1e-6, rtol=1e-6)
 

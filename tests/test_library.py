@@ -195,9 +195,7 @@ class TestTheWalker:
         assert upward_imports(graph, floors) == find_circle(graph) == []
 
     def test_finds_missing_docstrings(self) -> None:
-        tree = ast.parse(
-            "class A:\n  def b(self): ...\n  def _c(self): ...\ndef d():\n  'Say.'\n  def e(): ..."
-        )
+        tree = ast.parse("class A:\n  def b(self): ...\n  def _c(self): ...\ndef d():\n  'Say.'\n  def e(): ...")
         assert sorted(undocumented(tree)) == ["A", "A.b", "the module itself"]
 
 
@@ -228,9 +226,7 @@ class TestTheHouse:
         assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
     def test_everything_public_is_documented(self) -> None:
-        missing = {
-            name: undocumented(ast.parse(path.read_text())) for name, path in modules_of(PACKAGE).items()
-        }
+        missing = {name: undocumented(ast.parse(path.read_text())) for name, path in modules_of(PACKAGE).items()}
         assert {name: found for name, found in missing.items() if found} == {}
 
     def test_types_are_shipped(self) -> None:
@@ -413,10 +409,7 @@ class TestTheReadme:
         for modalities in PRESETS.values():
             for preset in modalities.values():
                 layers, llm_layers = list(preset.vit_layers), list(preset.llm_layers)
-                assert (
-                    f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |"
-                    in self.text
-                )
+                assert f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |" in self.text
 
     def test_the_two_commands(self) -> None:
         lines = [line for block in self.blocks("bash") for line in block.splitlines()]

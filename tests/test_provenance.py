@@ -54,7 +54,7 @@ def still_model(family: str) -> Any:
     return model
 
 
-class Inputs_of:
+class InputsOf:
     """Collects the first positional or named input of a module."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -68,15 +68,12 @@ class Inputs_of:
 def patches_by_image(model: Any, family: str, inputs: Inputs) -> list[Tensor]:
     """Patch embeddings of each image and video, in the unpatched model: (P, C)."""
     layer = model.model.vision_tower.encoder.layers[0] if family == "llava_onevision" else model.model.visual.blocks[0]
-    seen = Inputs_of(layer).seen
+    seen = InputsOf(layer).seen
     with torch.no_grad():
         model(**inputs)
     if family == "llava_onevision":
-        tiles = [hidden for hidden in seen]
-        parts = []
-        for hidden in tiles:
-            images = 1 if hidden.shape[0] != 2 or "pixel_values_videos" in inputs else len(inputs["image_sizes"])
-            parts += list(hidden.chunk(images))
+        counts = [len(inputs[k]) for k in ("image_sizes", "pixel_values_videos") if k in inputs]
+        parts = [part for hidden, count in zip(seen, counts, strict=True) for part in hidden.chunk(count)]
         return [part.flatten(0, 1) for part in parts]
     grids = [inputs[k].prod(-1).tolist() for k in ("image_grid_thw", "video_grid_thw") if k in inputs]
     return [part for hidden, sizes in zip(seen, grids, strict=True) for part in hidden.split(sizes)]
@@ -86,8 +83,6 @@ def patches_by_image(model: Any, family: str, inputs: Inputs) -> list[Tensor]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: str) -> None:
-    if family == "llava_onevision" and case == "image and video":
-        pytest.skip("its videos come in a tower call of their own; 'video' shows it")
     model = still_model(family)
     inputs = inputs_for(model, [CASES[case]])
     sources = patches_by_image(model, family, inputs)
@@ -96,8 +91,8 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
     last_layer = (
         model.model.vision_tower.encoder.layers[3] if family == "llava_onevision" else model.model.visual.blocks[3]
     )
-    seen = Inputs_of(last_layer).seen
-    final = Inputs_of(model.model.language_model.norm).seen
+    seen = InputsOf(last_layer).seen
+    final = InputsOf(model.model.language_model.norm).seen
     with torch.no_grad():
         model(**inputs)
     tracked = session.provenance.at("vision", 2).images
@@ -112,7 +107,7 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
     for image, patches in zip(language, sources, strict=True):
         mixed = projector(image.weights.double() @ patches)
         text = image.weights.to_dense().sum(1) < 0.5
-        visual.append(torch.where(text[:, None], model.model.image_newline, mixed) if rule != "x" else mixed)
+        visual.append(torch.where(text[:, None], model.model.image_newline, mixed))
     expected = torch.cat(visual)
     hidden = final[-1][0]
     distance = torch.cdist(expected, hidden).min(1).values
@@ -130,7 +125,7 @@ def test_language_weights_of_qwen2_vl(rule: str) -> None:
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
     session = patch(model, **SETTINGS["qwen2_vl"], method=Method(rule, merge=rule), track=True)
-    final = Inputs_of(model.model.language_model.norm).seen
+    final = InputsOf(model.model.language_model.norm).seen
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with torch.no_grad():
         model(**rest, mm_encoder_outputs={"image": features})

@@ -107,9 +107,7 @@ class Sample:
         """The kind of each visual in the order of the prompt: "i" for an image, "v" for a video."""
         kinds = self.order or "i" * len(self.images) + "v" * len(self.videos)
         if sorted(kinds) != sorted("i" * len(self.images) + "v" * len(self.videos)):
-            raise ValueError(
-                f"order={self.order!r} does not list {len(self.images)} i and {len(self.videos)} v"
-            )
+            raise ValueError(f"order={self.order!r} does not list {len(self.images)} i and {len(self.videos)} v")
         return kinds
 
 
@@ -314,9 +312,7 @@ def llava_inputs(
     rows, images, sizes, videos = [], [], [], []
     for sample in samples:
         tiles = [_llava_num_tiles(config, size, len(sample.images)) for size in sample.images]
-        image_lengths = [
-            _llava_image_length(config, n, size) for n, size in zip(tiles, sample.images, strict=True)
-        ]
+        image_lengths = [_llava_image_length(config, n, size) for n, size in zip(tiles, sample.images, strict=True)]
         video_lengths = [_llava_video_length(config, n) for n in sample.videos]
         pieces = {
             "i": iter([[IMAGE_ID] * n for n in image_lengths]),
@@ -453,18 +449,14 @@ def _llava_image_length(config: LlavaOnevisionConfig, num_tiles: int, size: tupl
 def _llava_video_length(config: LlavaOnevisionConfig, num_frames: int) -> int:
     """Placeholders of a video, counted by the stock pooling itself; one newline ends it."""
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    pooled = LlavaOnevisionModel.apply_pooling(
-        SimpleNamespace(config=config), torch.zeros(num_frames, tokens, 1)
-    )
+    pooled = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=config), torch.zeros(num_frames, tokens, 1))
     return pooled.shape[0] * pooled.shape[1] + 1
 
 
 def _stack_tiles(images: list[Tensor]) -> Tensor:
     """Pads the tiles of each image with zero tiles to the largest number, as the stock processor does."""
     most = max(len(image) for image in images)
-    return torch.stack(
-        [nn.functional.pad(image, (0, 0, 0, 0, 0, 0, 0, most - len(image))) for image in images]
-    )
+    return torch.stack([nn.functional.pad(image, (0, 0, 0, 0, 0, 0, 0, most - len(image))) for image in images])
 
 
 def _qwen_grid(slices: int, size: tuple[int, int]) -> list[int]:

@@ -86,9 +86,7 @@ def describe_cases(described: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     }
     for name, method in (("D1", "illava-reference"), ("D2p", "illava")):
         case = described[name]
-        cases[name] = language_case(
-            case, method, case["illava"]["illava_llm_k"], case["illava"]["illava_llm_r"]
-        )
+        cases[name] = language_case(case, method, case["illava"]["illava_llm_k"], case["illava"]["illava_llm_r"])
         cases[name]["image_grid_thw"] = case["imggrid"]
         cases[name]["spans"] = [
             [start + 1, end] for start, end in zip(case["vision_start"], case["vision_end"], strict=True)
