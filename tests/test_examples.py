@@ -98,3 +98,10 @@ def test_the_video_is_a_film() -> None:
     frames = offline.video(4)
     assert frames.shape == (4, 272, 640, 3) and frames.dtype == np.uint8
     assert min(np.abs(a - b).mean() for a, b in zip(frames[:-1].astype(float), frames[1:], strict=True)) > 1
+
+
+def test_ceiling_prints_the_table_of_the_readme() -> None:
+    rows = run("ceiling.py").splitlines()
+    assert len(rows) == 8
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    assert all(row in readme for row in rows)
