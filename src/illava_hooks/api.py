@@ -54,7 +54,7 @@ def patch(
     parts = registry.locate(family, model)
     limits = family.limits(model)
     config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track)
-    family.check(model, config)
+    family.check(model, parts, config)
     before = session_of(model)
     if before is None:
         return registry.install(family, parts, config, model)

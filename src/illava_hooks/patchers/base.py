@@ -10,7 +10,7 @@ from torch import nn
 
 from illava_hooks.config import MergeConfig, ModelLimits
 from illava_hooks.methods import Method
-from illava_hooks.runtime.report import DecoderShape, EncoderShape
+from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
 
 __all__ = ["EncoderTraits", "Family", "ModelParts", "max_removed"]
@@ -64,15 +64,15 @@ class Family(Protocol):
     name: str
     published_llm_score: str
 
-    def locate(self, model: nn.Module) -> ModelParts:
-        """Finds the parts; raises ``AttributeError`` where a release renamed one."""
+    def encoder_layers(self, base: Any) -> Any:
+        """The layers of the vision encoder; raises ``AttributeError`` where a release renamed them."""
         ...
 
     def limits(self, model: nn.Module) -> ModelLimits:
         """What the model allows."""
         ...
 
-    def check(self, model: nn.Module, config: MergeConfig) -> None:
+    def check(self, model: nn.Module, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses what cannot work, with an ``IllavaHooksError``."""
         ...
 
@@ -81,10 +81,6 @@ class Family(Protocol):
         ...
 
     def encoder_shape(self, model: nn.Module) -> EncoderShape:
-        """Sizes for the report."""
-        ...
-
-    def decoder_shape(self, model: nn.Module) -> DecoderShape:
         """Sizes for the report."""
         ...
 

@@ -8,6 +8,7 @@ from typing import Any
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers.base import Family, ModelParts
+from illava_hooks.runtime.report import DecoderShape
 from illava_hooks.runtime.session import MergeSession
 
 __all__ = ["FAMILIES", "find_family", "install"]
@@ -44,7 +45,14 @@ def locate(family: Family, model: Any) -> ModelParts:
     import transformers
 
     try:
-        parts = family.locate(model)
+        base = model.model if hasattr(model, "lm_head") else model
+        parts = ModelParts(
+            top=model if base is not model else None,
+            base=base,
+            encoder_layers=family.encoder_layers(base),
+            text_model=base.language_model,
+            decoder_layers=base.language_model.layers,
+        )
         for layer in parts.decoder_layers:
             attention: Any = layer.self_attn
             _ = attention.q_proj, attention.k_proj
@@ -63,6 +71,14 @@ def locate(family: Family, model: Any) -> ModelParts:
             "load the model with use_sliding_window=False"
         )
     return parts
+
+
+def _decoder_shape(text: Any) -> DecoderShape:
+    """Sizes of a Qwen2 decoder, for the report."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return DecoderShape(
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size, head * text.num_key_value_heads
+    )
 
 
 def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) -> MergeSession:
@@ -92,7 +108,7 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
             hooks.before(parts.top, top.before)
             hooks.wrap(parts.top, "generate", top.generate)
             hooks.wrap(parts.top, "_expand_multimodal_outputs", top.expand)
-        shapes = family.encoder_shape(model), family.decoder_shape(model)
+        shapes = family.encoder_shape(model), _decoder_shape(model.config.text_config)
         hooks.before(parts.text_model, TextModelHook(family, shapes))
         hooks.after(parts.text_model, restore_lengths)
         for index, layer in enumerate(parts.decoder_layers):

@@ -18,7 +18,7 @@ from illava_hooks.patchers.llava_onevision.features import (
 )
 from illava_hooks.patchers.llava_onevision.layers import MergingSiglipEncoderLayer
 from illava_hooks.patchers.llava_onevision.layout import compact_grid, compact_pool, require_square
-from illava_hooks.runtime.report import DecoderShape, EncoderShape
+from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
 
 __all__ = ["FAMILY", "LlavaOnevision", "compact_grid", "compact_pool"]
@@ -30,16 +30,9 @@ class LlavaOnevision:
     name = "llava_onevision"
     published_llm_score = "last_query_attention"
 
-    def locate(self, model: Any) -> ModelParts:
-        """Finds the parts of the model."""
-        base = model.model if hasattr(model, "lm_head") else model
-        return ModelParts(
-            top=model if base is not model else None,
-            base=base,
-            encoder_layers=base.vision_tower.encoder.layers,
-            text_model=base.language_model,
-            decoder_layers=base.language_model.layers,
-        )
+    def encoder_layers(self, base: Any) -> Any:
+        """The layers of the vision tower."""
+        return base.vision_tower.encoder.layers
 
     def limits(self, model: Any) -> ModelLimits:
         """Depths and tokens per tile."""
@@ -49,9 +42,9 @@ class LlavaOnevision:
         used = max(num_used(layer, depth) for layer in ([chosen] if isinstance(chosen, int) else chosen))
         return ModelLimits(self.name, used, config.text_config.num_hidden_layers, tokens_per_tile(config))
 
-    def check(self, model: Any, config: MergeConfig) -> None:
+    def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses other vision towers, and feature choices that cut across merges."""
-        layer = self.locate(model).encoder_layers[0]
+        layer = parts.encoder_layers[0]
         if not isinstance(layer, SiglipEncoderLayer):
             raise UnsupportedModelError(
                 f"vision_tower has {type(layer).__name__} layers; only SigLIP towers can be patched; use one"
@@ -85,14 +78,6 @@ class LlavaOnevision:
         # Stock runs the whole tower, also layers behind the chosen feature layer.
         depth = max(used, vision.num_hidden_layers)
         return EncoderShape(depth, vision.hidden_size, vision.intermediate_size, 1, projector)
-
-    def decoder_shape(self, model: Any) -> DecoderShape:
-        """Sizes of the Qwen2 decoder."""
-        text = model.config.text_config
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return DecoderShape(
-            text.num_hidden_layers, text.hidden_size, text.intermediate_size, head * text.num_key_value_heads
-        )
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``(B, N)`` as they are."""

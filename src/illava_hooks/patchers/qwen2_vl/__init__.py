@@ -12,7 +12,7 @@ from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers.base import ModelParts
 from illava_hooks.patchers.qwen2_vl.features import ExpandTower, FeatureMethods
 from illava_hooks.patchers.qwen2_vl.layers import MergingQwen2VLVisionBlock
-from illava_hooks.runtime.report import DecoderShape, EncoderShape
+from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
 
 __all__ = ["FAMILY", "Qwen2VL"]
@@ -24,16 +24,9 @@ class Qwen2VL:
     name = "qwen2_vl"
     published_llm_score = "query_lse"
 
-    def locate(self, model: Any) -> ModelParts:
-        """Finds the parts of the model."""
-        base = model.model if hasattr(model, "lm_head") else model
-        return ModelParts(
-            top=model if base is not model else None,
-            base=base,
-            encoder_layers=base.visual.blocks,
-            text_model=base.language_model,
-            decoder_layers=base.language_model.layers,
-        )
+    def encoder_layers(self, base: Any) -> Any:
+        """The layers of the vision tower."""
+        return base.visual.blocks
 
     def limits(self, model: Any) -> ModelLimits:
         """Depths; images have no fixed number of tokens."""
@@ -41,9 +34,9 @@ class Qwen2VL:
             self.name, model.config.vision_config.depth, model.config.text_config.num_hidden_layers, None
         )
 
-    def check(self, model: Any, config: MergeConfig) -> None:
+    def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses towers with other blocks."""
-        block = self.locate(model).encoder_layers[0]
+        block = parts.encoder_layers[0]
         if not isinstance(block, Qwen2VLVisionBlock):
             raise UnsupportedModelError(f"visual has {type(block).__name__} blocks; use a stock Qwen2-VL model")
 
@@ -68,14 +61,6 @@ class Qwen2VL:
             int(vision.embed_dim * vision.mlp_ratio),
             size,
             2 * wide * (wide + vision.hidden_size),
-        )
-
-    def decoder_shape(self, model: Any) -> DecoderShape:
-        """Sizes of the Qwen2-VL decoder."""
-        text = model.config.text_config
-        head = text.hidden_size // text.num_attention_heads
-        return DecoderShape(
-            text.num_hidden_layers, text.hidden_size, text.intermediate_size, head * text.num_key_value_heads
         )
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
