@@ -17,7 +17,7 @@ from illava_hooks.runtime.hooks import HookSet
 from illava_hooks.runtime.provenance import Provenance
 from illava_hooks.runtime.report import MergeReport
 
-__all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord", "tell_once"]
+__all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord"]
 
 #: Keyword under which per-forward objects travel through stock ``**kwargs``, and the extra key of feature outputs.
 KEY = "illava_state"
@@ -83,6 +83,7 @@ class MergeSession:
         self.config = config
         self.enabled = True
         self.hooks = HookSet()
+        self._told: set[str] = set()
         self._report: MergeReport | None = None
         self._provenance: Provenance | None = None
 
@@ -124,6 +125,12 @@ class MergeSession:
             raise PatchStateError("no provenance yet: run the model on an image or a video with merging enabled first")
         return self._provenance
 
+    def tell_once(self, message: str) -> None:
+        """Logs a warning the first time that it is said in this session."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
+
     def note_vision(self, records: list[VisualRecord]) -> None:
         """Stores the provenance of an encoder run, should it be the whole call."""
         if self.config.track:
@@ -136,13 +143,3 @@ class MergeSession:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings and the hooks, not what the last forward left behind."""
         return {**self.__dict__, "_report": None, "_provenance": None}
-
-
-_told: set[str] = set()
-
-
-def tell_once(message: str) -> None:
-    """Logs a warning the first time that it is said."""
-    if message not in _told:
-        _told.add(message)
-        logger.warning(message)

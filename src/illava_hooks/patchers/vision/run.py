@@ -22,7 +22,7 @@ from illava_hooks.merge.spans import Segments, buckets
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import EncoderTraits, max_removed
 from illava_hooks.runtime.provenance import merge_matrix, product
-from illava_hooks.runtime.session import MergeSession, VisualRecord, tell_once
+from illava_hooks.runtime.session import MergeSession, VisualRecord
 
 __all__ = ["EncoderPass", "EncoderState"]
 
@@ -89,9 +89,11 @@ class EncoderPass:
         unit = self.traits.unit
         chain = [num_patches // unit]
         counts = self.schedule.encoder_removed(num_patches, self.traits.multiple) if self.layers else []
-        if isinstance(self.schedule.vit_r, int) and any(r < self.schedule.vit_r // unit * unit for r in counts):
-            tell_once(
-                f"vit_r is {self.schedule.vit_r}, more than a segment of {num_patches} patches can give; clamped"
+        wish = self.schedule.vit_r
+        if isinstance(wish, int) and any(r < wish // self.traits.multiple * self.traits.multiple for r in counts):
+            self.session.tell_once(
+                f"vit_r is {wish}, more than an image of {num_patches} patches can give in {len(counts)} layers; merged "
+                "as many as possible; use a smaller vit_r or a float"
             )
         for removed in counts:
             chain.append(chain[-1] - min(removed // unit, max_removed(self.session.config.method, chain[-1])))
