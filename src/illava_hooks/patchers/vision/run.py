@@ -92,8 +92,8 @@ class EncoderPass:
         wish = self.schedule.vit_r
         if isinstance(wish, int) and any(r < wish // self.traits.multiple * self.traits.multiple for r in counts):
             self.session.tell_once(
-                f"vit_r is {wish}, more than an image of {num_patches} patches can give in {len(counts)} layers; merged "
-                "as many as possible; use a smaller vit_r or a float"
+                f"vit_r is {wish}, more than some images have patches to give in {len(counts)} layers; they merge as "
+                "many as possible; use a smaller vit_r or a float"
             )
         for removed in counts:
             chain.append(chain[-1] - min(removed // unit, max_removed(self.session.config.method, chain[-1])))
