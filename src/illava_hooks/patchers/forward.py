@@ -56,7 +56,8 @@ class TopModelHooks:
         named = _named(module, args, kwargs)
         if not _merges(self.session, named):
             return None
-        query = _first_asked(named)
+        end = _without_cache(named)
+        query = _first_asked(named) if end is None else end
         return None if query is None else ((), {**named, QUERY: query})
 
     def generate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +145,7 @@ class BaseModelHooks:
         named = _named(module, args, kwargs)
         if not _merges(self.session, named):
             return None
-        forward = ForwardState(self.session, _without_cache(named) if query is None else query)
+        forward = ForwardState(self.session, query)
         for modality, output in (named.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 forward.records[modality] = _records(modality, output)
