@@ -1,0 +1,111 @@
+"""Attention back-ends that this machine has no kernel for: flash attention simulated, flex attention unfused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from illava_hooks import patch
+from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llava_onevision": {"vit_layers": [1, 2], "vit_r": 6, "llm_layers": [1, 3], "llm_ratio": 0.6},
+    "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
+}
+RAGGED = [
+    Sample(text_seed=1, images=((48, 30), (64, 64))),
+    Sample(text_seed=2),
+    Sample(text_seed=3, images=((32, 90),), videos=(4,)),
+]
+
+
+class FlashKernel:
+    """What a flash kernel does with what it is given, in plain torch; remembers the masks.
+
+    It takes a 2-D padding mask over the keys or none, is causal from the end of the keys, reads jumps in
+    positions as the borders of packed sequences (and is therefore not to see any), and cuts by `cu_seq_lens`.
+    """
+
+    def __init__(self) -> None:
+        self.masks: list[Tensor | None] = []
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        rows, columns = query.shape[2], key.shape[2]
+        causal = module.is_causal if is_causal is None else is_causal
+        seen = torch.ones(rows, columns, dtype=torch.bool)
+        if cu_seq_lens_q is not None:
+            lengths = cu_seq_lens_q.diff()
+            assert cu_seq_lens_q[-1] == rows and max_length_q == lengths.max()
+            segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            seen = segment[:, None] == segment
+        elif causal:
+            assert position_ids is None or (position_ids.diff(dim=-1) == 1).all(), "looks like packed sequences"
+            self.masks.append(attention_mask)
+            seen = seen.tril(columns - rows)
+        seen = seen.expand(len(query), 1, rows, columns)
+        if attention_mask is not None:
+            assert attention_mask.shape == (len(query), columns), "flash attention takes 2-D masks"
+            seen = seen & attention_mask.bool()[:, None, None]
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        logits = (query @ key.transpose(2, 3)) * scaling
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ value).transpose(1, 2), None
+
+
+def generated(model: Any, samples: list[Sample]) -> list[Tensor]:
+    """The logits of a prefill (of each row's last token) and of four decode steps."""
+    inputs = inputs_for(model, samples)
+    done = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    return list(done.logits)
+
+
+@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1]], ids=["ragged", "single"])
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_attention(family: str, kernel: str, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    flash = FlashKernel()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kernel, flash)
+    reference, model = tiny_model(family), tiny_model(family)
+    for config in (model.config, model.config.text_config, model.config.vision_config):
+        monkeypatch.setattr(config, "_attn_implementation_internal", kernel)
+    patch(reference, **SETTINGS[family])
+    patch(model, **SETTINGS[family])
+    for ours, expected in zip(generated(model, samples), generated(reference, samples), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
+    assert flash.masks, "the simulated kernel ran"
+    if len(samples) == 1:
+        assert all(mask is None for mask in flash.masks), "one sample is never padded"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # fused needs a compiler
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
+def test_flex_attention() -> None:
+    """Unfused on the CPU; stock Qwen2-VL does not offer it."""
+    with torch.compiler.set_stance("force_eager"):
+        model = tiny_model("llava_onevision", attn_implementation="flex_attention")
+        reference = tiny_model("llava_onevision")
+        patch(model, **SETTINGS["llava_onevision"])
+        patch(reference, **SETTINGS["llava_onevision"])
+        ours, expected = generated(model, RAGGED), generated(reference, RAGGED)
+    for step, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(step, wanted, atol=2e-5, rtol=1e-5)
