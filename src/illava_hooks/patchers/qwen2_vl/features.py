@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from illava_hooks.config import Modality
-from illava_hooks.merge.decision import nearest_kept
-from illava_hooks.merge.spans import scatter_back
 from illava_hooks.patchers.qwen2_vl.layers import PackedTraits
 from illava_hooks.patchers.vision import hooks
 from illava_hooks.patchers.vision.run import EncoderPass
@@ -51,8 +49,9 @@ class FeatureMethods:
         first = 0
         with hooks.running(run):
             output = method(*args, **{**kwargs, "return_dict": True, KEY: run})
-        for time, height, width in grids:
-            run.records.append(_record(run, first, first + time, time * height * width // size))
+        shown = _shown(run, size)
+        for time, _, _ in grids:
+            run.records.append(_record(run, shown, first, first + time, size))
             first += time
         self.session.note_vision(run.records)
         if kwargs.get("return_dict") is False:
@@ -71,19 +70,18 @@ class ExpandTower:
             return None
         hooks.expand_output(run, output)
         merged = output.pooler_output
-        if run.traits.unit == 1:
-            output.pooler_output = merged[_front(run, len(run.final.owner[0]), module.spatial_merge_size**2)]
-        else:
-            output.pooler_output = scatter_back(merged[None], run.final.owner.to(merged.device))[0]
+        output.pooler_output = merged[_shown(run, module.spatial_merge_size**2).to(merged.device)]
         return output
 
 
-def _front(run: EncoderPass, num_patches: int, size: int) -> Tensor:
-    """The published layout: each slice's merged tokens fill the first places, the last one the rest.
+def _shown(run: EncoderPass, size: int) -> Tensor:
+    """``(n,)`` int64: the output of the patch merger at each place of the packed row.
 
-    Returns:
-        ``(num_patches // size,)`` int64, the merged token shown at each place.
+    Groups stay where they are. Single patches, as published, fill the first places of their slice; the last one
+    fills the rest.
     """
+    if run.traits.unit == size:
+        return run.final.owner[0]
     start, parts = 0, []
     for chain in run.lengths:
         kept = chain[-1] // size
@@ -92,39 +90,36 @@ def _front(run: EncoderPass, num_patches: int, size: int) -> Tensor:
     return torch.cat(parts).to(run.final.owner.device)
 
 
-def _record(run: EncoderPass, first: int, last: int, num_tokens: int) -> VisualRecord:
-    """The record of the image or video in segments ``first .. last - 1``."""
-    chains = tuple(run.lengths[first:last])
-    device, start = run.final.owner.device, sum(chain[0] for chain in run.lengths[:first])
-    place = torch.arange(num_tokens, device=device)
-    if run.traits.unit == 1:
-        size = sum(chain[0] for chain in chains) // num_tokens
-        front = _front(run, 0, size)[start // size :][:num_tokens]
-        keep = torch.cat([front.new_ones(1, dtype=torch.bool), front[1:] != front[:-1]])
-        holder = nearest_kept(keep[None], torch.tensor([[num_tokens]], device=device))[0]
-        kept_units = sum(chain[-1] for chain in chains)
-        unit_of_token = torch.arange(kept_units)
-        tokens = sparse(
-            unit_of_token // size, unit_of_token, torch.full((kept_units,), 1 / size), (kept_units // size, kept_units)
-        )
-        rows = keep.cumsum(0).cpu() - 1
-        tokens = torch.index_select(tokens, 0, rows).coalesce()
+def _record(run: EncoderPass, shown: Tensor, first: int, last: int, size: int) -> VisualRecord:
+    """The record of the image or video in segments ``first .. last - 1``.
+
+    Args:
+        run: the run of the encoder.
+        shown: ``(n,)`` int64, the merged token at each place of the packed row.
+        first: the first segment.
+        last: one past the last segment.
+        size: patches of one visual token.
+    """
+    unit = run.traits.unit
+    start = sum(chain[0] for chain in run.lengths[:first]) * unit // size
+    num_tokens = sum(chain[0] for chain in run.lengths[first:last]) * unit // size
+    place = torch.arange(num_tokens, device=shown.device)
+    here = shown[start : start + num_tokens]
+    if unit == 1:  # the first places of each slice; the others show what the last of them shows
+        keep = torch.cat([place[:1] == 0, here[1:] != here[:-1]])
+        holder = torch.where(keep, place, 0).cummax(0).values
     else:
-        units = slice(start, start + num_tokens)
-        keep = run.keep_mask(run.final)[0, units]
-        holder = run.final.seats[0][run.final.owner[0, units]] - start
-        row = run.final.owner[0, units].cpu()
-        kept_units = sum(chain[-1] for chain in chains)
-        tokens = sparse(
-            place.cpu(),
-            row - sum(chain[-1] for chain in run.lengths[:first]),
-            torch.ones(num_tokens),
-            (num_tokens, kept_units),
-        )
-    record = VisualRecord(
-        run.modality, num_tokens, keep, torch.where(keep, place, holder), run.patch_counts(first, last), run.layers
-    )
+        keep = run.keep_mask(run.final)[0, start : start + num_tokens]
+        holder = run.final.seats[0][here] - start
+    record = VisualRecord(run.modality, num_tokens, keep, holder, run.patch_counts(first, last), run.layers)
     if run.session.config.track:
+        per_token = size // unit
+        lane = torch.arange(per_token).repeat(num_tokens)
+        skipped = sum(chain[-1] for chain in run.lengths[:first])
+        columns = here.cpu().repeat_interleave(per_token) * per_token + lane - skipped
+        width = sum(chain[-1] for chain in run.lengths[first:last])
+        rows = torch.arange(num_tokens).repeat_interleave(per_token)
+        tokens = sparse(rows, columns, torch.full(rows.shape, 1 / per_token), (num_tokens, width))
         record.sources = token_sources(run, first, last, tokens)
         record.vision = vision_tracks(run, first, last)
     return record
