@@ -96,7 +96,7 @@ def test_outside_layers_the_number_of_waits_is_fixed(family: str, samples: list[
     with merging(model, False):
         stock = waits(model, inputs).outside
     added = merged - stock
-    assert set(added) <= {"_local_scalar_dense"}, added
+    assert set(added) <= {"_local_scalar_dense"} and added.total() <= 2, added
 
 
 class LargestOutput(TorchDispatchMode):

@@ -73,7 +73,9 @@ class FeatureMethods:
     def _tile_counts(self, sizes: list[tuple[int, ...]], batch_num_images: Any) -> list[int]:
         """Tiles of each image; several images in one sample get their base tile only, as in stock."""
         config = self.base.config
-        counts = [1] * len(sizes) if batch_num_images is None else [int(n) for n in batch_num_images]
+        if isinstance(batch_num_images, Tensor):
+            batch_num_images = batch_num_images.tolist()
+        counts = [1] * len(sizes) if batch_num_images is None else batch_num_images
         alone = [n == 1 for n in counts for _ in range(n)]
         return [
             image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
