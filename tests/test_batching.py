@@ -1,0 +1,93 @@
+"""A batch answers as its samples alone, however it is padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched, single, steps
+from illava_hooks import METHODS
+from tiny_models import FAMILIES, Sample, inputs_for
+
+BATCHES = {"ragged": RAGGED, "with video": [VIDEO, TEXT, BOTH], "text first": [TEXT, IMAGE, IMAGES]}
+TOLERANCE = {"atol": 2e-4, "rtol": 0.0}
+
+
+def check_forward(model: Any, batch: list[Sample], side: Any) -> None:
+    inputs = inputs_for(model, batch, side=side)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for row, sample in enumerate(batch):
+            alone = model(**single(model, sample)).logits[0]
+            real = inputs["attention_mask"][row].bool()
+            torch.testing.assert_close(logits[row][real], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("back_end", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(family: str, back_end: str, batch: str, side: str) -> None:
+    check_forward(patched(family, attn_implementation=back_end), BATCHES[batch], side)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_of_every_method(family: str, method: str) -> None:
+    check_forward(patched(family, method=method), RAGGED, "left")
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy(family: str, batch: str) -> None:
+    model = patched(family)
+    ids, logits = steps(model, inputs_for(model, BATCHES[batch]))
+    for row, sample in enumerate(BATCHES[batch]):
+        alone_ids, alone = steps(model, single(model, sample))
+        assert torch.equal(ids[row], alone_ids[0])
+        for ours, expected in zip(logits, alone, strict=True):
+            torch.testing.assert_close(ours[row], expected[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search(family: str, batch: str) -> None:
+    model = patched(family)
+    settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 5}
+    wanted = {"return_dict_in_generate": True, "output_scores": True}
+    whole = model.generate(**inputs_for(model, BATCHES[batch]), **settings, **wanted)
+    for row, sample in enumerate(BATCHES[batch]):
+        alone = model.generate(**single(model, sample), **settings, **wanted)
+        assert torch.equal(whole.sequences[row, -5:], alone.sequences[0, -5:])
+        torch.testing.assert_close(whole.sequences_scores[row], alone.sequences_scores[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padding", [1, 3, 20])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_never_changes_an_answer(family: str, padding: int, side: str) -> None:
+    model = patched(family)
+    inputs = single(model, IMAGES)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        padded = dict(inputs)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in padded:
+                amount = (padding, 0) if side == "left" else (0, padding)
+                padded[name] = torch.nn.functional.pad(padded[name], amount)
+        logits = model(**padded).logits
+    real = slice(padding, None) if side == "left" else slice(None, -padding)
+    torch.testing.assert_close(logits[:, real], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_changes_something(family: str) -> None:
+    """The tests above compare merged with merged; a model that forgot to merge would pass them."""
+    model = patched(family)
+    with torch.no_grad():
+        merged = model(**inputs_for(model, RAGGED)).logits
+        model._illava_session.enabled = False
+        stock = model(**inputs_for(model, RAGGED)).logits
+    assert (merged - stock).abs().max() > 0.01
