@@ -73,6 +73,13 @@ class TopModelHooks:
         finally:
             _prompt_end.reset(token)
 
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_*_features``: a tuple holds what stock puts into it, without our records."""
+        output = method(*args, **kwargs)
+        if not isinstance(output, tuple):
+            return output
+        return tuple(part for part in output if not (isinstance(part, list) and _is_records(part)))
+
     def expand(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_expand_multimodal_outputs``: records follow their features to beams and return sequences."""
         call = inspect.signature(method).bind(*args, **kwargs)
@@ -86,6 +93,10 @@ class TopModelHooks:
             order = [int(row.flatten()[0]) for row in shadow[modality].pooler_output]
             result[modality][KEY] = [records[index] for index in order]
         return result
+
+
+def _is_records(part: list[Any]) -> bool:
+    return any(isinstance(item, VisualRecord) for item in part)
 
 
 class _Shadow:

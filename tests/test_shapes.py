@@ -1,0 +1,207 @@
+"""Outside nothing changes shape; training works; threads do not meet."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, SETTINGS, patched, single
+from illava_hooks import merging, patch, session_of, unpatch
+from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
+
+
+def shapes(value: Any) -> Any:
+    """The nesting and the shapes of an output, without the records that features carry."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: shapes(item) for key, item in value.items() if key != "illava_state"}
+    if isinstance(value, list | tuple):
+        return [shapes(item) for item in value]
+    return value.get_seq_length() if hasattr(value, "get_seq_length") else value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
+    model = patched(family)
+    inputs = inputs_for(model, KINDS[kind])
+    with torch.no_grad():
+        merged = shapes(model(**inputs, output_hidden_states=True))
+        as_tuple = shapes(model(**inputs, output_hidden_states=True, return_dict=False))
+        with merging(model, False):
+            assert merged == shapes(model(**inputs, output_hidden_states=True))
+            assert as_tuple == shapes(model(**inputs, output_hidden_states=True, return_dict=False))
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_have_the_unpatched_shapes(family: str, kind: str, return_dict: bool) -> None:
+    model = patched(family)
+    inputs = inputs_for(model, KINDS[kind])
+    calls = {
+        "get_image_features": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
+        "get_video_features": ("pixel_values_videos", "video_grid_thw"),
+    }
+    for method, names in calls.items():
+        if names[0] not in inputs:
+            continue
+        given = {name: inputs[name] for name in names if name in inputs}
+        with torch.no_grad():
+            merged = getattr(model, method)(**given, return_dict=return_dict, output_hidden_states=True)
+            with merging(model, False):
+                stock = getattr(model, method)(**given, return_dict=return_dict, output_hidden_states=True)
+        assert shapes(merged) == shapes(stock)
+        assert not torch.equal(merged[0], stock[0]), "nothing was merged"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_positions_show_what_absorbed_them(family: str) -> None:
+    """The last hidden state repeats survivors: as many distinct rows as the last layer has tokens."""
+    model = patched(family)
+    inputs = single(model, IMAGE)
+    with torch.no_grad():
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    lengths = [lengths[0] for lengths in session_of(model).report.sequence_tokens]
+    for index, state in enumerate(hidden[1:]):  # newlines are equal until they are rotated
+        assert len(state[0].unique(dim=0)) == lengths[index]
+
+
+def with_labels(model: Any, sample: Any, count: int = 3) -> Inputs:
+    inputs = single(model, sample)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-count] = -100
+    return {**inputs, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["image", "both"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(family: str, kind: str) -> None:
+    model = patched(family)
+    loss = model(**with_labels(model, KINDS[kind][0])).loss
+    loss.backward()
+    assert loss.isfinite()
+    vision = model.model.vision_tower.encoder.layers if family == "llava_onevision" else model.model.visual.blocks
+    layers = [*vision, *model.model.language_model.layers]
+    joint = model.model.multi_modal_projector if family == "llava_onevision" else model.model.visual.merger
+    for module in [*layers, joint, model.lm_head]:
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert any(parameter.grad.abs().max() > 0 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = patched(family).train()
+        if checkpointing:
+            model._set_gradient_checkpointing(
+                True,
+                lambda *args, **kwargs: torch.utils.checkpoint.checkpoint(*args, use_reentrant=reentrant, **kwargs),
+            )
+            assert model.model.language_model.gradient_checkpointing
+        loss = model(**with_labels(model, BOTH)).loss
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (plain_loss, plain), (loss, gradients) = found
+    assert torch.equal(loss, plain_loss)
+    assert plain.keys() == gradients.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_do_not_leak(family: str) -> None:
+    """What stands behind the first label changes no logits before it, and not who is merged."""
+    model = patched(family, track=True)
+    inputs = with_labels(model, IMAGES)
+    other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][:, -2:] = torch.tensor([33, 44])
+    other["labels"] = torch.where(inputs["labels"] == -100, -100, other["input_ids"])
+    found = []
+    for given in (inputs, other):
+        with torch.no_grad():
+            logits = model(**given).logits
+        seats = [image.seats for image in session_of(model).provenance.at("language", 3).images]
+        found.append((logits, seats))
+    (first, seats), (second, again) = found
+    torch.testing.assert_close(first[:, :-2], second[:, :-2], atol=1e-6, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(seats, again, strict=True))
+    unlabelled = {name: value for name, value in other.items() if name != "labels"}
+    with torch.no_grad():
+        assert (model(**unlabelled).logits[:, :-2] - second[:, :-2]).abs().max() > 1e-3, "the query mattered"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_to_keep_ranks_like_labels(family: str) -> None:
+    model = patched(family)
+    inputs = with_labels(model, IMAGES)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).logits[:, -4:]
+        torch.testing.assert_close(model(**inputs, logits_to_keep=4).logits, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_do_not_meet(family: str) -> None:
+    model = patched(family)
+    prompts = [single(model, sample) for sample in (IMAGE, IMAGES, BOTH, KINDS["video"][0])]
+
+    def run(inputs: Inputs, enabled: bool) -> Tensor:
+        with torch.no_grad(), merging(model, enabled):
+            where = {}
+            if family == "qwen2_vl":  # stock keeps the rope deltas of the last call on the model
+                types = inputs["mm_token_type_ids"]
+                grids = {n: inputs.get(n) for n in ("image_grid_thw", "video_grid_thw")}
+                where["position_ids"], _ = model.model.get_rope_index(
+                    inputs["input_ids"], mm_token_type_ids=types, **grids
+                )
+            return model(**inputs, **where).logits
+
+    jobs = [(inputs, enabled) for inputs in prompts for enabled in (True, False, True)]
+    expected = [run(*job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: run(*job), jobs * 3))
+    for ours, serial in zip(found, expected * 3, strict=True):
+        assert torch.equal(ours, serial)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    model = patched(family, dtype=dtype)
+    inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs_for(model, KINDS["ragged"]).items()}
+    with torch.no_grad():
+        out = model(**inputs)
+    assert out.logits.dtype == dtype and out.logits.isfinite().all()
+    assert out.past_key_values.layers[3].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family: str) -> None:
+    model = patched(family)
+    inputs = inputs_for(model, KINDS["ragged"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bare_model(family: str) -> None:
+    model = tiny_model(family)
+    inputs = single(model, IMAGE)
+    session = patch(model.model, **SETTINGS[family])
+    with torch.no_grad():
+        merged = model.model(**inputs)
+        unpatch(model.model)
+        stock = model.model(**inputs)
+    assert shapes(merged) == shapes(stock)
+    assert session.report.kept_fraction < 0.5
+    assert not torch.equal(merged.last_hidden_state, stock.last_hidden_state)
