@@ -18,6 +18,7 @@ What the stock models want, learned by running them:
   200 padding tokens, 6e-5 at 700 (float32 angles). `generate` counts positions without the padding.
 * Equal models with another attention back-end differ by up to 1e-5 in float32. In float64 nearly all rounding
   goes away, because both families round to float32 at the same places: use it where 1e-6 is to be shown.
+  Padded rows in float64 want "sdpa": stock "eager" overflows the mask in its float32 softmax and gives NaN.
 * The output rows of all special ids are zero, so that `generate` hardly ever produces a placeholder.
 
 Legend: `n` counts tokens of one visual. Sizes are (height, width).

@@ -1,0 +1,268 @@
+"""Every refusal, with its text; and that nothing is lost when something goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from decode_helpers import IMAGE, SETTINGS, patched, single
+from helpers import assert_says
+from illava_hooks import (
+    METHODS,
+    IllavaHooksError,
+    MergeConfigError,
+    Method,
+    PatchStateError,
+    UnsupportedModelError,
+    merging,
+    patch,
+    session_of,
+)
+from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
+
+GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
+
+WRONG_VALUES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "vit layer too deep": ({"vit_layers": [1, 4]}, ("^vit_layers contains 4;", r"allows 0\.\.3", "choose other")),
+    "vit layer negative": ({"vit_layers": [-1]}, ("^vit_layers contains -1;", r"0\.\.3", "choose")),
+    "vit layer a bool": ({"vit_layers": [True]}, ("^vit_layers contains True;", r"0\.\.3", "choose")),
+    "vit layer a float": ({"vit_layers": [1.0]}, (r"^vit_layers contains 1\.0;", r"0\.\.3", "choose")),
+    "vit layers twice": ({"vit_layers": [2, 2]}, (r"^vit_layers is \[2, 2\]", "twice", "list each layer once")),
+    "vit layers a number": ({"vit_layers": 5}, ("^vit_layers is 5;", "give a list", r"0\.\.3")),
+    "vit layers a word": ({"vit_layers": "1-2"}, ("^vit_layers is '1-2';", "give a list", r"0\.\.3")),
+    "vit_r negative": ({"vit_r": -3}, ("^vit_r is -3;", ">= 0", r"\(0, 1\)", "use 0")),
+    "vit_r one": ({"vit_r": 1.0}, (r"^vit_r is 1\.0;", r"\(0, 1\)", "use 0")),
+    "vit_r above one": ({"vit_r": 1.5}, (r"^vit_r is 1\.5;", r"\(0, 1\)", "use 0")),
+    "vit_r nan": ({"vit_r": math.nan}, ("^vit_r is nan;", r"\(0, 1\)", "use 0")),
+    "vit_r a word": ({"vit_r": "92"}, ("^vit_r is '92';", "int >= 0", r"\(0, 1\)", "give")),
+    "vit_r a bool": ({"vit_r": True}, ("^vit_r is True;", "int >= 0", "give")),
+    "llm layer zero": ({"llm_layers": [0]}, ("^llm_layers contains 0;", r"1\.\.3", "scores of the one before")),
+    "llm layer too deep": ({"llm_layers": [9]}, ("^llm_layers contains 9;", r"1\.\.3", "choose")),
+    "llm layers twice": ({"llm_layers": [1, 1]}, (r"^llm_layers is \[1, 1\]", "twice", "once")),
+    "ratio zero": ({"llm_ratio": 0.0}, (r"^llm_ratio is 0\.0;", r"\(0, 1\]", r"use 1\.0")),
+    "ratio above one": ({"llm_ratio": 1.2}, (r"^llm_ratio is 1\.2;", r"\(0, 1\]", r"use 1\.0")),
+    "ratio nan": ({"llm_ratio": math.nan}, ("^llm_ratio is nan;", r"\(0, 1\]", r"use 1\.0")),
+    "ratio a word": ({"llm_ratio": "0.7"}, (r"^llm_ratio is '0\.7';", r"\(0, 1\]", r"use 1\.0")),
+    "method unknown": ({"method": "best"}, ("^method is 'best';", "'illava'", "choose one of", "Method object")),
+    "preset unknown": ({"preset": "audio"}, ("^preset is 'audio';", "'image', 'video', 'auto'", "choose")),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_values(family: str, case: str) -> None:
+    wrong, parts = WRONG_VALUES[case]
+    model = tiny_model(family)
+    with pytest.raises(MergeConfigError) as caught:
+        patch(model, **{**GOOD, **wrong})
+    assert_says(caught.value, *parts)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, IllavaHooksError)
+    assert session_of(model) is None
+
+
+def test_no_token_left_in_a_tile() -> None:
+    with pytest.raises(MergeConfigError) as caught:
+        patch(tiny_model("llava_onevision"), [1, 2], 32, [1], 0.5)
+    assert_says(caught.value, "^vit_r is 32:", "2 layers", "none of the 64 tokens", "use at most 31")
+    patch(tiny_model("llava_onevision"), [1, 2], 31, [1], 0.5)
+
+
+def test_preset_layers_that_the_model_lacks() -> None:
+    with pytest.raises(MergeConfigError) as caught:
+        patch(tiny_model("llava_onevision"))
+    assert_says(caught.value, "^vit_layers contains 5", "from the preset; give it yourself", r"0\.\.3")
+
+
+def test_a_method_is_checked_when_made() -> None:
+    with pytest.raises(MergeConfigError) as caught:
+        Method("mine", encoder_score="last_query_attention")
+    assert_says(caught.value, "^encoder_score is 'last_query_attention'", "'received_attention'", "function")
+    with pytest.raises(MergeConfigError, match="^merge is 'glue'; choose one of"):
+        Method("mine", merge="glue")
+    with pytest.raises(MergeConfigError, match="^layout is 'round'; choose one of"):
+        Method("mine", layout="round")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "a word", None], ids=["module", "word", "none"])
+def test_things_that_are_no_model(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model)
+    assert_says(caught.value, type(model).__name__, r"supported are \['llava_onevision', 'qwen2_vl'\]", "give one")
+
+
+def test_another_model() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 8}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model)
+    assert_says(caught.value, "Qwen2ForCausalLM", "'qwen2'", "llava_onevision")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliding_windows(family: str) -> None:
+    model = tiny_model(family)
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"] * 2
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **GOOD)
+    assert_says(caught.value, "use_sliding_window", "full attention", "load the model with")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    monkeypatch.delattr(type(model.model), "get_placeholder_mask")
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **GOOD)
+    assert_says(caught.value, "lacks 'get_placeholder_mask'", "transformers 5", "use a version")
+    assert session_of(model) is None
+
+
+def test_feature_layers_on_both_sides_of_a_merge() -> None:
+    model = tiny_model("llava_onevision", vision_feature_layer=[-1, -3])
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, [1, 2], 4, [1], 0.5)
+    assert_says(caught.value, r"^vision_feature_layer is \[-1, -3\]", r"\[1, 2\]", "vit_layers below 2")
+    patch(model, [1], 4, [1], 0.5)
+
+
+def test_feature_layer_given_to_a_call() -> None:
+    model = patched("llava_onevision")
+    with pytest.raises(UnsupportedModelError, match="spans the merging layers"):
+        model(**single(model, IMAGE), vision_feature_layer=[-1, 1])
+    with pytest.raises(UnsupportedModelError, match="strategy is 'default'.*use 'full'"):
+        model(**single(model, IMAGE), vision_feature_select_strategy="default")
+
+
+def test_strategy_that_drops_a_token() -> None:
+    model = tiny_model("llava_onevision", vision_feature_select_strategy="default")
+    with pytest.raises(UnsupportedModelError, match="strategy is 'default'.*use 'full' or vit_layers"):
+        patch(model, **GOOD)
+
+
+def test_compact_layout_needs_a_square() -> None:
+    with pytest.raises(MergeConfigError) as caught:
+        patch(tiny_model("llava_onevision"), [1], 4, [1], 0.5, method="illava-reference")
+    assert_says(caught.value, "layout 'compact'", "leaves 60", "'aligned'", "49")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_before_a_forward(family: str) -> None:
+    session = patch(tiny_model(family), **GOOD)
+    with pytest.raises(PatchStateError, match="^no report yet: run the model on an image"):
+        _ = session.report
+
+
+def test_switching_an_unpatched_model() -> None:
+    with pytest.raises(PatchStateError, match="is not patched; call patch"), merging(tiny_model("qwen2_vl"), False):
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_prefill(family: str) -> None:
+    model = patched(family)
+    with pytest.raises(PatchStateError) as caught:
+        model.generate(**single(model, IMAGE), max_new_tokens=2, prefill_chunk_size=16)
+    assert_says(caught.value, "^prefill_chunk_size is 16;", "use prefill_chunk_size=None", "merging")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences(family: str) -> None:
+    model = patched(family)
+    inputs = single(model, IMAGE)
+    length = inputs["input_ids"].shape[1]
+    restarting = torch.cat([torch.arange(length - 4), torch.arange(4)])[None]
+    positions = restarting if family == "llava_onevision" else restarting.expand(4, 1, -1)
+    with pytest.raises(PatchStateError) as caught:
+        model(**{**inputs, "attention_mask": None}, position_ids=positions, use_cache=False)
+    assert_says(caught.value, "^position_ids restart", "packed", "pad instead")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_the_users_own(family: str) -> None:
+    model = patched(family)
+    inputs = single(model, IMAGE)
+    length = inputs["input_ids"].shape[1]
+    where: dict[str, Tensor] = {"position_ids": torch.arange(length).expand(3, 1, -1)} if family == "qwen2_vl" else {}
+    inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(PatchStateError) as caught:
+        model(**inputs, **where)
+    assert_says(caught.value, "^attention_mask is a Tensor", rf"\(1, 1, {length}, {length}\)", "2-D padding mask")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(family)
+    patch(model, [0, 1, 2, 3], 12 if family == "llava_onevision" else 24, [1], 0.01)
+    samples = [Sample(text_seed=1, images=((16, 16), (24, 16))), Sample(text_seed=2, images=((48, 30), (8, 8)))]
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="illava_hooks"):
+        for _ in range(2):
+            logits = model(**inputs_for(model, samples)).logits
+    assert logits.isfinite().all()
+    assert all(visual.language_tokens[-1] >= 1 for visual in session_of(model).report.visuals)
+    said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
+    if family == "llava_onevision":
+        assert said == []  # tiles are always whole
+    else:
+        assert len(said) == 1 and said[0].startswith("vit_r is 24, more than some images") and "\n" not in said[0]
+
+
+class Failure(RuntimeError):
+    """What a hook of the test raises."""
+
+
+def places(model: Any, family: str) -> dict[str, nn.Module]:
+    base = model.model
+    llava = family == "llava_onevision"
+    vision = base.vision_tower.encoder.layers if llava else base.visual.blocks
+    return {
+        "encoder layer": vision[2],
+        "merging encoder layer's MLP": vision[1].mlp,
+        "projector": base.multi_modal_projector if llava else base.visual.merger,
+        "decoder layer": base.language_model.layers[2],
+        "scored attention": base.language_model.layers[0].self_attn.q_proj,
+        "norm": base.language_model.norm,
+    }
+
+
+@pytest.mark.parametrize("place", places(tiny_model("qwen2_vl"), "qwen2_vl"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> None:
+    model = patched(family)
+    inputs = single(model, IMAGE)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+
+        def fail(*_: Any) -> None:
+            raise Failure
+
+        handle = places(model, family)[place].register_forward_hook(fail)
+        with pytest.raises(Failure):
+            model(**inputs)
+        with pytest.raises(Failure):
+            model.generate(**inputs, max_new_tokens=2)
+        handle.remove()
+        assert torch.equal(model(**inputs).logits, expected)
+        text = torch.randint(20, 100, (1, 5))
+        with merging(model, False):
+            stock = model(input_ids=text).logits
+        assert torch.equal(model(input_ids=text).logits, stock)
+    from illava_hooks.patchers import forward
+    from illava_hooks.patchers.vision import hooks
+
+    assert forward._forward.get() is None and forward._prompt_end.get() is None and hooks.current_run.get() is None
+
+
+def test_every_method_has_a_schedule_it_can_run() -> None:
+    """No name in METHODS is refused with the identity settings."""
+    for name in METHODS:
+        patch(tiny_model("llava_onevision"), [], 0, [], 1.0, method=name)
+
+
+def test_settings_of_the_helpers_are_accepted() -> None:
+    assert all(patch(tiny_model(family), **SETTINGS[family]).enabled for family in FAMILIES)
