@@ -780,7 +780,7 @@ def reference_forward(
         vision_kept=[visual.kept for visual in visuals],
         vision_seats=[[segment.seats for segment in visual.segments] for visual in visuals],
         caches=caches,
-        next_position=[int(axis.max()) + 1 for axis in [positions] * len(positions)],
+        next_position=[int(positions.max()) + 1] * len(positions),
     )
 
 

@@ -275,7 +275,6 @@ def test_library_decodes(family: str, rule: str, case: str) -> None:
     ids=["encoder only", "decoder only", "count", "other layers", "one token left"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.filterwarnings("ignore:.*clamped")
 def test_library_forward_at_other_settings(family: str, changes: dict[str, Any]) -> None:
     if changes.get("vit_r") == 1000 and family == "llava_onevision":
         changes = changes | {"vit_layers": [1], "vit_r": 63}  # more than a tile has is refused in patch()
