@@ -183,22 +183,6 @@ def check_idle(
     session = patch(model, **settings)
     found = at_real_tokens(run(model, inputs), inputs, right_aligned=True)
     assert session.report.kept_fraction == 1
-    import os
-
-    if os.environ.get("SHOW"):
-        print(
-            "REL",
-            family,
-            kind,
-            max(
-                (
-                    (found[n].double() - expected[n].double()).abs().max() / max(1, expected[n].double().abs().max())
-                ).item()
-                for n in found
-                if found[n].shape == expected[n].shape
-            ),
-        )
-        return
     assert_near(found, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -209,10 +193,18 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+#: Stock eager attention gives NaN for padding in float64: its mask overflows in a float32 softmax.
+IDLE_CASES = [
+    (back_end, kind, dtype)
+    for back_end in BACK_ENDS
+    for kind in VISUAL
+    for dtype in (torch.float32, torch.float64)
+    if (back_end, kind, dtype) != ("eager", "ragged", torch.float64)
+]
+
+
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", VISUAL)
-@pytest.mark.parametrize("back_end", BACK_ENDS)
+@pytest.mark.parametrize(("back_end", "kind", "dtype"), IDLE_CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_idle_machinery(family: str, back_end: str, kind: str, stage: str, dtype: Any) -> None:
     check_idle(family, kind, STAGES[stage], everything, attn_implementation=back_end, dtype=dtype)

@@ -293,6 +293,18 @@ def test_library_shrinks_big_images(rule: str) -> None:
     _check_forward("llava_onevision", [sample], rule, SETTINGS, vision_aspect_ratio="anyres_max_2")
 
 
+def test_library_shrinks_by_whole_numbers() -> None:
+    """Every third token is read: what the interpolation shows are tokens as they are, yet it is one."""
+    sample = Sample(7, images=((96, 96),))
+    _check_forward("llava_onevision", [sample], "nearest", SETTINGS, vision_aspect_ratio="anyres_max_1")
+
+
+@pytest.mark.parametrize("vit_r", [0.6, 31])
+def test_library_halves_at_most_by_matching(vit_r: float) -> None:
+    settings = {**SETTINGS, "vit_layers": [0, 1], "vit_r": vit_r}
+    _check_forward("llava_onevision", [SAMPLES["image"]], "bipartite", settings)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("batch", ["images", "videos"])
 @pytest.mark.parametrize("family", FAMILIES)

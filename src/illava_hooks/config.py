@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -48,12 +48,15 @@ class MergeSchedule:
         """Whether nothing can be removed anywhere."""
         return not (self.merges_in_encoder or self.merges_in_llm)
 
-    def encoder_removed(self, num_tokens: int, multiple: int = 1) -> list[int]:
+    def encoder_removed(
+        self, num_tokens: int, multiple: int = 1, most: Callable[[int], int] | None = None
+    ) -> list[int]:
         """Tokens removed at each listed encoder layer from a segment of ``num_tokens``.
 
         Args:
             num_tokens: length of the segment before the first merge.
             multiple: the counts are rounded down to multiples of this (4 for 2x2 groups).
+            most: how many a method can remove from so many tokens, if fewer than all but one.
 
         Returns:
             One count per listed layer; clamped so that at least ``multiple`` tokens stay.
@@ -61,7 +64,8 @@ class MergeSchedule:
         counts = []
         for _ in self.vit_layers:
             wish = self.vit_r if isinstance(self.vit_r, int) else math.floor(num_tokens * self.vit_r)
-            counts.append(max(0, min(wish // multiple * multiple, num_tokens - multiple)))
+            limit = num_tokens - multiple if most is None else most(num_tokens) // multiple * multiple
+            counts.append(max(0, min(wish // multiple * multiple, limit)))
             num_tokens -= counts[-1]
         return counts
 

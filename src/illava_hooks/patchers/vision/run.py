@@ -88,7 +88,11 @@ class EncoderPass:
         """Units of one segment before, between and after the merges."""
         unit = self.traits.unit
         chain = [num_patches // unit]
-        counts = self.schedule.encoder_removed(num_patches, self.traits.multiple) if self.layers else []
+
+        def most(num: int) -> int:
+            return min(max_removed(self.session.config.method, num // unit) * unit, num - self.traits.multiple)
+
+        counts = self.schedule.encoder_removed(num_patches, self.traits.multiple, most) if self.layers else []
         wish = self.schedule.vit_r
         if isinstance(wish, int) and any(r < wish // self.traits.multiple * self.traits.multiple for r in counts):
             self.session.tell_once(
@@ -96,7 +100,7 @@ class EncoderPass:
                 "many as possible; use a smaller vit_r or a float"
             )
         for removed in counts:
-            chain.append(chain[-1] - min(removed // unit, max_removed(self.session.config.method, chain[-1])))
+            chain.append(chain[-1] - removed // unit)
         return tuple(chain)
 
     def patch_counts(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
