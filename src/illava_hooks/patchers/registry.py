@@ -58,7 +58,7 @@ def locate(family: Family, model: Any) -> ModelParts:
             _ = attention.q_proj, attention.k_proj
         _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
         if parts.top is not None:
-            _ = parts.top.generate, parts.top._expand_multimodal_outputs
+            _ = parts.top.generate
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, which "
@@ -109,7 +109,8 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
             hooks.wrap(parts.top, "generate", top.generate)
             hooks.wrap(parts.top, "get_image_features", top.features)
             hooks.wrap(parts.top, "get_video_features", top.features)
-            hooks.wrap(parts.top, "_expand_multimodal_outputs", top.expand)
+            if hasattr(parts.top, "_expand_multimodal_outputs"):  # older releases expand pixels instead
+                hooks.wrap(parts.top, "_expand_multimodal_outputs", top.expand)
         shapes = family.encoder_shape(model), _decoder_shape(model.config.text_config)
         hooks.before(parts.text_model, TextModelHook(family, shapes))
         hooks.after(parts.text_model, restore_lengths)
