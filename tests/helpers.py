@@ -31,6 +31,9 @@ NEW_TOKENS = 3
 #: The key under which a patched model's feature outputs carry what the language stage must know.
 RECORDS = "illava_state"
 
+#: Older releases put the rope deltas of the last prompt into every output, also of a prompt without images.
+LEFT_OVER = "rope_deltas"
+
 Found = dict[str, Tensor]
 
 
@@ -53,7 +56,7 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{index}.values", layer.values
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            if key != RECORDS:
+            if key not in (RECORDS, LEFT_OVER):
                 yield from tensors_of(item, f"{name}.{key}")
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for index, item in enumerate(value):
