@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
 from illava_hooks import PatchStateError, merging, session_of
-from tiny_models import FAMILIES, inputs_for, tiny_model
+from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -361,3 +361,38 @@ def test_embeddings_and_ready_features(family: str) -> None:
         model(**bare, mm_encoder_outputs={"image": stock})
     lengths = session_of(model).report.sequence_tokens
     assert lengths[0][0] == inputs["input_ids"].shape[1] > lengths[3][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_after_a_padded_turn_of_text(family: str) -> None:
+    """What was padding before anything merged stays padding afterwards."""
+    model = patched(family)
+    texts, seconds = [Sample(text_seed=21, text=(9,)), Sample(text_seed=22, text=(4,))], [IMAGES, IMAGE]
+    first, second = inputs_for(model, texts), inputs_for(model, seconds)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+
+    def positions(rows: list[int], width: int) -> Tensor:
+        """Of the second turn, per row as if nothing were padded; left-padded to `width`."""
+        tables = []
+        for row in rows:
+            alone, start = single(model, seconds[row]), sum(texts[row].text)
+            if family == "qwen2_vl":
+                names = ("image_grid_thw", "mm_token_type_ids")
+                table, _ = model.model.get_rope_index(alone["input_ids"], **{n: alone[n] for n in names})
+            else:
+                table = torch.arange(alone["input_ids"].shape[1])[None]
+            tables.append(torch.nn.functional.pad(table + start, (width - table.shape[-1], 0)))
+        return torch.cat(tables, dim=-2)
+
+    rest = {n: v for n, v in second.items() if n != "attention_mask"}
+    with torch.no_grad():
+        turn = {n: first[n] for n in ("input_ids", "attention_mask")}
+        cache = model(**turn, position_ids=(turn["attention_mask"].cumsum(1) - 1).clamp_min(0)).past_key_values
+        where = positions([0, 1], second["input_ids"].shape[1])
+        logits = model(**rest, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+        for row in range(2):
+            past = model(input_ids=single(model, texts[row])["input_ids"]).past_key_values
+            alone = {n: v for n, v in single(model, seconds[row]).items() if n != "attention_mask"}
+            length = alone["input_ids"].shape[1]
+            expected = model(**alone, position_ids=positions([row], length), past_key_values=past).logits
+            torch.testing.assert_close(logits[row, -length:], expected[0], atol=2e-4, rtol=0)

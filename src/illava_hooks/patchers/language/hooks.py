@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import Family
-from illava_hooks.patchers.language.masks import LayerPlan, continue_call, prefill_masks
+from illava_hooks.patchers.language.masks import LayerPlan, continue_call, prefill_masks, remember_padding
 from illava_hooks.patchers.language.placement import place
 from illava_hooks.patchers.language.run import DecoderPass, plan_layouts
 from illava_hooks.patchers.language.summary import Finish
@@ -49,7 +49,10 @@ class TextModelHook:
         past = physical_lengths(cache, config.num_hidden_layers)
         logical = past[0] + (getattr(cache.layers[0], "num_merged", 0) if past[0] else 0)
         static = getattr(cache, "is_compileable", False)
-        real = new_validity(unwrap_mask(kwargs.get("attention_mask")), logical, width, static)
+        given = unwrap_mask(kwargs.get("attention_mask"))
+        real = new_validity(given, logical, width, static)
+        if logical and not is_merged(cache):
+            remember_padding(cache, given, past)
         positions = _positions(self.family, kwargs.get("position_ids"), logical, embeds)
         checked = _packed_candidates(kwargs.get("position_ids"), real, cache)
         real = embeds.new_ones(batch, width, dtype=torch.bool) if real is None else real.to(embeds.device)

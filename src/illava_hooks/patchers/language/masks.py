@@ -11,10 +11,10 @@ from torch import Tensor
 
 from illava_hooks.patchers.language.run import DecoderPass
 from illava_hooks.runtime.cache import MergedLayer, cache_layer
-from illava_hooks.runtime.masks import causal_mask, unwrap_mask
+from illava_hooks.runtime.masks import causal_mask, new_validity, unwrap_mask
 from illava_hooks.runtime.session import KEY
 
-__all__ = ["LayerPlan", "continue_call", "prefill_masks"]
+__all__ = ["LayerPlan", "continue_call", "prefill_masks", "remember_padding"]
 
 
 @dataclass(slots=True)
@@ -38,6 +38,22 @@ class LayerPlan:
     logical: int = 0
     tail: int = 0
     finish: Callable[[], None] | None = None
+
+
+def remember_padding(cache: Any, attention_mask: Any, past: list[int]) -> None:
+    """Notes which keys of a stock cache are padding, before its layers hold merged tokens.
+
+    Args:
+        cache: a cache in which nothing was merged yet.
+        attention_mask: the call's mask over past and new tokens, 2-D or as ``generate`` prepares it; or None.
+        past: keys of each layer.
+    """
+    if attention_mask is None:
+        return
+    for layer_idx, length in enumerate(past):
+        two_dimensional = attention_mask[:, :length] if attention_mask.dim() == 2 else attention_mask
+        valid = new_validity(two_dimensional, 0, length, prepared=True)
+        cache_layer(cache, layer_idx).extend_validity(0, valid)
 
 
 def prefill_masks(config: Any, run: DecoderPass, embeds: Tensor, cache: Any, past: list[int]) -> list[Any]:
