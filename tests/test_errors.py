@@ -6,6 +6,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from illava_hooks import (
     patch,
     session_of,
 )
+from illava_hooks.config import MergeSchedule
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
@@ -262,6 +264,12 @@ def test_every_method_has_a_schedule_it_can_run() -> None:
     """No name in METHODS is refused with the identity settings."""
     for name in METHODS:
         patch(tiny_model("llava_onevision"), [], 0, [], 1.0, method=name)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    session = patch(tiny_model("qwen2_vl"), np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5))
+    assert session.config.image == MergeSchedule((1, 2), 4, (2,), 0.5)
+    assert type(session.config.image.vit_layers[0]) is int and "vit_layers=(1, 2)" in repr(session)
 
 
 def test_settings_of_the_helpers_are_accepted() -> None:

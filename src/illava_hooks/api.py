@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from illava_hooks.config import MergeConfig
@@ -17,9 +17,9 @@ __all__ = ["merging", "patch", "session_of", "unpatch"]
 
 def patch(
     model: Any,
-    vit_layers: Sequence[int] | None = None,
+    vit_layers: Iterable[int] | None = None,
     vit_r: int | float | None = None,
-    llm_layers: Sequence[int] | None = None,
+    llm_layers: Iterable[int] | None = None,
     llm_ratio: float | None = None,
     *,
     method: str | Method = "illava",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -126,9 +127,9 @@ class MergeConfig:
     def build(
         cls,
         limits: ModelLimits,
-        vit_layers: Sequence[int] | None,
+        vit_layers: Iterable[int] | None,
         vit_r: int | float | None,
-        llm_layers: Sequence[int] | None,
+        llm_layers: Iterable[int] | None,
         llm_ratio: float | None,
         method: str | Method,
         preset: str,
@@ -170,34 +171,34 @@ def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSch
 
 
 def _layers(name: str, value: object, first: int, depth: int, origin: str) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         raise MergeConfigError(f"{name} is {value!r}; give a list of layer numbers in {first}..{depth - 1}")
-    for layer in value:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not first <= layer < depth:
+    layers = list(value)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not first <= layer < depth:
             why = ": a layer needs the scores of the one before it" if layer == 0 and first == 1 else ""
             raise MergeConfigError(
                 f"{name} contains {layer!r}{origin}; this model allows {first}..{depth - 1}{why}; choose other layers"
             )
-    if len(set(value)) < len(value):
-        raise MergeConfigError(f"{name} is {list(value)} and lists a layer twice; list each layer once")
-    return tuple(sorted(value))
+    if len(set(layers)) < len(layers):
+        raise MergeConfigError(f"{name} is {layers} and lists a layer twice; list each layer once")
+    return tuple(sorted(int(layer) for layer in layers))
 
 
 def _vit_r(value: object) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise MergeConfigError(f"vit_r is {value!r}; give an int >= 0 (tokens) or a float in (0, 1) (a fraction)")
-    if value == 0:
-        return 0
-    if (isinstance(value, int) and value < 0) or (isinstance(value, float) and not 0 < value < 1):
+    number = int(value) if isinstance(value, Integral) else float(value)
+    if number != 0 and (number < 0 if isinstance(number, int) else not 0 < number < 1):
         raise MergeConfigError(
-            f"vit_r is {value!r}; an int must be >= 0 (tokens removed per layer), a float in (0, 1) (a fraction); "
+            f"vit_r is {number!r}; an int must be >= 0 (tokens removed per layer), a float in (0, 1) (a fraction); "
             "use 0 to remove none"
         )
-    return value
+    return number or 0
 
 
 def _ratio(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise MergeConfigError(f"llm_ratio is {value!r}; it must be in (0, 1], the fraction kept; use 1.0 to keep all")
     return float(value)
 

@@ -140,6 +140,10 @@ class MergeSession:
         """Stores what the last forward did."""
         self._report, self._provenance = report, provenance
 
+    def __repr__(self) -> str:
+        """The switch and the settings."""
+        return f"MergeSession(enabled={self.enabled}, config={self.config})"
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings and the hooks, not what the last forward left behind."""
         return {**self.__dict__, "_report": None, "_provenance": None}
