@@ -173,22 +173,31 @@ def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSch
 def _layers(name: str, value: object, first: int, depth: int, origin: str) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise MergeConfigError(f"{name} is {value!r}; give a list of layer numbers in {first}..{depth - 1}")
-    layers = list(value)
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or not first <= layer < depth:
+    layers = []
+    for given in value:
+        layer = _number(given)
+        if not isinstance(layer, int) or not first <= layer < depth:
             why = ": a layer needs the scores of the one before it" if layer == 0 and first == 1 else ""
             raise MergeConfigError(
-                f"{name} contains {layer!r}{origin}; this model allows {first}..{depth - 1}{why}; choose other layers"
+                f"{name} contains {given!r}{origin}; this model allows {first}..{depth - 1}{why}; choose other layers"
             )
+        layers.append(layer)
     if len(set(layers)) < len(layers):
         raise MergeConfigError(f"{name} is {layers} and lists a layer twice; list each layer once")
-    return tuple(sorted(int(layer) for layer in layers))
+    return tuple(sorted(layers))
+
+
+def _number(value: object) -> int | float | None:
+    """A number of any library as Python's own; None for anything else, truth values included."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _vit_r(value: object) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    number = _number(value)
+    if number is None:
         raise MergeConfigError(f"vit_r is {value!r}; give an int >= 0 (tokens) or a float in (0, 1) (a fraction)")
-    number = int(value) if isinstance(value, Integral) else float(value)
     if number != 0 and (number < 0 if isinstance(number, int) else not 0 < number < 1):
         raise MergeConfigError(
             f"vit_r is {number!r}; an int must be >= 0 (tokens removed per layer), a float in (0, 1) (a fraction); "
@@ -198,9 +207,10 @@ def _vit_r(value: object) -> int | float:
 
 
 def _ratio(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    number = _number(value)
+    if number is None or not 0 < number <= 1:
         raise MergeConfigError(f"llm_ratio is {value!r}; it must be in (0, 1], the fraction kept; use 1.0 to keep all")
-    return float(value)
+    return float(number)
 
 
 _QWEN2_VL = MergeSchedule((12, 13, 14, 15), 0.16, (6, 7, 8), 0.90)
