@@ -28,6 +28,7 @@ FLOORS = {
     "patchers": 5,
     "runtime": 4,
     "config": 3,
+    "schedules": 2,
     "methods": 2,
     "merge": 1,
     "tiny": 1,

@@ -1,79 +1,17 @@
-"""The four numbers, validated against a model's limits, and the paper's presets."""
+"""The four numbers, validated against a model's limits."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import MappingProxyType
-from typing import Literal, get_args
+from typing import get_args
 
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.methods import Method, resolve_method
+from illava_hooks.schedules import PRESETS, MergeSchedule, Modality, preset_name
 
-__all__ = ["PRESETS", "MergeConfig", "MergeSchedule", "Modality", "ModelLimits", "llm_removed"]
-
-Modality = Literal["image", "video"]
-
-
-@dataclass(frozen=True, slots=True)
-class MergeSchedule:
-    """Where and how much one modality merges.
-
-    Attributes:
-        vit_layers: 0-based vision-encoder layers, ascending.
-        vit_r: int: tokens removed per tile, image or frame in each listed layer; float in (0, 1): that fraction
-            of the layer's current tokens, rounded down.
-        llm_layers: 0-based decoder layers, ascending, each at least 1; the merge happens on entry.
-        llm_ratio: fraction of a span's current visual tokens kept at each listed decoder layer, in (0, 1].
-    """
-
-    vit_layers: tuple[int, ...] = ()
-    vit_r: int | float = 0
-    llm_layers: tuple[int, ...] = ()
-    llm_ratio: float = 1.0
-
-    @property
-    def merges_in_encoder(self) -> bool:
-        """Whether anything can be removed in the vision encoder."""
-        return bool(self.vit_layers) and self.vit_r > 0
-
-    @property
-    def merges_in_llm(self) -> bool:
-        """Whether anything can be removed in the language model."""
-        return bool(self.llm_layers) and self.llm_ratio < 1.0
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing can be removed anywhere."""
-        return not (self.merges_in_encoder or self.merges_in_llm)
-
-    def encoder_removed(
-        self, num_tokens: int, multiple: int = 1, most: Callable[[int], int] | None = None
-    ) -> list[int]:
-        """Tokens removed at each listed encoder layer from a segment of ``num_tokens``.
-
-        Args:
-            num_tokens: length of the segment before the first merge.
-            multiple: the counts are rounded down to multiples of this (4 for 2x2 groups).
-            most: how many a method can remove from so many tokens, if fewer than all but one.
-
-        Returns:
-            One count per listed layer; clamped so that at least ``multiple`` tokens stay.
-        """
-        counts = []
-        for _ in self.vit_layers:
-            wish = self.vit_r if isinstance(self.vit_r, int) else math.floor(num_tokens * self.vit_r)
-            limit = num_tokens - multiple if most is None else most(num_tokens) // multiple * multiple
-            counts.append(max(0, min(wish // multiple * multiple, limit)))
-            num_tokens -= counts[-1]
-        return counts
-
-
-def llm_removed(num_tokens: int, keep_ratio: float) -> int:
-    """Tokens removed from a visual span of ``num_tokens``: Python's ``round``, and one token always stays."""
-    return max(0, min(round(num_tokens * (1 - keep_ratio)), num_tokens - 1))
+__all__ = ["MergeConfig", "ModelLimits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +19,7 @@ class ModelLimits:
     """What a model allows.
 
     Attributes:
-        family: the key of ``PRESETS``.
+        family: its name, as ``PRESETS`` spells it.
         vit_depth: number of vision-encoder layers whose output is used.
         llm_depth: number of decoder layers.
         tokens_per_tile: tokens of one encoder segment, where that is fixed by the model; else None.
@@ -144,8 +82,9 @@ class MergeConfig:
         if preset not in choices:
             raise MergeConfigError(f"preset is {preset!r}; choose one of {list(choices)}")
         given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
+        presets = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
         schedules = [
-            _schedule(limits, given, PRESETS[limits.family][modality if preset == "auto" else preset])
+            _schedule(limits, given, presets[modality if preset == "auto" else preset])
             for modality in get_args(Modality)
         ]
         return cls(schedules[0], schedules[1], resolve_method(method), bool(track))
@@ -211,19 +150,3 @@ def _ratio(value: object) -> float:
     if number is None or not 0 < number <= 1:
         raise MergeConfigError(f"llm_ratio is {value!r}; it must be in (0, 1], the fraction kept; use 1.0 to keep all")
     return float(number)
-
-
-_QWEN2_VL = MergeSchedule((12, 13, 14, 15), 0.16, (6, 7, 8), 0.90)
-
-#: The paper's settings by family and modality (read-only).
-PRESETS: Mapping[str, Mapping[str, MergeSchedule]] = MappingProxyType(
-    {
-        "llava_onevision": MappingProxyType(
-            {
-                "image": MergeSchedule((5, 6, 7, 8), 92, (8,), 0.70),
-                "video": MergeSchedule((3, 4, 5, 6), 92, (2,), 0.70),
-            }
-        ),
-        "qwen2_vl": MappingProxyType({"image": _QWEN2_VL, "video": _QWEN2_VL}),
-    }
-)

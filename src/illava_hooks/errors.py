@@ -1,6 +1,6 @@
 """Errors of the library; every message names the argument, the value, the allowed range and the cure."""
 
-__all__ = ["IllavaHooksError", "MergeConfigError", "PatchStateError", "UnsupportedModelError"]
+__all__ = ["IllavaHooksError", "InputError", "MergeConfigError", "PatchStateError", "UnsupportedModelError"]
 
 
 class IllavaHooksError(Exception):
@@ -17,3 +17,7 @@ class PatchStateError(IllavaHooksError):
 
 class MergeConfigError(IllavaHooksError, ValueError):
     """A setting of a merge is outside of its range."""
+
+
+class InputError(IllavaHooksError, ValueError):
+    """A file or a model that cannot be read; raised by ``tools`` only."""

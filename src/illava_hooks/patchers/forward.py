@@ -10,9 +10,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from illava_hooks.config import Modality
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.session import KEY, ForwardState, MergeSession, VisualRecord
+from illava_hooks.schedules import Modality
 
 __all__ = ["BaseModelHooks", "TopModelHooks"]
 

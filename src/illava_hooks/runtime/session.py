@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.config import MergeConfig
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.hooks import HookSet
 from illava_hooks.runtime.provenance import Provenance
 from illava_hooks.runtime.report import MergeReport
+from illava_hooks.schedules import Modality
 
 __all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord"]
 

@@ -12,11 +12,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from illava_hooks.config import Modality
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.spans import compact
 from illava_hooks.patchers.language.run import CompactState, Layout
 from illava_hooks.runtime.session import ForwardState, VisualRecord
+from illava_hooks.schedules import Modality
 
 __all__ = ["Placement", "place"]
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.config import MergeConfig, Modality, llm_removed
+from illava_hooks.config import MergeConfig
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.scoring import Score, ScoreInputs
 from illava_hooks.merge.spans import Segments, scatter_back
 from illava_hooks.patchers.base import max_removed
+from illava_hooks.schedules import Modality, llm_removed
 
 __all__ = ["CompactState", "DecoderPass", "Layout"]
 

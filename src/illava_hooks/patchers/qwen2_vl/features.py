@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illava_hooks.config import Modality
 from illava_hooks.patchers.qwen2_vl.layers import PackedTraits
 from illava_hooks.patchers.vision import hooks
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.patchers.vision.tracking import token_sources, vision_tracks
 from illava_hooks.runtime.provenance import sparse
 from illava_hooks.runtime.session import KEY, MergeSession, VisualRecord
+from illava_hooks.schedules import Modality
 
 __all__ = ["ExpandTower", "FeatureMethods"]
 

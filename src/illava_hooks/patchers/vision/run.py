@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illava_hooks.config import Modality
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.scoring import ScoreInputs
@@ -23,6 +22,7 @@ from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import EncoderTraits, max_removed
 from illava_hooks.runtime.provenance import merge_matrix, product
 from illava_hooks.runtime.session import MergeSession, VisualRecord
+from illava_hooks.schedules import Modality
 
 __all__ = ["EncoderPass", "EncoderState"]
 

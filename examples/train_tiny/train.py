@@ -1,0 +1,156 @@
+"""Trains one tiny model: first its vision encoder on what every patch shows, then everything on answers.
+
+    python examples/train_tiny/train.py llava_onevision --output runs/llava_onevision
+
+Interrupt it as you like: the same command goes on where the last checkpoint was written. A step's data follow from
+the seed and the step's number alone, so a resumed run equals an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from batches import SIZES, Batch, clip_batch, image_batch, pair_batch, picture_batch
+from easy import easy_questions
+from learn import Learner, optimizers
+from models import FAMILIES, build_model, build_processor
+from tqdm import tqdm
+
+SHARES = {"image": 0.64, "pair": 0.12, "clip": 0.12, "easy": 0.12}
+SIZE_SHARES = (0.2, 0.4, 0.2, 0.2)
+CHECKPOINT_EVERY, VALIDATE_EVERY = 200, 800
+
+
+def step_batch(processor: Any, seed: int, step: int, dense_only: bool) -> Batch:
+    """The data of one step."""
+    rng = np.random.default_rng([seed, int(dense_only), step])
+    size = SIZES[int(rng.choice(len(SIZES), p=SIZE_SHARES))]
+    if dense_only:
+        return image_batch(processor, rng, 24, size, asked=0, digit_share=0.6 if rng.random() < 0.5 else None)
+    kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    if kind == "pair":
+        return pair_batch(processor, rng, 16)
+    if kind == "clip":
+        return clip_batch(processor, rng, 16)
+    if kind == "easy":
+        return picture_batch(processor, *easy_questions(rng, 16))
+    return image_batch(processor, rng, 16, size)
+
+
+def rate(phase: int, step: int, steps: int) -> float:
+    """Learning rate over its peak: a short warm-up, then constant; the second phase ends going down to 0."""
+    return min(1.0, (step + 1) / 50) * (1.0 if phase == 0 else min(1.0, 2 * (steps - step) / steps))
+
+
+def validate(learner: Learner, processor: Any, seed: int = 1) -> dict[str, float]:
+    """Share of right first words per kind of question, on validation scenes and digits."""
+    right: dict[str, list[bool]] = {}
+    learner.eval()
+    with torch.no_grad():
+        for index in range(12):
+            rng = np.random.default_rng([10_000 + seed, index])
+            size = SIZES[index % 4]
+            make = pair_batch if index == 8 else clip_batch if index == 9 else None
+            batch = (
+                make(processor, rng, 16, "validation")
+                if make
+                else image_batch(processor, rng, 16, size, "validation", asked=18)
+            )
+            tokens, _ = learner.visual_tokens(batch)
+            _, hits, _ = learner.answer_loss(batch, tokens)
+            for question, hit in zip([q for row in batch.questions for q in row], hits.tolist(), strict=True):
+                right.setdefault(question.kind, []).append(hit)
+    learner.train()
+    return {kind: sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encoder-steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--muon-rate", type=float, default=4e-3)
+    parser.add_argument("--adam-rate", type=float, default=2e-3)
+    parser.add_argument("--dense-weight", type=float, default=0.15, help="of the dense loss in the second phase")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    file = arguments.output / "checkpoint.pt"
+
+    processor = build_processor(arguments.family)
+    learner = Learner(build_model(arguments.family, arguments.seed), processor.tokenizer)
+    history: list[dict[str, Any]] = []
+    phase, first = 0, 0
+    algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        learner.load_state_dict(state["learner"])
+        for algorithm, saved in zip(algorithms, state["optimizers"], strict=True):
+            algorithm.load_state_dict(saved)
+        phase, first, history = state["phase"], state["step"], json.loads(state["history"])
+    peaks = [arguments.muon_rate, arguments.adam_rate]
+
+    def save(phase: int, step: int) -> None:
+        state = {
+            "learner": learner.state_dict(),
+            "optimizers": [a.state_dict() for a in algorithms],
+            "phase": phase,
+            "step": step,
+            "history": json.dumps(history),
+        }
+        torch.save(state, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+
+    while phase < 2:
+        steps = (arguments.encoder_steps, arguments.steps)[phase]
+        if phase == 1 and first == 0:
+            learner.match_scales(step_batch(processor, arguments.seed, 0, True))
+            algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=("encoder", "answers")[phase], mininterval=5)
+        averages: dict[str, float] = {}
+        began = time.process_time()
+        for step in bar:
+            batch = step_batch(processor, arguments.seed, step, phase == 0)
+            for algorithm, peak in zip(algorithms, peaks, strict=True):
+                for group in algorithm.param_groups:
+                    group["lr"] = peak * rate(phase, step, steps)
+                algorithm.zero_grad()
+            tokens, patches = learner.visual_tokens(batch)
+            seen: dict[str, float] = {}
+            loss = torch.zeros(())
+            if batch.targets:
+                dense = learner.dense_loss(patches, batch.targets)
+                loss = loss + dense * (1.0 if phase == 0 else arguments.dense_weight)
+                seen["dense"] = dense.item()
+            if phase == 1:
+                answer, hits, _ = learner.answer_loss(batch, tokens)
+                loss = loss + answer
+                seen |= {"answer": answer.item(), "right": hits.float().mean().item()}
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            for algorithm in algorithms:
+                algorithm.step()
+            for name, value in seen.items():
+                averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+                row = {"phase": phase, "step": step + 1, "cpu_s": round(time.process_time() - began), **averages}
+                if phase == 1 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps):
+                    row |= validate(learner, processor)
+                history.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+                (arguments.output / "history.json").write_text(json.dumps(history, indent=0))
+                save(phase, step + 1)
+                tqdm.write(json.dumps(history[-1]))
+        phase, first = phase + 1, 0
+        save(phase, first)
+
+
+if __name__ == "__main__":
+    main()
