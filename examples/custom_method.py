@@ -7,42 +7,26 @@ black fields of a chess board, and folds each white field into the black one mos
 
 from __future__ import annotations
 
-import argparse
-
 import torch
+from PIL import Image
 
-import offline
-from illava_hooks import Method, patch
+from illava_hooks import Method, patch, tiny
 from illava_hooks.merge.scoring import ScoreInputs
+from prompts import answer, chat
 
-WHITE_FIELDS = 27 * 27 // 2  # of a tile of 27 x 27 tokens
+SIDE = 8  # tokens in a row of a tile
 
 
 def black_fields(inputs: ScoreInputs) -> torch.Tensor:
-    """Score 1 on black fields, 0 on white ones: higher means keep.
-
-    A row has 27 tokens, an odd number, so the parity of a token's place in the tile is its colour.
-    """
-    return (inputs.positions % 2 == 0).float()
+    """Score 1 on black fields, 0 on white ones: higher means keep."""
+    row, column = inputs.positions // SIDE, inputs.positions % SIDE
+    return ((row + column) % 2 == 0).float()
 
 
 CHECKERBOARD = Method("checkerboard", black_fields, llm_score="last_query_attention", merge="nearest")
 
-
-@torch.inference_mode()
-def main() -> None:
-    """Run the checkerboard on a photo and print the tokens per stage."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="a narrower model and a single tile")
-    model, processor = offline.build("llava_onevision", tiny=parser.parse_args().tiny)
-    inputs = offline.ask(processor, "What is happening here?", offline.photo())
-
-    session = patch(model, [5], WHITE_FIELDS, llm_layers=[8], llm_ratio=0.5, method=CHECKERBOARD)
-    logits = model(**inputs).logits
-    print(f"method: {session.config.method.name}")
-    print(session.report)
-    print(f"logits: {list(logits.shape)}, finite: {bool(logits.isfinite().all())}")
-
-
-if __name__ == "__main__":
-    main()
+model, processor = tiny.load("llava_onevision")
+inputs = chat(processor, [([Image.open(tiny.media("scene.png"))], "How many stars are there?")])
+session = patch(model, [3], SIDE * SIDE // 2, llm_layers=[2], llm_ratio=0.5, method=CHECKERBOARD)
+print(f"method: {session.config.method.name}, answer: {answer(model, processor, inputs)[0]}")
+print(session.report)

@@ -1,0 +1,216 @@
+"""The command line: ``illava-hooks ask``, ``visualize`` and ``info``. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from illava_hooks.errors import IllavaHooksError, InputError
+
+if TYPE_CHECKING:
+    from illava_hooks.tools.ask import Answer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside.",
+)
+
+Input = Annotated[Path, typer.Option("--input", help="An image, a folder of images (one prompt), or a video.")]
+Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
+Model = Annotated[str, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")]
+VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
+VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
+LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]
+LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens kept in each: 0.70.")]
+MethodName = Annotated[str, typer.Option("--method", help="See `illava-hooks info`.")]
+Preset = Annotated[str, typer.Option(help="image, video or auto: for the numbers that are not given.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors in one line with exit code 2, and 130 after Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except IllavaHooksError as error:
+            if kwargs.get("debug"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _prepared(
+    model_name: str, device: str, dtype: str, path: Path, frames: int, question: str | None
+) -> tuple[Any, ...]:
+    """Media first: a missing file is told before a large model is loaded."""
+    from transformers.utils import logging
+
+    from illava_hooks.tools.loading import build_inputs, default_question, load_model, unknown_words
+    from illava_hooks.tools.media import load_media
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    media = load_media(path, frames)
+    model, processor = load_model(model_name, device, dtype)
+    text = question or default_question(model_name, media)
+    unknown = unknown_words(processor, text)
+    if unknown:
+        print(f"note: {model_name} does not know the words {', '.join(unknown)}", file=sys.stderr)
+    return model, processor, media, text, build_inputs(processor, media, text, model.device, model.dtype)
+
+
+def _settings(
+    vit_layers: str | None, vit_r: str | None, llm_layers: str | None, llm_ratio: str | None
+) -> dict[str, Any]:
+    from illava_hooks.tools.loading import parse_layers, parse_number
+
+    return {
+        "vit_layers": parse_layers(vit_layers, "--vit-layers"),
+        "vit_r": parse_number(vit_r, "--vit-r"),
+        "llm_layers": parse_layers(llm_layers, "--llm-layers"),
+        "llm_ratio": parse_number(llm_ratio, "--llm-ratio"),
+    }
+
+
+@app.command()
+@_friendly
+def ask(
+    path: Input,
+    question: Question = None,
+    model: Model = "tiny",
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without and with merging.")] = False,
+    no_merge: Annotated[bool, typer.Option("--no-merge", help="Leave the model as it is.")] = False,
+    vit_layers: VitLayers = None,
+    vit_r: VitR = None,
+    llm_layers: LlmLayers = None,
+    llm_ratio: LlmRatio = None,
+    method: MethodName = "illava",
+    preset: Preset = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
+    frames: Frames = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a question about an image, a folder of images or a video."""
+    if compare and no_merge:
+        raise InputError("--compare and --no-merge exclude each other; give one of them")
+    settings = _settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
+    from illava_hooks.api import patch
+    from illava_hooks.tools.ask import answer
+
+    if not no_merge:
+        patch(network, **settings, method=method, preset=preset)
+    show: Callable[[str], None] = (lambda _: None) if as_json else lambda piece: print(piece, end="", flush=True)
+    if not as_json:
+        print(f"{', '.join(media.names[:8])}{' ...' if len(media.names) > 8 else ''}: {text}")
+    answers = []
+    for merge in [False, True] if compare else [not no_merge]:
+        if compare and not as_json:
+            print("with merging:    " if merge else "without merging: ", end="")
+        answers.append(answer(network, processor, inputs, merge, max_new_tokens, show))
+    if as_json:
+        body = {"question": text, "model": model, "answers": [a.as_dict() for a in answers]}
+        if compare:
+            body["same_answer"] = answers[0].text == answers[1].text
+        print(json.dumps(body, indent=2))
+    else:
+        _print_costs(answers)
+
+
+def _print_costs(answers: list[Answer]) -> None:
+    """A table of times; below it tokens, FLOPs and bytes of both ways."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *("with merging" if a.merged else "without merging" for a in answers))
+    table.add_row("answer", *(a.text for a in answers))
+    table.add_row("prefill", *(f"{a.prefill_s * 1e3:.1f} ms" for a in answers))
+    table.add_row("decoding, per token", *(f"{a.decode_s * 1e3:.1f} ms" for a in answers))
+    table.add_row("new tokens", *(str(a.new_tokens) for a in answers))
+    table.add_row("prompt tokens", *(str(a.prompt_tokens) for a in answers))
+    Console(highlight=False).print(table)
+    for one in answers:
+        if one.report is not None:
+            print(one.report)
+
+
+@app.command()
+@_friendly
+def visualize(
+    path: Input,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("merge-pictures"),
+    question: Question = None,
+    model: Model = "tiny",
+    colours: Annotated[
+        bool, typer.Option("--colours", "--colors", help="Colour merged patches by what absorbed them.")
+    ] = False,
+    vit_layers: VitLayers = None,
+    vit_r: VitR = None,
+    llm_layers: LlmLayers = None,
+    llm_ratio: LlmRatio = None,
+    method: MethodName = "illava",
+    preset: Preset = "auto",
+    frames: Frames = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Draw which patches are left after every merging layer."""
+    settings = _settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    network, processor, _, _, inputs = _prepared(model, device, dtype, path, frames, question)
+    from illava_hooks.tools.draw import merge_maps, save_maps
+
+    maps = merge_maps(network, processor, inputs, **settings, method=method, preset=preset)
+    for file in save_maps(maps, output, path.stem, colours):
+        print(file)
+
+
+@app.command()
+@_friendly
+def info(
+    model: Annotated[str | None, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Tell versions, devices, methods, and a model's depth and presets."""
+    from illava_hooks.tools.info import environment, model_info
+    from illava_hooks.tools.loading import load_model
+
+    facts = environment()
+    if model is not None:
+        facts["model"] = model_info(load_model(model, device, dtype)[0])
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{name}:")
+            for key, part in value.items():
+                print(f"  {key:<15} {part}")
+        else:
+            print(f"{name:<17} {', '.join(value) if isinstance(value, list) else value}")

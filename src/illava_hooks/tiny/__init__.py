@@ -1,0 +1,63 @@
+"""Two small trained models inside the package: a stock LLaVA-OneVision and a stock Qwen2-VL.
+
+They know coloured shapes, handwritten digits, counting, left and right, pairs of images and short clips, in the
+words of ``questions.vocabulary``: enough to see and to measure what merging does, without a download.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from illava_hooks.errors import InputError
+
+__all__ = ["TinyName", "folder", "load", "media"]
+
+TinyName = Literal["llava_onevision", "qwen2_vl"]
+
+
+def folder(name: str) -> Path:
+    """The checkpoint's folder, which ``from_pretrained`` of transformers loads.
+
+    Args:
+        name: "llava_onevision" or "qwen2_vl".
+
+    Raises:
+        InputError: there is no embedded model of that name.
+    """
+    if name not in get_args(TinyName):
+        raise InputError(f"tiny model is {name!r}; choose one of {list(get_args(TinyName))}")
+    return Path(__file__).parent / name
+
+
+def media(name: str) -> Path:
+    """A bundled picture: "scene.png", "digits.png", "pair", "pair/first.png", "pair/second.png" or "clip.gif".
+
+    Raises:
+        InputError: there is no such picture.
+    """
+    path = Path(__file__).parent / "media" / name
+    if not path.exists():
+        raise InputError(f"bundled picture is {name!r}; choose one of scene.png, digits.png, pair, clip.gif")
+    return path
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Loads an embedded model, in float32 and in eval mode, and its processor.
+
+    Args:
+        name: "llava_onevision" or "qwen2_vl".
+
+    Returns:
+        The stock model and the stock processor.
+
+    Raises:
+        InputError: there is no embedded model of that name.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    path = folder(name)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor: Any = AutoProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+    return model.eval(), processor

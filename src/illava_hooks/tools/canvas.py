@@ -1,0 +1,196 @@
+"""What the encoder looked at, as pictures in which every pixel knows its source patch.
+
+Pixels and patch numbers travel as channels of one tensor through the same steps, so that they cannot drift apart.
+
+Shapes: ``T`` tiles or frames, ``H`` x ``W`` pixels.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
+
+from illava_hooks.schedules import Modality
+
+__all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "visuals_of"]
+
+Pixels = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+GAP, PAPER = 8, 255  # between two views of one image
+DARK = 40  # merged-away patches fade into this grey
+TINT = 0.6  # share of the survivor's colour in what it absorbed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A picture and whose pixels these are.
+
+    Attributes:
+        pixels: RGB, ``(H, W, 3)``.
+        labels: ``(H, W)``, the source patch in encoder order; -1 between views.
+    """
+
+    pixels: Pixels
+    labels: Ints
+
+
+#: One image or frame: its view, or the base view and the mosaic of its tiles.
+Frame = tuple[View, ...]
+
+
+def visuals_of(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[tuple[Modality, tuple[Frame, ...]]]:
+    """The frames of each image and video of one sample, images first.
+
+    Args:
+        model: a stock model of either family.
+        processor: the processor that made the inputs; what it normalised with is taken back.
+        inputs: its outputs.
+    """
+    found: list[tuple[Modality, tuple[Frame, ...]]] = []
+    tools = {"image": processor.image_processor, "video": processor.video_processor}
+    for modality in get_args(Modality):
+        key, grid = {"image": "pixel_values", "video": "pixel_values_videos"}[modality], f"{modality}_grid_thw"
+        if inputs.get(key) is None:
+            continue
+        values, vision = inputs[key].detach().double().cpu(), model.config.vision_config
+        if grid in inputs:
+            visuals = [[[frame] for frame in stack] for stack in _packed(vision, values, inputs[grid].tolist())]
+        elif modality == "video":
+            visuals = [[[frame] for frame in _with_labels(vision, video)] for video in values]
+        else:
+            sizes = inputs["image_sizes"].tolist()
+            visuals = [[views] for views in _tiled(model.config, values, sizes, inputs.get("batch_num_images"))]
+        colours = _colours(tools[modality])
+        found += [(modality, tuple(tuple(_view(v, *colours) for v in frame) for frame in f)) for f in visuals]
+    return found
+
+
+def compose(frame: Frame, scale: int) -> View:
+    """All views of a frame side by side, the last one magnified ``scale`` times and the others as high as it.
+
+    Only copies pixels, never mixes them: the border of a patch stays where it is.
+    """
+    height = scale * frame[-1].labels.shape[0]
+    pixels, labels = [], []
+    for number, view in enumerate(frame):
+        if number:
+            pixels.append(np.full((height, GAP, 3), PAPER, np.uint8))
+            labels.append(np.full((height, GAP), -1))
+        rows, columns = view.labels.shape
+        width = round(columns * height / rows)
+        row, column = np.arange(height) * rows // height, np.arange(width) * columns // width
+        pixels.append(view.pixels[row][:, column])
+        labels.append(view.labels[row][:, column])
+    return View(np.concatenate(pixels, 1), np.concatenate(labels, 1))
+
+
+def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, width: int) -> Image.Image:
+    """Dims or tints the patches that were merged away.
+
+    Args:
+        view: the picture.
+        units: ``(P,)`` what each patch is part of, -1 for nothing.
+        keepers: ``(P,)`` the surviving unit that stands for it, -1 for none.
+        dim: how much is left of a lost patch.
+        colours: whether to show who took up what.
+        width: pixels of a survivor's outline.
+    """
+    absorbing = np.unique(keepers[(keepers != units) & (keepers >= 0)])
+    # What stands between views has label -1 and reads the last entry: kept by nobody, but not gone either.
+    unit, keeper = (np.append(table, -1)[view.labels] for table in (units, keepers))
+    gone = (view.labels >= 0) & ((unit != keeper) | (unit < 0))
+    out = view.pixels.astype(np.float64)
+    if colours:
+        table = np.zeros((max(absorbing, default=0) + 1, 3))
+        table[absorbing] = [colour_of(int(u)) for u in absorbing] or table[:0]
+        tinted, outlined = gone & (keeper >= 0), _border(unit, width) & np.isin(unit, absorbing) & ~gone
+        out[tinted] += TINT * (table[keeper[tinted]] - out[tinted])
+        out[outlined] = table[unit[outlined]]
+        gone &= ~tinted
+    out[gone] = dim * out[gone] + (1 - dim) * DARK
+    return Image.fromarray(out.round().astype(np.uint8))
+
+
+def colour_of(unit: int) -> tuple[int, int, int]:
+    """The colour of a survivor, the same in every layer; neighbours differ by a golden section of the circle."""
+    hue, saturation = unit * 0.6180339887 % 1, 0.65 + 0.35 * (unit * 0.7548776662 % 1)
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
+    return red, green, blue
+
+
+def _border(unit: Ints, width: int) -> NDArray[np.bool_]:
+    """``(H, W)``: pixels with another unit at most ``width`` pixels up, down, left or right."""
+    border, far = np.zeros(unit.shape, bool), np.pad(unit, width, constant_values=-2)
+    height, across = unit.shape
+    for step in range(1, width + 1):
+        for row, column in ((-step, 0), (step, 0), (0, -step), (0, step)):
+            y, x = width + row, width + column
+            border |= far[y : y + height, x : x + across] != unit
+    return border
+
+
+def _colours(tool: Any) -> tuple[Tensor, Tensor]:
+    """Mean and deviation that an image or video processor normalised with, ``(3, 1, 1)`` each."""
+    mean, std = (tool.image_mean, tool.image_std) if tool.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return torch.tensor(mean).double().view(3, 1, 1), torch.tensor(std).double().view(3, 1, 1)
+
+
+def _view(stack: Tensor, mean: Tensor, std: Tensor) -> View:
+    """A view from ``(4, H, W)``: three normalised channels and the patch numbers."""
+    pixels = ((stack[:3] * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return View(pixels.permute(1, 2, 0).contiguous().numpy(), stack[3].round().long().numpy())
+
+
+def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images: Any) -> list[list[Tensor]]:
+    """LLaVA-OneVision: per image the base view and, where it was cut into tiles, their mosaic without padding."""
+    side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
+    # Stock cuts an image into tiles only where it is the only one of its sample.
+    cut = batch_num_images is None or int(batch_num_images[0]) == 1
+    counts = [image_size_to_num_patches(size, pinpoints, side) if cut else 1 for size in sizes]
+    padded = list(values) if values.dim() == 5 else values.split(counts)
+    found = []
+    for tiles, count, size in zip(padded, counts, sizes, strict=True):
+        stack = _with_labels(config.vision_config, tiles[:count])
+        views = [stack[0]]
+        if count > 1:
+            rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)
+            mosaic = stack[1:].view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
+            views.append(unpad_image(mosaic.reshape(-1, rows * side, columns * side), size))
+        found.append(views)
+    return found
+
+
+def _with_labels(vision: Any, tiles: Tensor) -> Tensor:
+    """``(T, 3, S, S)`` tiles with their patch numbers as a fourth channel."""
+    grid = vision.image_size // vision.patch_size
+    # Where patches do not fill the tile (384 = 27 * 14 + 6) the last ones show the rest: it belongs to none.
+    place = (torch.arange(vision.image_size) // vision.patch_size).clamp_max(grid - 1)
+    labels = torch.arange(len(tiles))[:, None, None] * grid**2 + place[:, None] * grid + place
+    return torch.cat([tiles, labels[:, None].to(tiles)], 1)
+
+
+def _packed(vision: Any, values: Tensor, grids: list[list[int]]) -> list[Tensor]:
+    """Qwen2-VL: per image or video the first frame of each temporal slice, ``(T, 4, H, W)``."""
+    size, group = vision.patch_size, vision.spatial_merge_size
+    found = []
+    for rows, (time, height, width) in zip(values.split([t * h * w for t, h, w in grids]), grids, strict=True):
+        patches = rows.view(len(rows), -1, vision.temporal_patch_size, size, size)[:, :, 0]
+        labels = torch.arange(len(rows)).to(rows).view(-1, 1, 1, 1).expand(-1, 1, size, size)
+        stack = torch.cat([patches, labels], 1)
+        stack = stack.view(time, height // group, width // group, group, group, -1, size, size)
+        found.append(stack.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(time, -1, height * size, width * size))
+    return found

@@ -1,0 +1,145 @@
+"""From a name on the command line to a model and its processor, and from media and a question to inputs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from illava_hooks import tiny
+from illava_hooks.errors import InputError
+from illava_hooks.tools.media import Media
+
+__all__ = [
+    "EMBEDDED",
+    "build_inputs",
+    "default_question",
+    "load_model",
+    "parse_layers",
+    "parse_number",
+    "unknown_words",
+]
+
+#: Names of the embedded models.
+EMBEDDED = {"tiny": "llava_onevision", "tiny-qwen2-vl": "qwen2_vl"}
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Loads a model and its processor.
+
+    Args:
+        name: "tiny", "tiny-qwen2-vl", a folder, or a name on the model hub.
+        device: "auto" (CUDA where there is one), or a torch device.
+        dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), or a torch dtype's name.
+
+    Raises:
+        InputError: there is no such model, device or dtype.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    target = _device(device)
+    source = str(tiny.folder(EMBEDDED[name])) if name in EMBEDDED else name
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=_dtype(dtype, target))
+        processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"model {name!r} cannot be loaded ({reason}); give one of {list(EMBEDDED)}, a folder with a checkpoint, "
+            "or the hub name of a LLaVA-OneVision or Qwen2-VL model"
+        ) from error
+    return model.to(target).eval(), processor
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device is {name!r}, which is not there; give auto, cpu, cuda or cuda:0") from error
+
+
+def _dtype(name: str, device: torch.device) -> Any:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype is {name!r}; give auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def parse_layers(text: str | None, name: str) -> list[int] | None:
+    """Layers as the published scripts write them, ``5-6-7-8``, or with commas; an empty text is no layer.
+
+    Raises:
+        InputError: it is no list of numbers.
+    """
+    if text is None:
+        return None
+    parts = [part for part in re.split(r"[-,\s]+", text.strip()) if part]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{name} is {text!r}; write layer numbers as 5-6-7-8")
+    return [int(part) for part in parts]
+
+
+def parse_number(text: str | None, name: str) -> int | float | None:
+    """A count such as ``92`` or a fraction such as ``0.16``.
+
+    Raises:
+        InputError: it is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{name} is {text!r}; give a whole number of tokens or a fraction such as 0.16") from error
+
+
+def default_question(model_name: str, media: Media) -> str:
+    """What is asked when nothing is asked."""
+    if model_name in EMBEDDED:
+        return "which way does the circle move ?" if media.kind == "video" else "how many circles are there ?"
+    return "What happens in this video?" if media.kind == "video" else "Describe what is shown here in one sentence."
+
+
+def unknown_words(processor: Any, question: str) -> list[str]:
+    """Words that a word-level tokenizer does not know; none for other tokenizers."""
+    unknown = processor.tokenizer.unk_token
+    if unknown is None:
+        return []
+    words = re.findall(r"\w+", question.lower())
+    return [word for word in words if processor.tokenizer.tokenize(word) == [unknown]]
+
+
+def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu", dtype: Any = None) -> Any:
+    """One user turn with all media, as the stock processor prepares it.
+
+    Args:
+        processor: the model's processor.
+        media: images, all in one prompt, or a video.
+        question: the text after them.
+        device: where the tensors go.
+        dtype: of the pixels; as the processor gives them when None.
+
+    Raises:
+        InputError: the processor refuses what it is given.
+    """
+    count = 1 if media.kind == "video" else len(media.images)
+    message = {"role": "user", "content": [*[{"type": media.kind}] * count, {"type": "text", "text": question}]}
+    given = {"videos": [media.frames]} if media.kind == "video" else {"images": [list(media.images)]}
+    try:
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=[text], return_tensors="pt", **given)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{', '.join(media.names)}: the processor refuses it ({reason}); give another size"
+        ) from error
+    return inputs.to(device, dtype) if dtype is not None else inputs.to(device)
