@@ -1,7 +1,11 @@
 """What every test gets: one thread, a fixed seed, and no GPU test where there is no GPU."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -183,3 +183,16 @@ def test_features_alone_have_provenance_of_the_vision_stage() -> None:
         model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
     (image,) = session.provenance.at("vision", 2).images
     assert image.weights.shape == (3 * 36, 3 * 64)
+
+
+def test_every_visual_keeps_its_place_where_only_some_merge() -> None:
+    model = tiny_model("llava_onevision", vision={"num_hidden_layers": 8}, text={"num_hidden_layers": 6})
+    inputs = inputs_for(model, [Sample(text_seed=6, images=((48, 30),), videos=(4,))])
+    session = patch(model, track=True)  # the preset of this depth: images merge in layers 3 and 4, videos in 2 and 3
+    with torch.no_grad():
+        model(**inputs)
+    seats = {layer: [len(v.seats) for v in session.provenance.at("vision", layer).images] for layer in (2, 3, 4)}
+    tiles, frames = int(seats[2][0] / 64), 4
+    assert seats == {2: [64 * tiles, 48 * frames], 3: [48 * tiles, 32 * frames], 4: [32 * tiles, 32 * frames]}
+    untouched = session.provenance.at("vision", 2).images[0]
+    torch.testing.assert_close(untouched.weights.to_dense(), torch.eye(64 * tiles))

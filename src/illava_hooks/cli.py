@@ -25,7 +25,10 @@ app = typer.Typer(
     help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside.",
 )
 
-Input = Annotated[Path, typer.Option("--input", help="An image, a folder of images (one prompt), or a video.")]
+Input = Annotated[
+    Path | None,
+    typer.Option("--input", help="An image, a folder of images (one prompt), or a video; by default a bundled scene."),
+]
 Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
 Model = Annotated[str, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")]
 VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
@@ -60,17 +63,18 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _prepared(
-    model_name: str, device: str, dtype: str, path: Path, frames: int, question: str | None
+    model_name: str, device: str, dtype: str, path: Path | None, frames: int, question: str | None
 ) -> tuple[Any, ...]:
     """Media first: a missing file is told before a large model is loaded."""
     from transformers.utils import logging
 
+    from illava_hooks import tiny
     from illava_hooks.tools.loading import build_inputs, default_question, load_model, unknown_words
     from illava_hooks.tools.media import load_media
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    media = load_media(path, frames)
+    media = load_media(path or tiny.media("scene.png"), frames)
     model, processor = load_model(model_name, device, dtype)
     text = question or default_question(model_name, media)
     unknown = unknown_words(processor, text)
@@ -95,7 +99,7 @@ def _settings(
 @app.command()
 @_friendly
 def ask(
-    path: Input,
+    path: Input = None,
     question: Question = None,
     model: Model = "tiny",
     compare: Annotated[bool, typer.Option("--compare", help="Answer without and with merging.")] = False,
@@ -160,7 +164,7 @@ def _print_costs(answers: list[Answer]) -> None:
 @app.command()
 @_friendly
 def visualize(
-    path: Input,
+    path: Input = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("merge-pictures"),
     question: Question = None,
     model: Model = "tiny",
@@ -180,11 +184,11 @@ def visualize(
 ) -> None:
     """Draw which patches are left after every merging layer."""
     settings = _settings(vit_layers, vit_r, llm_layers, llm_ratio)
-    network, processor, _, _, inputs = _prepared(model, device, dtype, path, frames, question)
+    network, processor, media, _, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.tools.draw import merge_maps, save_maps
 
     maps = merge_maps(network, processor, inputs, **settings, method=method, preset=preset)
-    for file in save_maps(maps, output, path.stem, colours):
+    for file in save_maps(maps, output, Path(media.names[0]).stem if path is None else path.stem, colours):
         print(file)
 
 

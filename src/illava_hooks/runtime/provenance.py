@@ -38,7 +38,10 @@ class TokenProvenance:
 
 @dataclass(frozen=True, slots=True)
 class StageProvenance:
-    """All images and videos after one merge, in prompt order: images first, then videos."""
+    """All images and videos after one layer, in prompt order: images first, then videos.
+
+    One that does not merge in that layer is listed as it left the last layer in which it did.
+    """
 
     images: list[TokenProvenance]
 
@@ -50,13 +53,22 @@ class Provenance:
     merges: dict[tuple[Stage, int], StageProvenance] = field(default_factory=dict)
 
     @classmethod
-    def of_vision(cls, tracks: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> Provenance:
-        """Collects the vision stage: per image, seats and weights by layer."""
+    def of_vision(
+        cls, tracks: Sequence[Mapping[int, tuple[Tensor, Tensor]]], num_patches: Sequence[int]
+    ) -> Provenance:
+        """Collects the vision stage.
+
+        Args:
+            tracks: per image, seats and weights by layer.
+            num_patches: ``P`` of each image.
+        """
         found = cls()
-        for track in tracks:
-            for layer_idx, (seats, weights) in track.items():
-                stage = found.merges.setdefault(("vision", layer_idx), StageProvenance([]))
-                stage.images.append(TokenProvenance(seats, weights))
+        now = [TokenProvenance(torch.arange(n), _identity(n)) for n in num_patches]
+        for layer_idx in sorted({layer for track in tracks for layer in track}):
+            now = [
+                TokenProvenance(*t[layer_idx]) if layer_idx in t else old for t, old in zip(tracks, now, strict=True)
+            ]
+            found.merges["vision", layer_idx] = StageProvenance(now)
         return found
 
     def at(self, stage: Stage, layer_idx: int) -> StageProvenance:
@@ -84,6 +96,10 @@ def merge_matrix(plan: MergePlan) -> Tensor:
     columns = torch.cat([kept.flatten(), plan.absorbed])
     values = torch.cat([plan.self_weights.flatten()[kept.flatten()] * real, plan.weights])
     return sparse(rows, columns, values, (batch * num_kept, batch * width))
+
+
+def _identity(size: int) -> Tensor:
+    return sparse(torch.arange(size), torch.arange(size), torch.ones(size), (size, size))
 
 
 def sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

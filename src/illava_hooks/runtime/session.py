@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from illava_hooks.runtime.provenance import Provenance
 from illava_hooks.runtime.report import MergeReport
 from illava_hooks.schedules import Modality
 
-__all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord"]
+__all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord", "vision_provenance"]
 
 #: Keyword under which per-forward objects travel through stock ``**kwargs``, and the extra key of feature outputs.
 KEY = "illava_state"
@@ -51,6 +51,12 @@ class VisualRecord:
     layers: tuple[int, ...] = ()
     sources: Tensor | None = None
     vision: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def vision_provenance(records: Sequence[VisualRecord]) -> Provenance:
+    """What the encoder stage did to some images and videos, in their order."""
+    num_patches = [sum(segment[0] for segment in record.segments) for record in records]
+    return Provenance.of_vision([record.vision for record in records], num_patches)
 
 
 @dataclass(slots=True)
@@ -135,7 +141,7 @@ class MergeSession:
     def note_vision(self, records: list[VisualRecord]) -> None:
         """Stores the provenance of an encoder run, should it be the whole call."""
         if self.config.track:
-            self._provenance = Provenance.of_vision([record.vision for record in records])
+            self._provenance = vision_provenance(records)
 
     def finish(self, report: MergeReport, provenance: Provenance | None) -> None:
         """Stores what the last forward did."""

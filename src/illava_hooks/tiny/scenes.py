@@ -7,15 +7,15 @@ follows from the random generator that is handed in, so equal seeds give equal s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
+
+from illava_hooks.tiny.painting import coverage, noisy, paint, soft_background
 
 __all__ = ["COLORS", "DIRECTIONS", "KINDS", "SHAPES", "Clip", "Scene", "Split", "Thing", "draw_clip", "draw_scene"]
 
@@ -141,16 +141,16 @@ def draw_scene(
     if digit_share is not None:
         shares = np.array([(1 - digit_share) / len(SHAPES)] * len(SHAPES) + [digit_share])
     things = [_thing(rng, shares, split, place) for place in _places(rng, rows, columns, count)]
-    canvas, owner = _background(rng, height, width), np.zeros((height, width), np.int8)
+    canvas, owner = soft_background(rng, height, width), np.zeros((height, width), np.int8)
     for index, (thing, strokes) in enumerate(things):
         size = int(rng.integers(13, 17)) if cell == SMALL_CELL else int(rng.integers(18, 29))
         free = cell - size
         x = thing.column * cell + int(rng.integers(0, free + 1))
         y = thing.row * cell + int(rng.integers(0, free + 1))
-        alpha = _alpha(rng, thing.kind, strokes, size)
-        _paint(rng, canvas, alpha, thing.color, x, y)
+        alpha = coverage(rng, thing.kind, strokes, size)
+        paint(rng, canvas, alpha, COLORS[thing.color], x, y)
         owner[y : y + size, x : x + size][alpha > 0.4] = index + 1
-    return Scene(tuple(thing for thing, _ in things), _noisy(rng, canvas), owner)
+    return Scene(tuple(thing for thing, _ in things), noisy(rng, canvas), owner)
 
 
 def draw_clip(rng: np.random.Generator, height: int, width: int, frames: int, split: Split = "train") -> Clip:
@@ -171,11 +171,18 @@ def draw_clip(rng: np.random.Generator, height: int, width: int, frames: int, sp
     places = _places(rng, height // cell, width // cell, int(rng.integers(3, 6)))
     others = [place for place in places if (place[0] if dx else place[1]) != lane]
     things = [_thing(rng, shares, split, place) for place in [(lane, lane), *others]]
-    still, size = _background(rng, height, width), 15
+    still, size = soft_background(rng, height, width), 15
     for thing, strokes in things[1:]:
-        _paint(rng, still, _alpha(rng, thing.kind, strokes, size), thing.color, thing.column * cell, thing.row * cell)
+        paint(
+            rng,
+            still,
+            coverage(rng, thing.kind, strokes, size),
+            COLORS[thing.color],
+            thing.column * cell,
+            thing.row * cell,
+        )
     mover, strokes = things[0]
-    alpha = _alpha(rng, mover.kind, strokes, size)
+    alpha = coverage(rng, mover.kind, strokes, size)
     room = (width if dx else height) - size
     step = min(rng.uniform(5, 9), room / max(1, frames - 1))
     start = rng.uniform(0, room - step * (frames - 1))
@@ -184,8 +191,8 @@ def draw_clip(rng: np.random.Generator, height: int, width: int, frames: int, sp
         along = round(start + step * index)
         along = along if dx + dy > 0 else room - along
         canvas = still.copy()
-        _paint(rng, canvas, alpha, mover.color, along if dx else lane * cell, lane * cell if dx else along)
-        pictures.append(_noisy(rng, canvas))
+        paint(rng, canvas, alpha, COLORS[mover.color], along if dx else lane * cell, lane * cell if dx else along)
+        pictures.append(noisy(rng, canvas))
     return Clip(np.stack(pictures), tuple(thing for thing, _ in things), direction)
 
 
@@ -211,51 +218,3 @@ def _thing(
     images, classes = digit_images(split)
     chosen = int(rng.integers(len(classes)))
     return Thing(kind, color, int(classes[chosen]), *place), images[chosen]
-
-
-def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
-    """A soft texture: a few grey-ish blobs, blurred."""
-    base = rng.uniform(50, 150) + rng.normal(0, 8, 3)
-    blobs = np.clip(base + rng.normal(0, 10, (4, 4, 3)), 0, 255).astype(np.uint8)
-    return np.asarray(Image.fromarray(blobs).resize((width, height), Image.Resampling.BICUBIC), np.float32)
-
-
-def _noisy(rng: np.random.Generator, canvas: NDArray[np.float32]) -> Pixels:
-    noise = rng.normal(0, 6, canvas.shape[:2])[..., None]
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
-
-
-def _paint(
-    rng: np.random.Generator, canvas: NDArray[np.float32], alpha: NDArray[np.float32], color: str, x: int, y: int
-) -> None:
-    size = len(alpha)
-    ink = np.array(COLORS[color], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
-    part = canvas[y : y + size, x : x + size]
-    part += (ink - part) * alpha[..., None]
-
-
-def _alpha(rng: np.random.Generator, kind: str, strokes: NDArray[np.float32] | None, size: int) -> NDArray[np.float32]:
-    """How much of each pixel a thing covers, (size, size) in [0, 1]."""
-    if strokes is not None:
-        ink = Image.fromarray((np.clip(strokes * 1.3, 0, 1) * 255).astype(np.uint8))
-        return _unit(ink.resize((size, size), Image.Resampling.BICUBIC))
-    scale = 4
-    mask = Image.new("L", (size * scale, size * scale))
-    pen, middle, turn = ImageDraw.Draw(mask), size * scale / 2, float(rng.uniform(-0.2, 0.2))
-    if kind == "circle":
-        pen.ellipse((scale, scale, (size - 1) * scale, (size - 1) * scale), fill=255)
-    else:
-        pen.polygon([(middle + x * middle, middle + y * middle) for x, y in _corners(kind, turn)], fill=255)
-    return _unit(mask.resize((size, size), Image.Resampling.BOX))
-
-
-def _unit(picture: Image.Image) -> NDArray[np.float32]:
-    return np.asarray(picture).astype(np.float32) / np.float32(255)
-
-
-def _corners(kind: str, turn: float) -> Sequence[tuple[float, float]]:
-    """Corners of a shape in the unit disc; the square's stick out a little."""
-    radii = {"square": [1.1] * 4, "triangle": [1.05] * 3, "star": [1.05, 0.45] * 5}[kind]
-    first = math.pi / 4 if kind == "square" else -math.pi / 2
-    angles = [first + turn + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]

@@ -8,14 +8,15 @@ Shapes: ``T`` tiles or frames, ``H`` x ``W`` pixels.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
@@ -25,12 +26,12 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 
 from illava_hooks.schedules import Modality
 
-__all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "visuals_of"]
+__all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "tabulate", "visuals_of"]
 
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 
-GAP, PAPER = 8, 255  # between two views of one image
+GAP, MARGIN, PAPER = 8, 6, 255  # between views of one image, between pictures, and their colour
 DARK = 40  # merged-away patches fade into this grey
 TINT = 0.6  # share of the survivor's colour in what it absorbed
 
@@ -115,14 +116,13 @@ def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, wid
     gone = (view.labels >= 0) & ((unit != keeper) | (unit < 0))
     out = view.pixels.astype(np.float64)
     if colours:
-        table = np.zeros((max(absorbing, default=0) + 1, 3))
-        table[absorbing] = [colour_of(int(u)) for u in absorbing] or table[:0]
+        table = np.array([colour_of(number) for number in range(max(absorbing, default=0) + 1)])
         tinted, outlined = gone & (keeper >= 0), _border(unit, width) & np.isin(unit, absorbing) & ~gone
         out[tinted] += TINT * (table[keeper[tinted]] - out[tinted])
         out[outlined] = table[unit[outlined]]
         gone &= ~tinted
     out[gone] = dim * out[gone] + (1 - dim) * DARK
-    return Image.fromarray(out.round().astype(np.uint8))
+    return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))
 
 
 def colour_of(unit: int) -> tuple[int, int, int]:
@@ -130,6 +130,23 @@ def colour_of(unit: int) -> tuple[int, int, int]:
     hue, saturation = unit * 0.6180339887 % 1, 0.65 + 0.35 * (unit * 0.7548776662 % 1)
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
     return red, green, blue
+
+
+def tabulate(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] = ()) -> Image.Image:
+    """Pictures of one height in rows, each above its caption."""
+    font = ImageFont.load_default()
+    boxes = [font.getbbox(caption) for caption in captions]
+    text = math.ceil(max(box[3] for box in boxes)) + MARGIN if boxes else 0
+    width = math.ceil(max([picture.width for picture in pictures] + [box[2] for box in boxes])) + MARGIN
+    height, rows = pictures[0].height + text + MARGIN, math.ceil(len(pictures) / columns)
+    table = Image.new("RGB", (width * columns - MARGIN, height * rows - MARGIN), (PAPER,) * 3)
+    pen = ImageDraw.Draw(table)
+    for number, picture in enumerate(pictures):
+        x, y = number % columns * width, number // columns * height
+        table.paste(picture, (x, y))
+        if captions:
+            pen.text((x, y + picture.height + MARGIN // 2), captions[number], fill=0, font=font)
+    return table
 
 
 def _border(unit: Ints, width: int) -> NDArray[np.bool_]:
@@ -161,15 +178,16 @@ def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images
     # Stock cuts an image into tiles only where it is the only one of its sample.
     cut = batch_num_images is None or int(batch_num_images[0]) == 1
     counts = [image_size_to_num_patches(size, pinpoints, side) if cut else 1 for size in sizes]
-    padded = list(values) if values.dim() == 5 else values.split(counts)
+    padded = list(values) if values.dim() == 5 else torch.split_with_sizes(values, counts)
     found = []
     for tiles, count, size in zip(padded, counts, sizes, strict=True):
         stack = _with_labels(config.vision_config, tiles[:count])
         views = [stack[0]]
         if count > 1:
-            rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)
+            rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)  # type: ignore[no-untyped-call]
             mosaic = stack[1:].view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
-            views.append(unpad_image(mosaic.reshape(-1, rows * side, columns * side), size))
+            mosaic = mosaic.reshape(-1, rows * side, columns * side)
+            views.append(unpad_image(mosaic, size))  # type: ignore[no-untyped-call]
         found.append(views)
     return found
 
@@ -187,7 +205,8 @@ def _packed(vision: Any, values: Tensor, grids: list[list[int]]) -> list[Tensor]
     """Qwen2-VL: per image or video the first frame of each temporal slice, ``(T, 4, H, W)``."""
     size, group = vision.patch_size, vision.spatial_merge_size
     found = []
-    for rows, (time, height, width) in zip(values.split([t * h * w for t, h, w in grids]), grids, strict=True):
+    parts = torch.split_with_sizes(values, [time * height * width for time, height, width in grids])
+    for rows, (time, height, width) in zip(parts, grids, strict=True):
         patches = rows.view(len(rows), -1, vision.temporal_patch_size, size, size)[:, :, 0]
         labels = torch.arange(len(rows)).to(rows).view(-1, 1, 1, 1).expand(-1, 1, size, size)
         stack = torch.cat([patches, labels], 1)

@@ -3,12 +3,11 @@
 Where tokens lie is never computed here. A second forward with the library's own provenance, one that merges nothing
 before the language model, tells which patches each token of the prompt shows.
 
-Shapes: ``P`` source patches of one image or video, ``K`` survivors, ``n`` tokens in the prompt.
+Shapes: ``P`` source patches of one image or video, ``K`` survivors.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from illava_hooks.api import patch, session_of, unpatch
@@ -25,15 +24,14 @@ from illava_hooks.config import MergeConfig
 from illava_hooks.errors import InputError, MergeConfigError, PatchStateError
 from illava_hooks.runtime.provenance import Provenance, TokenProvenance
 from illava_hooks.schedules import Modality
-from illava_hooks.tools.canvas import PAPER, Frame, Ints, compose, paint, visuals_of
+from illava_hooks.tools.canvas import Frame, Ints, compose, paint, tabulate, visuals_of
 
 __all__ = ["MergeMap", "draw", "merge_maps", "save_maps"]
 
 #: A forward whose language model starts with all tokens.
 WHOLE: dict[str, Any] = {"vit_layers": [], "vit_r": 0, "llm_layers": [1], "llm_ratio": 0.5, "method": "fastv"}
-
 LEAST_PIXELS = 512  # of a picture's longer side
-SHEET_COLUMNS, MARGIN, FRAME_MS = 8, 6, 400
+SHEET_COLUMNS, FRAME_MS = 8, 400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,11 +60,6 @@ class MergeMap:
     frames: tuple[Frame, ...]
     units: Ints
     keepers: Ints
-
-    @property
-    def caption(self) -> str:
-        """In a few words."""
-        return f"{self.stage} {self.layer}: {self.kept} of {self.total}"
 
 
 def merge_maps(model: Any, processor: Any, inputs: Mapping[str, Any], **settings: Any) -> list[MergeMap]:
@@ -98,26 +91,23 @@ def merge_maps(model: Any, processor: Any, inputs: Mapping[str, Any], **settings
     whole = _forward(model, inputs, modalities, WHOLE)[1].at("language", 0).images
     # Qwen2-VL's 2x2 groups merge as one.
     group = getattr(model.config.vision_config, "spatial_merge_size", 1) ** 2
-    maps = []
+    schedules, maps = [config.schedule(modality) for modality in modalities], []
+    encoder = [schedule.vit_layers if schedule.merges_in_encoder else () for schedule in schedules]
     for visual, (modality, frames) in enumerate(visuals):
-        cells, schedule = whole[visual].weights, config.schedule(modality)
+        cells, schedule = whole[visual].weights, schedules[visual]
         patches = np.arange(cells.shape[1])
-        for layer in schedule.vit_layers if schedule.merges_in_encoder else ():
-            # Provenance lists only the images and videos that merge in this layer.
-            place = sum(_merges(config, other, layer) for other in modalities[:visual])
-            found = provenance.at("vision", layer).images[place]
-            units, keepers = patches // group, _keepers(patches // group, found, group)
-            size = len(found.seats), len(patches)
-            maps.append(MergeMap("vision", layer, visual, modality, *size, frames, units, keepers))
+        for layer in encoder[visual]:
+            found, units = provenance.at("vision", layer).images[visual], patches // group
+            drawn = (frames, units, _keepers(units, found, group))
+            maps.append(MergeMap("vision", layer, visual, modality, len(found.seats), len(patches), *drawn))
         for layer in schedule.llm_layers if schedule.merges_in_llm else ():
-            found = provenance.at("language", layer).images[visual]
-            units, size = _heaviest(cells), (len(found.seats), cells.shape[0])
-            keepers = _keepers(units, found, 1)
-            maps.append(MergeMap("language", layer, visual, modality, *size, frames, units, keepers))
+            found, units = provenance.at("language", layer).images[visual], _heaviest(cells)
+            drawn = (frames, units, _keepers(units, found, 1))
+            maps.append(MergeMap("language", layer, visual, modality, len(found.seats), cells.shape[0], *drawn))
     return maps
 
 
-def draw(map: MergeMap, dim: float = 0.25, colours: bool = False) -> list[Image.Image]:
+def draw(map: MergeMap, dim: float = 0.25, colours: bool = False, columns: int = 1) -> list[Image.Image]:
     """Draws one map: one picture per frame, an image has one.
 
     Args:
@@ -125,13 +115,10 @@ def draw(map: MergeMap, dim: float = 0.25, colours: bool = False) -> list[Image.
         dim: how much of a merged-away patch is left, in [0, 1].
         colours: tint each merged-away patch in the colour of the survivor that took up most of it, and outline
             that survivor in it; patches that are lost stay dimmed.
-
-    Raises:
-        MergeConfigError: ``dim`` is outside of its range.
+        columns: how many pictures are to stand side by side; the more, the smaller they can be.
     """
-    if not 0 <= dim <= 1:
-        raise MergeConfigError(f"dim is {dim!r}; it must be in [0, 1], the brightness left of merged-away patches")
-    return [_picture(map, frame, _scale(frame), dim, colours) for frame in map.frames]
+    scale, table = _scale(map, columns), (map.units, map.keepers)
+    return [paint(compose(frame, scale), *table, dim, colours, width=min(2, scale)) for frame in map.frames]
 
 
 def save_maps(maps: Sequence[MergeMap], folder: Path, stem: str, colours: bool = False) -> list[Path]:
@@ -157,13 +144,13 @@ def save_maps(maps: Sequence[MergeMap], folder: Path, stem: str, colours: bool =
         start = f"{stem}-{visual + 1}" if len(visuals) > 1 else stem
         drawn = [draw(map, colours=colours) for map in mine]
         for map, pictures in zip(mine, drawn, strict=True):
-            picture = pictures[0] if map.modality == "image" else _sheet(map, colours)
+            columns = min(SHEET_COLUMNS, len(map.frames))
+            sheet = pictures if columns == 1 else [tabulate(draw(map, colours=colours, columns=columns), columns)]
             name = f"{start}-{map.stage}-layer{map.layer:02d}-{map.kept}of{map.total}.png"
-            paths.append(_save([picture], folder / name))
-        first = mine[0].frames[0]
-        untouched = Image.fromarray(compose(first, _scale(first)).pixels)
-        captions = ["input", *(map.caption for map in mine)]
-        strip = _strip(captions, [untouched, *(pictures[0] for pictures in drawn)])
+            paths.append(_save(sheet, folder / name))
+        untouched = Image.fromarray(compose(mine[0].frames[0], _scale(mine[0])).pixels)
+        captions = ["input", *(f"{map.stage} {map.layer}: {map.kept} of {map.total}" for map in mine)]
+        strip = tabulate([untouched, *(pictures[0] for pictures in drawn)], len(captions), captions)
         paths.append(_save([strip], folder / f"{start}-strip.png"))
         if mine[-1].modality == "video":
             paths.append(_save(drawn[-1], folder / f"{start}-animated.gif"))
@@ -179,21 +166,15 @@ def _forward(
         config = session.config
         if config.method.layout == "compact" or config.method.is_published:
             raise MergeConfigError(
-                f"method is {config.method.name!r}, which moves survivors to the front as published, so they have no "
-                "place in the picture; use a method with layout 'aligned' and no published score"
+                f"method is {config.method.name!r}, whose survivors move to the front; use one with layout 'aligned'"
             )
         if all(config.schedule(modality).is_identity for modality in modalities):
             return config, Provenance()
         with torch.inference_mode():
             model(**inputs, logits_to_keep=1)
-        return config, session.provenance
+            return config, session.provenance
     finally:
         unpatch(model)
-
-
-def _merges(config: MergeConfig, modality: Modality, layer: int) -> bool:
-    schedule = config.schedule(modality)
-    return schedule.merges_in_encoder and layer in schedule.vit_layers
 
 
 def _keepers(units: Ints, found: TokenProvenance, group: int) -> Ints:
@@ -212,43 +193,10 @@ def _heaviest(weights: Tensor) -> Ints:
     return best
 
 
-def _scale(frame: Frame, side_by_side: int = 1) -> int:
-    """The factor that makes so many pictures of a frame large enough."""
-    height, width = frame[-1].labels.shape
-    width += height if len(frame) > 1 else 0  # the base view is square
-    return math.ceil(LEAST_PIXELS / max(height, width * side_by_side))
-
-
-def _picture(map: MergeMap, frame: Frame, scale: int, dim: float, colours: bool) -> Image.Image:
-    return paint(compose(frame, scale), map.units, map.keepers, dim, colours, min(2, scale))
-
-
-def _sheet(map: MergeMap, colours: bool) -> Image.Image:
-    """All frames of a video in rows."""
-    columns = min(SHEET_COLUMNS, len(map.frames))
-    scale = _scale(map.frames[0], columns)
-    pictures = [_picture(map, frame, scale, 0.25, colours) for frame in map.frames]
-    width, height = (side + MARGIN for side in pictures[0].size)
-    sheet = Image.new("RGB", (width * columns - MARGIN, height * -(-len(pictures) // columns) - MARGIN), (PAPER,) * 3)
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * width, number // columns * height))
-    return sheet
-
-
-def _strip(captions: Sequence[str], pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side, each above its caption."""
-    font = ImageFont.load_default()
-    boxes = [font.getbbox(caption) for caption in captions]
-    widths = [max(picture.width, math.ceil(box[2])) for picture, box in zip(pictures, boxes, strict=True)]
-    high, text = max(picture.height for picture in pictures), math.ceil(max(box[3] for box in boxes))
-    size = (sum(widths) + MARGIN * (len(widths) - 1), high + text + 2 * MARGIN)
-    strip, x = Image.new("RGB", size, (PAPER,) * 3), 0
-    pen = ImageDraw.Draw(strip)
-    for caption, picture, width in zip(captions, pictures, widths, strict=True):
-        strip.paste(picture, (x, 0))
-        pen.text((x, high + MARGIN), caption, fill=(0, 0, 0), font=font)
-        x += width + MARGIN
-    return strip
+def _scale(map: MergeMap, columns: int = 1) -> int:
+    height, width = map.frames[0][-1].labels.shape
+    width += height * (len(map.frames[0]) - 1)  # the base view is square
+    return int(-(-LEAST_PIXELS // max(height, width * columns)))
 
 
 def _save(pictures: Sequence[Image.Image], path: Path) -> Path:

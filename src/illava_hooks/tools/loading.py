@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     target = _device(device)
     source = str(tiny.folder(EMBEDDED[name])) if name in EMBEDDED else name
     try:
+        if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise OSError("there is no such folder")  # and no such hub name, so the network need not be asked
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=_dtype(dtype, target))
         processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:

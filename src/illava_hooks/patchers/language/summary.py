@@ -28,7 +28,7 @@ from illava_hooks.runtime.report import (
     kv_bytes,
     llm_flops,
 )
-from illava_hooks.runtime.session import MergeSession, VisualRecord
+from illava_hooks.runtime.session import MergeSession, VisualRecord, vision_provenance
 
 __all__ = ["Finish"]
 
@@ -95,7 +95,7 @@ def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:
 
 def chain(run: DecoderPass, placed: Placement) -> Provenance:
     """Provenance of the encoder merges, of the entry (layer 0) and of every merge of the language model."""
-    found = Provenance.of_vision([record.vision for record in placed.records])
+    found = vision_provenance(placed.records)
     matrix: Tensor | None = None
     entry = [_rows_of(run, 0, index) for index in range(len(placed.records))]
     for ordinal, layer_idx in enumerate((0, *run.layers)):
