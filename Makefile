@@ -1,24 +1,42 @@
-PYTHON ?= python
+# Commands run in .venv, which is made when first needed; PYTHON=python uses the environment that is active.
+PYTHON ?= .venv/bin/python
 WORKERS ?= 2
+SETUP := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
 
 # One thread per worker: the tests are many small models, and two workers that each take all cores are slower.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: test lint format quickstart
+.PHONY: demo test lint format quickstart wheel-test
 
-test:  ## all tests, with the examples as smoke tests
+demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
+	$(PYTHON) -m illava_hooks ask --question "how many digits are there ?" --compare
+	$(PYTHON) -m illava_hooks visualize --question "how many digits are there ?" --output merge-pictures
+
+test: $(SETUP)  ## all tests, with the examples as smoke tests
 	$(PYTHON) -m pytest -n $(WORKERS)
 
-lint:
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-format:
+format: $(SETUP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-quickstart:
+quickstart: $(SETUP)
 	$(PYTHON) examples/quickstart.py
+
+wheel-test: $(SETUP)  ## the built wheel, in an environment of its own, answers with its embedded model
+	rm -rf build/wheel build/clean
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	python3 -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd build && clean/bin/illava-hooks ask --question "how many digits are there ?" --compare

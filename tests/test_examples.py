@@ -1,5 +1,6 @@
 """The examples run offline, on a real photo and a real video, and print what they promise."""
 
+import json
 import os
 import re
 import subprocess
@@ -51,11 +52,49 @@ def test_quickstart() -> None:
         assert "merging off: equal to the stock model: True" in section
 
 
+def test_one_line() -> None:
+    assert run("one_line.py").strip() == "1"
+
+
+def test_switch() -> None:
+    text = run("switch.py")
+    assert text.count("equal to the stock model's: True") == text.count("equal to the first ones: True") == 2
+    assert text.count("taken back, logits equal: True; None") == 2
+    assert [found.strip() for found in re.findall(r"with merging \['(.*?)'\]", text)] == ["blue", "blue"]
+
+
+def test_batch() -> None:
+    text = run("batch.py")
+    assert text.count("the same in a batch as alone: True") == 2 and text.count("2 images: ") == 2
+
+
+def test_video() -> None:
+    text = run("video.py")
+    assert re.findall(r"8 frames: (\w+)", text) == re.findall(r"without merging: (\w+)", text) == ["left", "left"]
+
+
+def test_multi_turn() -> None:
+    text = run("multi_turn.py")
+    assert "Which image has a red circle? second" in text
+    positions = [int(found) for found in re.findall(r"cache: (\d+) positions", text)]
+    widths = [json.loads(found) for found in re.findall(r"positions, (\[.*\]) keys", text)]
+    assert positions[1] > positions[0] and all(max(w) < p for w, p in zip(widths, positions, strict=True))
+
+
+def test_provenance() -> None:
+    rows = re.findall(
+        r"(\w+), (vision|language) layer (\d+): (\d+) tokens stand for (\d+) patches", run("provenance.py")
+    )
+    assert {row[:2] for row in rows} == {
+        (family, stage) for family in offline.FAMILIES for stage in ("vision", "language")
+    }
+    assert all(int(tokens) < int(patches) for _, _, _, tokens, patches in rows)
+
+
 def test_custom_method() -> None:
-    text = run("custom_method.py", "--tiny")
-    assert "method: checkerboard" in text
-    assert "1458 -> 730" in text, "365 of the 729 fields of each of two tiles are black"
-    assert "finite: True" in text
+    text = run("custom_method.py")
+    assert "method: checkerboard, answer: 1" in text
+    assert "320 -> 160" in text, "32 of the 64 fields of each of five tiles are black"
 
 
 def test_compare_outputs() -> None:

@@ -52,6 +52,7 @@ EXPORTS = {
     "merging",
     "patch",
     "session_of",
+    "tiny",
     "unpatch",
 }
 
@@ -414,7 +415,7 @@ class TestTheReadme:
 
     def test_the_two_commands(self) -> None:
         lines = [line for block in self.blocks("bash") for line in block.splitlines()]
-        assert lines[:2] == ['pip install -e ".[dev]"', "make test"]
+        assert lines[:2] == ["make demo", "make test"]
 
     def test_links_lead_somewhere(self) -> None:
         targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", self.text)

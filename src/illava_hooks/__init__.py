@@ -1,5 +1,6 @@
 """Merge redundant visual tokens in stock Hugging Face vision-language models, in one line, reversibly."""
 
+from illava_hooks import tiny
 from illava_hooks.api import merging, patch, session_of, unpatch
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import IllavaHooksError, MergeConfigError, PatchStateError, UnsupportedModelError
@@ -25,5 +26,6 @@ __all__ = [
     "merging",
     "patch",
     "session_of",
+    "tiny",
     "unpatch",
 ]
