@@ -16,6 +16,8 @@ __all__ = [
     "EMBEDDED",
     "build_inputs",
     "default_question",
+    "find_device",
+    "find_dtype",
     "load_model",
     "parse_layers",
     "parse_number",
@@ -39,12 +41,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    target = _device(device)
+    target = find_device(device)
     source = str(tiny.folder(EMBEDDED[name])) if name in EMBEDDED else name
     try:
         if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             raise OSError("there is no such folder")  # and no such hub name, so the network need not be asked
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=_dtype(dtype, target))
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=find_dtype(dtype, target))
         processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -55,7 +57,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     return model.to(target).eval(), processor
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """A device by name; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -64,9 +71,16 @@ def _device(name: str) -> torch.device:
         raise InputError(f"device is {name!r}, which is not there; give auto, cpu, cuda or cuda:0") from error
 
 
-def _dtype(name: str, device: torch.device) -> Any:
+def find_dtype(name: str, device: torch.device, automatic: str = "auto") -> Any:
+    """A floating-point dtype by name; "auto" is float32 on a CPU and ``automatic`` elsewhere.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        name = "float32" if device.type == "cpu" else automatic
+    if name == "auto":
+        return name
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype is {name!r}; give auto, float32, bfloat16 or float16")

@@ -1,8 +1,7 @@
-"""The command line: ``illava-hooks ask``, ``visualize`` and ``info``. Parsing and printing, nothing else."""
+"""The commands ``ask``, ``visualize`` and ``info``."""
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -11,55 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from illava_hooks.errors import IllavaHooksError, InputError
+from illava_hooks.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    Frames,
+    Input,
+    LlmLayers,
+    LlmRatio,
+    MethodName,
+    Model,
+    Preset,
+    Question,
+    VitLayers,
+    VitR,
+    friendly,
+    merge_settings,
+)
+from illava_hooks.errors import InputError
 
 if TYPE_CHECKING:
     from illava_hooks.tools.ask import Answer
 
-__all__ = ["app"]
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside.",
-)
-
-Input = Annotated[
-    Path | None,
-    typer.Option("--input", help="An image, a folder of images (one prompt), or a video; by default a bundled scene."),
-]
-Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
-Model = Annotated[str, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")]
-VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
-VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
-LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]
-LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens kept in each: 0.70.")]
-MethodName = Annotated[str, typer.Option("--method", help="See `illava-hooks info`.")]
-Preset = Annotated[str, typer.Option(help="image, video or auto: for the numbers that are not given.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
-Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors in one line with exit code 2, and 130 after Ctrl-C."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except IllavaHooksError as error:
-            if kwargs.get("debug"):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-    return run
+__all__ = ["ask", "info", "visualize"]
 
 
 def _prepared(
@@ -83,21 +57,7 @@ def _prepared(
     return model, processor, media, text, build_inputs(processor, media, text, model.device, model.dtype)
 
 
-def _settings(
-    vit_layers: str | None, vit_r: str | None, llm_layers: str | None, llm_ratio: str | None
-) -> dict[str, Any]:
-    from illava_hooks.tools.loading import parse_layers, parse_number
-
-    return {
-        "vit_layers": parse_layers(vit_layers, "--vit-layers"),
-        "vit_r": parse_number(vit_r, "--vit-r"),
-        "llm_layers": parse_layers(llm_layers, "--llm-layers"),
-        "llm_ratio": parse_number(llm_ratio, "--llm-ratio"),
-    }
-
-
-@app.command()
-@_friendly
+@friendly
 def ask(
     path: Input = None,
     question: Question = None,
@@ -120,7 +80,7 @@ def ask(
     """Answer a question about an image, a folder of images or a video."""
     if compare and no_merge:
         raise InputError("--compare and --no-merge exclude each other; give one of them")
-    settings = _settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
     network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.api import patch
     from illava_hooks.tools.ask import answer
@@ -161,8 +121,7 @@ def _print_costs(answers: list[Answer]) -> None:
             print(one.report)
 
 
-@app.command()
-@_friendly
+@friendly
 def visualize(
     path: Input = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("merge-pictures"),
@@ -183,7 +142,7 @@ def visualize(
     debug: Debug = False,
 ) -> None:
     """Draw which patches are left after every merging layer."""
-    settings = _settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
     network, processor, media, _, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.tools.draw import merge_maps, save_maps
 
@@ -192,8 +151,7 @@ def visualize(
         print(file)
 
 
-@app.command()
-@_friendly
+@friendly
 def info(
     model: Annotated[str | None, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")] = None,
     device: Device = "auto",

@@ -1,0 +1,19 @@
+"""The command line: ``illava-hooks``. Parsing and printing, nothing else."""
+
+from __future__ import annotations
+
+import typer
+
+from illava_hooks.cli.evidence import bench
+from illava_hooks.cli.pictures import ask, info, visualize
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside, measure.",
+)
+for command in (ask, visualize, info, bench):
+    app.command()(command)

@@ -1,0 +1,63 @@
+"""Options that several commands share, and how their errors end."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from illava_hooks.errors import IllavaHooksError
+
+Input = Annotated[
+    Path | None,
+    typer.Option("--input", help="An image, a folder of images (one prompt), or a video; by default a bundled scene."),
+]
+Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
+Model = Annotated[str, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")]
+VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
+VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
+LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]
+LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens kept in each: 0.70.")]
+MethodName = Annotated[str, typer.Option("--method", help="See `illava-hooks info`.")]
+Preset = Annotated[str, typer.Option(help="image, video or auto: for the numbers that are not given.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+
+
+def friendly(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors in one line with exit code 2, and 130 after Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except IllavaHooksError as error:
+            if kwargs.get("debug"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def merge_settings(
+    vit_layers: str | None, vit_r: str | None, llm_layers: str | None, llm_ratio: str | None
+) -> dict[str, Any]:
+    """The four numbers as ``patch`` takes them."""
+    from illava_hooks.tools.loading import parse_layers, parse_number
+
+    return {
+        "vit_layers": parse_layers(vit_layers, "--vit-layers"),
+        "vit_r": parse_number(vit_r, "--vit-r"),
+        "llm_layers": parse_layers(llm_layers, "--llm-layers"),
+        "llm_ratio": parse_number(llm_ratio, "--llm-ratio"),
+    }
