@@ -1,8 +1,10 @@
-"""The command ``bench``."""
+"""The commands ``bench`` and ``evaluate``."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,7 @@ from illava_hooks.cli.options import (
     LlmLayers,
     LlmRatio,
     MethodName,
+    Model,
     Preset,
     VitLayers,
     VitR,
@@ -23,7 +26,7 @@ from illava_hooks.cli.options import (
 )
 from illava_hooks.errors import InputError
 
-__all__ = ["bench"]
+__all__ = ["bench", "evaluate"]
 
 
 @friendly
@@ -81,3 +84,46 @@ def bench(
     else:
         print_table(plain, merged, session.report)
         print(verdict(plain, merged, new_tokens))
+
+
+@friendly
+def evaluate(
+    model: Model = "tiny",
+    items: Annotated[
+        str, typer.Option(help="scenes, small-scenes, pairs, clips, easy-vqa, or a JSONL file.")
+    ] = "scenes",
+    questions: Annotated[int, typer.Option(help="How many of them at most.")] = 2000,
+    methods: Annotated[str, typer.Option(help="Names, separated by commas; also uniform and downsample.")] = "",
+    stages: Annotated[str, typer.Option(help="Of encoder, language, both.")] = "both",
+    kept: Annotated[str, typer.Option(help="Fractions of visual tokens kept.")] = "0.5,0.3333,0.2222,0.1111",
+    output: Annotated[Path | None, typer.Option(help="Rows as JSON lines; what is there is not run again.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy, loyalty and divergence of methods at equal budgets."""
+    from illava_hooks.methods import METHODS
+    from illava_hooks.tools.datasets import load_items
+    from illava_hooks.tools.evaluate import CONTROLS, print_rows, sweep
+    from illava_hooks.tools.loading import load_model, parse_number, quiet
+
+    quiet()
+    names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*METHODS, *CONTROLS])]
+    fractions = [float(parse_number(part, "--kept") or 0) for part in kept.split(",")]
+    asked = load_items(items, questions)
+    network, processor = load_model(model, device, dtype)
+    rows = sweep(
+        network,
+        processor,
+        asked,
+        names,
+        stages.split(","),
+        fractions,
+        output,
+        batch_size,
+        max_new_tokens,
+        advance=lambda what: print(what, file=sys.stderr),
+    )
+    print_rows(rows)

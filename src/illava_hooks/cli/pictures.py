@@ -40,14 +40,11 @@ def _prepared(
     model_name: str, device: str, dtype: str, path: Path | None, frames: int, question: str | None
 ) -> tuple[Any, ...]:
     """Media first: a missing file is told before a large model is loaded."""
-    from transformers.utils import logging
-
     from illava_hooks import tiny
-    from illava_hooks.tools.loading import build_inputs, default_question, load_model, unknown_words
+    from illava_hooks.tools.loading import build_inputs, default_question, load_model, quiet, unknown_words
     from illava_hooks.tools.media import load_media
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet()
     media = load_media(path or tiny.media("scene.png"), frames)
     model, processor = load_model(model_name, device, dtype)
     text = question or default_question(model_name, media)

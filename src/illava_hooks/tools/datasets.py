@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from PIL import Image
 
 from illava_hooks.errors import InputError
 from illava_hooks.tiny.questions import QUESTION_KINDS, ask_clip, ask_pair, ask_scene
-from illava_hooks.tiny.scenes import Split, draw_clip, draw_scene
+from illava_hooks.tiny.scenes import SMALL_CELL, Split, draw_clip, draw_scene
+from illava_hooks.tools.media import load_media
 
-__all__ = ["Item", "clip_items", "easy_vqa_items", "pair_items", "scene_items"]
+__all__ = ["SUITES", "Item", "clip_items", "easy_vqa_items", "load_items", "pair_items", "read_items", "scene_items"]
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SEEDS = {"train": 0, "validation": 10_000, "test": 20_000}
@@ -105,6 +106,69 @@ def easy_vqa_items(count: int | None = None) -> list[Item]:
                 pictures[image] = np.asarray(file.convert("RGB"))
         items.append(Item("easy-VQA", (pictures[image],), False, text, answer))
     return items
+
+
+def read_items(file: Path, num_frames: int = 32) -> list[Item]:
+    """Items of your own.
+
+    Args:
+        file: JSON lines with ``image`` (a path, a list of paths or a folder) or ``video``, ``question``, ``answer``
+            and, if you like, ``kind``; paths are relative to the file.
+        num_frames: frames taken of a video.
+
+    Raises:
+        InputError: the file, a line of it or a picture cannot be read.
+    """
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"items {str(file)!r} cannot be read ({error}); give a file with JSON lines") from error
+    items = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            visual = row.get("image") or row["video"]
+            question, answer, kind = str(row["question"]), str(row["answer"]), str(row.get("kind", file.stem))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{file.name}, line {number} is no item ({error!r}); write image or video, question and answer as JSON"
+            ) from error
+        found = [
+            load_media(file.parent / path, num_frames) for path in ([visual] if isinstance(visual, str) else visual)
+        ]
+        if found[0].kind == "video":
+            items.append(Item(kind, (found[0].frames,), True, question, answer))
+        else:
+            pictures = tuple(np.asarray(image) for media in found for image in media.images)
+            items.append(Item(kind, pictures, False, question, answer))
+    if not items:
+        raise InputError(f"items {str(file)!r} is empty; write one JSON object a line")
+    return items
+
+
+#: Suites with a name.
+SUITES: dict[str, Callable[[int], list[Item]]] = {
+    "scenes": scene_items,
+    "small-scenes": lambda count: scene_items(count, cell=SMALL_CELL),
+    "pairs": pair_items,
+    "clips": clip_items,
+    "easy-vqa": easy_vqa_items,
+}
+
+
+def load_items(name: str, count: int) -> list[Item]:
+    """A suite by name, or the first items of a file with JSON lines.
+
+    Raises:
+        InputError: there is no such suite and no such file.
+    """
+    if count < 1:
+        raise InputError(f"questions is {count}; give 1 or more")
+    if name in SUITES:
+        return SUITES[name](count)
+    if not Path(name).exists():
+        raise InputError(f"items is {name!r}; choose one of {list(SUITES)} or give a file with JSON lines")
+    return read_items(Path(name))[:count]
 
 
 def _generators(split: Split, stream: int) -> Iterator[tuple[int, np.random.Generator]]:

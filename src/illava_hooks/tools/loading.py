@@ -21,11 +21,20 @@ __all__ = [
     "load_model",
     "parse_layers",
     "parse_number",
+    "quiet",
     "unknown_words",
 ]
 
 #: Names of the embedded models.
 EMBEDDED = {"tiny": "llava_onevision", "tiny-qwen2-vl": "qwen2_vl"}
+
+
+def quiet() -> None:
+    """Keeps the loading bars and warnings of transformers off a command's stderr."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

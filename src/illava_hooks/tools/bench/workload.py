@@ -57,7 +57,9 @@ def build_workload(model: Any, load: Workload, seed: int = 0) -> dict[str, Tenso
     }
 
 
-def _ids(load: Workload, visual: list[int], generator: torch.Generator) -> dict[str, Tensor]:
+def _ids(load: Workload, token: int, length: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Text, ``count`` visuals of ``length`` tokens, each in brackets as processors have them, and text."""
+    visual = [3, *[token] * length, 4] * count
     text = torch.randint(10, 1000, (load.batch, load.text), generator=generator)
     before = load.text // 2
     row = torch.tensor(visual).expand(load.batch, -1)
@@ -70,26 +72,26 @@ def _llava(model: Any, load: Workload, generator: torch.Generator) -> dict[str, 
     side = config.vision_config.image_size // config.vision_config.patch_size
     size, tokens = config.vision_config.image_size, side * side
     if load.frames:
-        visual = [config.video_token_id] * (load.frames * ((side + 1) // 2) ** 2 + 1)
+        length = load.frames * ((side + 1) // 2) ** 2 + 1
         pixels = torch.randn(load.batch, load.frames, 3, size, size, generator=generator)
-        return {**_ids(load, visual, generator), "pixel_values_videos": pixels}
+        return {**_ids(load, config.video_token_id, length, 1, generator), "pixel_values_videos": pixels}
     total = load.batch * load.images
     if load.images > 1 or load.tiles == 1:
         # The stock model takes an image as its base tile alone where a sample has several; one such image
         # is a batch entry that says so.
-        visual, tiles, rows, columns = [config.image_token_id] * (tokens + 1) * load.images, 1, 1, 1
+        length, tiles, rows, columns = tokens + 1, 1, 1, 1
     else:
         if load.tiles - 1 not in _GRIDS:
             raise InputError(f"tiles is {load.tiles}; choose one of {[1, *(n + 1 for n in _GRIDS)]}")
         rows, columns = _GRIDS[load.tiles - 1]
-        visual = [config.image_token_id] * (tokens + rows * side * (columns * side + 1))
+        length = tokens + rows * side * (columns * side + 1)
         tiles = load.tiles
     if load.images == 1 and load.tiles == 1:
         raise InputError(
             "tiles is 1, which the stock model has only for several images; give --images 2 or tiles >= 2"
         )
     return {
-        **_ids(load, visual, generator),
+        **_ids(load, config.image_token_id, length, load.images, generator),
         "pixel_values": torch.randn(total, tiles, 3, size, size, generator=generator),
         "image_sizes": torch.tensor([[rows * size, columns * size]] * total),
         "batch_num_images": torch.tensor([load.images] * load.batch),
@@ -106,7 +108,7 @@ def _qwen(model: Any, load: Workload, generator: torch.Generator) -> dict[str, T
     count = 1 if load.frames else load.images
     channels = 3 * vision.temporal_patch_size * vision.patch_size**2
     token = model.config.video_token_id if load.frames else model.config.image_token_id
-    inputs = _ids(load, [token] * (count * slices * load.patches // 4), generator)
+    inputs = _ids(load, token, slices * load.patches // 4, count, generator)
     kind = "_videos" if load.frames else ""
     inputs[f"pixel_values{kind}"] = torch.randn(
         load.batch * count * slices * load.patches, channels, generator=generator

@@ -3,46 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from illava_hooks.tools.datasets import Item
 
-__all__ = ["accuracy", "predict"]
+__all__ = ["Outcome", "accuracy", "item_inputs", "predict", "run_items"]
 
 
-def predict(
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A model's answers to some items.
+
+    Attributes:
+        answers: what it said, one a item.
+        log_probs: ``(n, V)`` float32, of its first word.
+    """
+
+    answers: list[str]
+    log_probs: NDArray[np.float32]
+
+    def divergence(self, other: Outcome) -> NDArray[np.float64]:
+        """``KL(self || other)`` of the first word, in nats, ``(n,)``."""
+        mine, its = self.log_probs.astype(np.float64), other.log_probs.astype(np.float64)
+        found: NDArray[np.float64] = (np.exp(mine) * (mine - its)).sum(1)
+        return found
+
+
+def run_items(
     model: Any,
     processor: Any,
     items: Sequence[Item],
     batch_size: int = 32,
+    max_new_tokens: int = 4,
     advance: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Greedy one-word answers, in the order of the items.
+) -> Outcome:
+    """Greedy answers, in the order of the items.
 
     Args:
         model: any supported model, patched or not.
         processor: its processor.
         items: what to ask.
         batch_size: prompts in one batch; batches hold prompts of equal pictures' sizes.
+        max_new_tokens: length of an answer at most.
         advance: told how many more items are done.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault((item.video, *(picture.shape for picture in item.pictures)), []).append(index)
     answers = [""] * len(items)
+    log_probs: list[Any] = [None] * len(items)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
             inputs = item_inputs(processor, [items[index] for index in chosen]).to(model.device)
+            settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
             with torch.inference_mode():
-                ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-            texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for index, text in zip(chosen, texts, strict=True):
-                answers[index] = text.strip()
+                done = model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
+            new = done.sequences[:, inputs["input_ids"].shape[1] :]
+            texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            first = done.logits[0].float().log_softmax(-1).cpu().numpy()
+            for index, text, row in zip(chosen, texts, first, strict=True):
+                answers[index], log_probs[index] = text.strip(), row
             advance(len(chosen))
-    return answers
+    return Outcome(answers, np.stack(log_probs))
+
+
+def predict(model: Any, processor: Any, items: Sequence[Item], batch_size: int = 32, **settings: Any) -> list[str]:
+    """The answers of ``run_items`` alone."""
+    return run_items(model, processor, items, batch_size, **settings).answers
 
 
 def item_inputs(processor: Any, items: Sequence[Item]) -> Any:

@@ -1,0 +1,81 @@
+"""Settings that keep a given fraction of the visual tokens, and the controls that every method must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from illava_hooks.errors import InputError
+from illava_hooks.methods import METHODS, Method
+from illava_hooks.schedules import MergeSchedule
+from illava_hooks.tools.datasets import Item
+
+__all__ = ["CONTROLS", "STAGES", "budget_settings", "downsampled", "find_method"]
+
+STAGES = ("encoder", "language", "both")
+#: Methods that look at nothing; "downsample" shows the model smaller pictures instead of merging.
+CONTROLS = ("random", "uniform", "downsample")
+_UNIFORM = Method("uniform", "uniform", "uniform", merge="drop")
+
+
+def find_method(name: str) -> Method:
+    """A method of ``METHODS``, or a control but "downsample".
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name == "uniform":
+        return _UNIFORM
+    if name not in METHODS:
+        raise InputError(f"method is {name!r}; choose among {[*METHODS, 'uniform', 'downsample']}")
+    return METHODS[name]
+
+
+def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[str, Any]:
+    """Arguments of ``patch`` that keep a fraction of the visual tokens behind the last merging layer.
+
+    Args:
+        schedule: whose layers merge.
+        stage: one of ``STAGES``; "both" gives each stage the square root.
+        kept: the fraction, in (0, 1].
+
+    Raises:
+        InputError: stage or fraction is out of range.
+    """
+    if stage not in STAGES:
+        raise InputError(f"stage is {stage!r}; choose one of {list(STAGES)}")
+    if not 0 < kept <= 1:
+        raise InputError(f"kept is {kept}; give a fraction in (0, 1]")
+    share = math.sqrt(kept) if stage == "both" else kept
+    encoder = stage != "language" and kept < 1
+    language = stage != "encoder" and kept < 1
+    return {
+        "vit_layers": list(schedule.vit_layers) if encoder else [],
+        "vit_r": 1 - share ** (1 / len(schedule.vit_layers)) if encoder else 0,
+        "llm_layers": list(schedule.llm_layers) if language else [],
+        "llm_ratio": share ** (1 / len(schedule.llm_layers)) if language else 1.0,
+    }
+
+
+def downsampled(items: Sequence[Item], kept: float) -> list[Item]:
+    """The items with pictures of ``kept`` times the area.
+
+    The processor decides how many tokens they give: about that fraction for Qwen2-VL, whole tiles for LLaVA-OneVision.
+    """
+    factor = math.sqrt(kept)
+    smaller = []
+    for item in items:
+        pictures = tuple(_resize(picture, factor) for picture in item.pictures)
+        smaller.append(Item(item.kind, pictures, item.video, item.question, item.answer))
+    return smaller
+
+
+def _resize(picture: Any, factor: float) -> Any:
+    frames = picture if picture.ndim == 4 else picture[None]
+    size = max(1, round(frames.shape[2] * factor)), max(1, round(frames.shape[1] * factor))
+    small = np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
+    return small if picture.ndim == 4 else small[0]

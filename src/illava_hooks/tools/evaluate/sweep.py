@@ -1,0 +1,155 @@
+"""Methods at equal budgets, one row for each, resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from illava_hooks.api import patch, unpatch
+from illava_hooks.patchers.registry import find_family
+from illava_hooks.schedules import PRESETS, preset_name
+from illava_hooks.tools.datasets import Item
+from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled, find_method
+from illava_hooks.tools.evaluate.run import Outcome, run_items
+from illava_hooks.tools.evaluate.statistics import interval, paired_interval
+
+__all__ = ["Row", "print_rows", "sweep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method at one budget.
+
+    Attributes:
+        method: its name; "none" is the unpatched model.
+        stage: "encoder", "language" or "both".
+        kept: fraction of the visual tokens asked for.
+        measured: fraction behind the last merging layer of the last batch; of the prompt for "downsample".
+        questions: how many.
+        accuracy: share of right answers.
+        accuracy_interval: 95 % bootstrap.
+        loyalty: share of answers equal to the unpatched model's.
+        divergence: mean KL of the first word's distribution from the unpatched model's, nats.
+        by_kind: accuracy by kind of question.
+        right: per question, for paired comparisons.
+    """
+
+    method: str
+    stage: str
+    kept: float
+    measured: float
+    questions: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    loyalty: float
+    divergence: float
+    by_kind: dict[str, float]
+    right: list[bool]
+
+    def lead(self, other: Row) -> tuple[float, float]:
+        """95 % interval of the difference in accuracy to another row over the same questions."""
+        return paired_interval(self.right, other.right)
+
+
+def sweep(
+    model: Any,
+    processor: Any,
+    items: Sequence[Item],
+    methods: Iterable[str],
+    stages: Iterable[str],
+    fractions: Iterable[float],
+    file: Path | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 4,
+    advance: Callable[[str], None] = lambda what: None,
+) -> list[Row]:
+    """Runs every combination; what ``file`` holds already is not run again.
+
+    Args:
+        model: an unpatched model; it is unpatched afterwards.
+        processor: its processor.
+        items: images, or videos; not both.
+        methods: names; "downsample" has one row per fraction, whatever the stage.
+        stages: of ``budgets.STAGES``.
+        fractions: of visual tokens kept; 1 is the unpatched model, which always comes first.
+        file: rows as JSON lines; appended to.
+        batch_size: prompts in a batch.
+        max_new_tokens: length of an answer at most.
+        advance: told what runs next.
+    """
+    limits = find_family(model).limits(model)
+    preset = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
+    schedule = preset["video" if items[0].video else "image"]
+    known = {(row.method, row.stage, row.kept): row for row in _read(file)}
+    advance("unpatched")
+    stock = run_items(model, processor, items, batch_size, max_new_tokens)
+    rows = [_row("none", "both", 1.0, 1.0, items, stock, stock)]
+    for kept in (fraction for fraction in fractions if fraction < 1):
+        for method in methods:
+            for stage in ["both"] if method == "downsample" else stages:
+                row = known.get((method, stage, kept))
+                if row is None:
+                    advance(f"{method}, {stage}, {kept:.3f}")
+                    if method == "downsample":
+                        smaller = downsampled(items, kept)
+                        outcome = run_items(model, processor, smaller, batch_size, max_new_tokens)
+                        row = _row(method, stage, kept, kept, items, outcome, stock)
+                    else:
+                        settings = budget_settings(schedule, stage, kept)
+                        session = patch(model, **settings, method=find_method(method))
+                        try:
+                            outcome = run_items(model, processor, items, batch_size, max_new_tokens)
+                            measured = session.report.kept_fraction
+                        finally:
+                            unpatch(model)
+                        row = _row(method, stage, kept, measured, items, outcome, stock)
+                    if file is not None:
+                        with file.open("a") as lines:
+                            lines.write(json.dumps(asdict(row)) + "\n")
+                rows.append(row)
+    return rows
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table in Markdown."""
+    print("| method | stage | kept | measured | accuracy | 95 % interval | loyalty | KL |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        low, high = row.accuracy_interval
+        print(
+            f"| {row.method} | {row.stage} | {row.kept:.3f} | {row.measured:.3f} | {row.accuracy:.1%} "
+            f"| {low:.1%} to {high:.1%} | {row.loyalty:.1%} | {row.divergence:.3f} |"
+        )
+
+
+def _row(
+    method: str, stage: str, kept: float, measured: float, items: Sequence[Item], outcome: Outcome, stock: Outcome
+) -> Row:
+    right = [given == item.answer for item, given in zip(items, outcome.answers, strict=True)]
+    kinds: dict[str, list[bool]] = {}
+    for item, hit in zip(items, right, strict=True):
+        kinds.setdefault(item.kind, []).append(hit)
+    same = [given == before for given, before in zip(outcome.answers, stock.answers, strict=True)]
+    return Row(
+        method=method,
+        stage=stage,
+        kept=kept,
+        measured=measured,
+        questions=len(items),
+        accuracy=sum(right) / len(right),
+        accuracy_interval=interval(right),
+        loyalty=sum(same) / len(same),
+        divergence=float(stock.divergence(outcome).mean()),
+        by_kind={kind: sum(hits) / len(hits) for kind, hits in kinds.items()},
+        right=right,
+    )
+
+
+def _read(file: Path | None) -> list[Row]:
+    if file is None or not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [Row(**{**row, "accuracy_interval": tuple(row["accuracy_interval"])}) for row in rows]

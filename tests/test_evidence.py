@@ -1,0 +1,215 @@
+"""`bench` and `evaluate`: what they measure is what was asked, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from illava_hooks import METHODS, PRESETS, patch, session_of, tiny
+from illava_hooks.cli import app
+from illava_hooks.errors import InputError
+from illava_hooks.tools.bench import (
+    SHAPES,
+    Workload,
+    build_shape,
+    build_workload,
+    measure,
+    measure_alternating,
+    verdict,
+)
+from illava_hooks.tools.bench.measure import Measurement
+from illava_hooks.tools.datasets import load_items, read_items, scene_items
+from illava_hooks.tools.evaluate import (
+    Outcome,
+    budget_settings,
+    downsampled,
+    interval,
+    paired_interval,
+    run_items,
+    sweep,
+)
+
+FAMILIES = ("llava_onevision", "qwen2_vl")
+
+
+class TestStatistics:
+    def test_interval_of_a_share(self) -> None:
+        values = np.random.default_rng(0).random(2000) < 0.8
+        low, high = interval(values)
+        half = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / len(values))
+        assert low == pytest.approx(values.mean() - half, abs=0.003)
+        assert high == pytest.approx(values.mean() + half, abs=0.003)
+        assert interval(values) == (low, high), "the same resamples each time"
+
+    def test_pairs_are_compared_question_by_question(self) -> None:
+        rng = np.random.default_rng(1)
+        hard = rng.random(2000)
+        one, other = hard < 0.80, hard < 0.78  # the same questions: every answer of the second is one of the first
+        low, high = paired_interval(one, other)
+        assert 0 < low < 0.02 < high < 0.04
+        assert interval(one)[0] < interval(other)[1], "which intervals of their own do not show"
+
+    def test_divergence(self) -> None:
+        logits = torch.randn(2, 3, 5, dtype=torch.float64)
+        p, q = logits.log_softmax(-1)
+        first, second = (Outcome([""] * 3, rows.numpy()) for rows in (p, q))
+        expected = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        np.testing.assert_allclose(first.divergence(second), expected.numpy(), atol=1e-9)
+        assert first.divergence(first).max() < 1e-12
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("stage", ["encoder", "language", "both"])
+    @pytest.mark.parametrize("kept", [0.5, 1 / 3, 2 / 9, 1 / 9])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_are_met(self, family: str, kept: float, stage: str) -> None:
+        model, processor = tiny.load(family)
+        session = patch(model, **budget_settings(PRESETS[f"{family}/tiny"]["image"], stage, kept))
+        run_items(model, processor, scene_items(20), batch_size=20)
+        # Whole tokens per tile, whole 2x2 groups, and LLaVA-OneVision's newlines, which the encoder cannot merge.
+        assert session.report.kept_fraction == pytest.approx(kept, abs=0.09 if stage == "encoder" else 0.06)
+
+    def test_whole_fraction_is_identity(self) -> None:
+        model = tiny.load("qwen2_vl")[0]
+        config = patch(model, **budget_settings(PRESETS["qwen2_vl/tiny"]["image"], "both", 1.0)).config
+        assert config.image.is_identity
+
+    def test_out_of_range(self) -> None:
+        schedule = PRESETS["qwen2_vl/tiny"]["image"]
+        for wrong in (0.0, 1.5):
+            with pytest.raises(InputError, match="kept is"):
+                budget_settings(schedule, "both", wrong)
+        with pytest.raises(InputError, match="stage is 'none'"):
+            budget_settings(schedule, "none", 0.5)
+
+    def test_downsampled_pictures_have_the_area(self) -> None:
+        item = scene_items(20)[-1]
+        (small,) = downsampled([item], 0.25)[0].pictures
+        assert small.shape == (item.pictures[0].shape[0] // 2, item.pictures[0].shape[1] // 2, 3)
+
+
+class TestSweep:
+    def test_rows_are_right_and_resumable(self, tmp_path: Path) -> None:
+        model, processor = tiny.load("llava_onevision")
+        items = scene_items(20)
+        file = tmp_path / "rows.jsonl"
+        settings: dict[str, Any] = {"stages": ["both"], "fractions": [1.0, 0.5], "file": file, "batch_size": 5}
+        rows = sweep(model, processor, items, ["illava"], **settings)
+        assert [row.method for row in rows] == ["none", "illava"] and session_of(model) is None
+        stock, merged = rows
+        assert stock.loyalty == 1 and stock.divergence == 0 and stock.accuracy == np.mean(stock.right)
+        assert merged.divergence > 0 and merged.measured < 0.6
+        told: list[str] = []
+        again = sweep(model, processor, items, ["illava", "random"], **settings, advance=told.append)
+        assert told == ["unpatched", "random, both, 0.500"] and again[1] == merged
+        assert len(file.read_text().splitlines()) == 2
+
+    def test_items_of_your_own(self, tmp_path: Path) -> None:
+        for index, item in enumerate(scene_items(5)):
+            Image.fromarray(item.pictures[0]).save(tmp_path / f"{index}.png")
+        rows = [
+            {"image": "0.png", "question": "is there a red circle ?", "answer": "no"},
+            {
+                "image": ["0.png", "1.png"],
+                "question": "which image has a red circle ?",
+                "answer": "first",
+                "kind": "two",
+            },
+            {"video": str(tiny.media("clip.gif")), "question": "which way does the circle move ?", "answer": "left"},
+        ]
+        file = tmp_path / "mine.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        items = read_items(file)
+        assert [(item.kind, item.video, len(item.pictures)) for item in items] == [
+            ("mine", False, 1),
+            ("two", False, 2),
+            ("mine", True, 1),
+        ]
+        assert items[2].pictures[0].shape[0] == 8
+        file.write_text('{"image": "0.png"}')
+        with pytest.raises(InputError, match=r"mine.jsonl, line 1 is no item"):
+            read_items(file)
+        with pytest.raises(InputError, match="choose one of"):
+            load_items("nothing", 5)
+
+    def test_command(self) -> None:
+        arguments = "evaluate --questions 20 --methods illava,uniform,downsample --kept 0.5 --model tiny-qwen2-vl"
+        result = CliRunner().invoke(app, arguments.split())
+        assert result.exit_code == 0, result.output
+        rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+        assert len(rows) == 5 and "| none | both | 1.000 |" in rows[1]
+        refused = CliRunner().invoke(app, ["evaluate", "--methods", "best", "--questions", "5"])
+        assert refused.exit_code == 2 and "method is 'best'" in refused.stderr
+
+
+class TestBench:
+    @pytest.mark.parametrize("shape", ["llava-onevision-0.5b", "qwen2-vl-2b"])
+    @pytest.mark.parametrize("kind", ["tiles", "images", "frames"])
+    def test_workloads_run_and_merge(self, shape: str, kind: str) -> None:
+        load = {
+            "tiles": Workload(tiles=2, patches=400, text=40, new=3),
+            "images": Workload(images=2, patches=256, batch=2, text=40, new=3),
+            "frames": Workload(frames=4, patches=256, text=40, new=3),
+        }[kind]
+        model = build_shape(shape, narrow=True)
+        inputs = build_workload(model, load)
+        session = patch(model)
+        plain, merged = (measure(model, inputs, on, load.new) for on in (False, True))
+        assert (plain.merged, merged.merged) == (False, True) and plain.merge_s == 0 < merged.merge_s
+        assert min(plain.encoder_s, plain.projector_s, plain.language_s, plain.decode_s, plain.cpu_s) > 0
+        after, before = session.report.kv_bytes
+        assert (merged.kv_bytes, plain.kv_bytes) == (after, before) and after < before
+        visuals = 2 * load.batch if load.images == 2 else load.batch
+        assert len(session.report.visuals) == visuals
+
+    def test_published_shapes(self) -> None:
+        sizes = {}
+        for name in SHAPES:
+            with torch.device("meta"):
+                model = build_shape(name, "meta")
+            sizes[name] = model.num_parameters() / 1e9
+        # Published sizes less the vocabularies: 152,000 words times the width, twice where they are not tied.
+        assert sizes == pytest.approx(
+            {"llava-onevision-0.5b": 0.76, "llava-onevision-7b": 6.96, "qwen2-vl-2b": 1.98, "qwen2-vl-7b": 7.2},
+            rel=0.04,
+        )
+
+    def test_patched_model_is_measured_in_turn(self) -> None:
+        model = build_shape("qwen2-vl-2b", narrow=True)
+        inputs = build_workload(model, Workload(patches=256, text=20))
+        patch(model)
+        plain, merged = measure_alternating(model, inputs, rounds=2, new_tokens=1)
+        assert [m.merged for m in plain] == [False] * 2 and [m.merged for m in merged] == [True] * 2
+
+    def test_verdict_is_plain(self) -> None:
+        def run(prefill: float, decode: float) -> Measurement:
+            return Measurement(False, 0.0, 0.0, prefill, 0.0, decode, prefill, 0, 0)
+
+        assert verdict([run(1.0, 0.1)], [run(0.5, 0.1)], 2).startswith("Worth it? Yes: 45% less")
+        assert verdict([run(1.0, 0.1)], [run(0.5, 0.1)], 1000).startswith("Worth it? Hardly: 0%")
+        assert verdict([run(0.1, 0.1)], [run(0.15, 0.1)], 10).startswith(
+            "Worth it? No: the prefill takes 50 ms longer"
+        )
+
+    def test_command(self) -> None:
+        arguments = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        for word in ("encoder", "language model", "peak above weights", "KV cache", "Worth it?", "ideal"):
+            assert word in result.stdout
+        body = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+        assert body["ideal_ratio"] == pytest.approx(body["flops"]["merged"] / body["flops"]["unpatched"])
+        assert CliRunner().invoke(app, ["bench"]).exit_code == 2
+        assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
+
+    def test_every_method_has_a_budget(self) -> None:
+        model, processor = tiny.load("qwen2_vl")
+        rows = sweep(model, processor, scene_items(5), [*METHODS, "uniform"], ["both"], [0.6], batch_size=5)
+        assert len(rows) == len(METHODS) + 2
