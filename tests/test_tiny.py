@@ -211,7 +211,15 @@ class TestRecipe:
         assert contrast[label > 0].median() > contrast[label == 0].quantile(0.95)
 
     def test_trains_and_resumes(self, family: str, tmp_path: Path) -> None:
-        command = [sys.executable, str(RECIPE / "train.py"), family, "--output", str(tmp_path), "--encoder-steps=1"]
+        command = [
+            sys.executable,
+            str(RECIPE / "train.py"),
+            family,
+            "--output",
+            str(tmp_path),
+            "--encoder-steps=1",
+            "--last-steps=1",
+        ]
         for steps in ("--steps=1", "--steps=2"):
             done = subprocess.run([*command, steps], capture_output=True, text=True, check=False, timeout=200)
             assert done.returncode == 0, done.stderr

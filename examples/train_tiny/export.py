@@ -28,8 +28,9 @@ def export(family: str, run: Path, output: Path) -> None:
 
 
 def draw_curve(history: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy on validation scenes over the steps of the second phase, one line per kind."""
-    rows = [row for row in history if "existence" in row]
+    """Accuracy on validation scenes over the steps of the second and third phase, one line per kind."""
+    first = max(row["step"] for row in history if row["phase"] == 1)
+    rows = [{**row, "step": row["step"] + first * (row["phase"] - 1)} for row in history if "existence" in row]
     kinds = [key for key in rows[-1] if key not in ("phase", "step", "cpu_s", "dense", "answer", "right")]
     width, height, left, top = 640, 360, 50, 20
     last = max(row["step"] for row in rows)
@@ -46,7 +47,7 @@ def draw_curve(history: list[dict[str, Any]], file: Path) -> None:
         at = 20 + 18 * kinds.index(kind)
         pen.line((left + width + 12, at + 6, left + width + 32, at + 6), fill=color, width=3)
         pen.text((left + width + 38, at), f"{kind} {rows[-1][kind]:.0%}", fill="black")
-    pen.text((left + width // 2 - 80, top + height + 20), f"steps of the second phase (0 to {last})", fill="black")
+    pen.text((left + width // 2 - 80, top + height + 20), f"steps of the last two phases (0 to {last})", fill="black")
     picture.save(file)
 
 

@@ -1,4 +1,4 @@
-"""Trains one tiny model: first its vision encoder on what every patch shows, then everything on answers.
+"""Trains one tiny model: the vision encoder on what every patch shows, all of it on answers, then pairs and clips.
 
     python examples/train_tiny/train.py llava_onevision --output runs/llava_onevision
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,24 @@ from learn import Learner, optimizers
 from models import FAMILIES, build_model, build_processor
 from tqdm import tqdm
 
-SHARES = {"image": 0.64, "pair": 0.12, "clip": 0.12, "easy": 0.12}
+PHASES = ("encoder", "answers", "pairs and clips")
+#: Kinds of batches in the second and the third phase.
+SHARES = {
+    "answers": {"image": 0.64, "pair": 0.12, "clip": 0.12, "easy": 0.12},
+    "pairs and clips": {"image": 0.3, "pair": 0.35, "clip": 0.25, "easy": 0.1},
+}
+_STREAMS = {"encoder": 1, "answers": 0, "pairs and clips": 2}
 SIZE_SHARES = (0.2, 0.4, 0.2, 0.2)
 CHECKPOINT_EVERY, VALIDATE_EVERY = 200, 800
 
 
-def step_batch(processor: Any, seed: int, step: int, dense_only: bool) -> Batch:
+def step_batch(processor: Any, seed: int, step: int, phase: str) -> Batch:
     """The data of one step."""
-    rng = np.random.default_rng([seed, int(dense_only), step])
+    rng = np.random.default_rng([seed, _STREAMS[phase], step])
     size = SIZES[int(rng.choice(len(SIZES), p=SIZE_SHARES))]
-    if dense_only:
+    if phase == "encoder":
         return image_batch(processor, rng, 24, size, asked=0, digit_share=0.6 if rng.random() < 0.5 else None)
-    kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    kind = str(rng.choice(list(SHARES[phase]), p=list(SHARES[phase].values())))
     if kind == "pair":
         return pair_batch(processor, rng, 16)
     if kind == "clip":
@@ -43,9 +50,10 @@ def step_batch(processor: Any, seed: int, step: int, dense_only: bool) -> Batch:
     return image_batch(processor, rng, 16, size)
 
 
-def rate(phase: int, step: int, steps: int) -> float:
-    """Learning rate over its peak: a short warm-up, then constant; the second phase ends going down to 0."""
-    return min(1.0, (step + 1) / 50) * (1.0 if phase == 0 else min(1.0, 2 * (steps - step) / steps))
+def rate(phase: str, step: int, steps: int) -> float:
+    """Learning rate over its peak: a short warm-up, then constant; the second and the third phase go down to 0."""
+    left = (steps - step) / steps
+    return min(1.0, (step + 1) / 50) * {"encoder": 1.0, "answers": min(1.0, 2 * left)}.get(phase, 0.5 * left)
 
 
 def validate(learner: Learner, processor: Any, seed: int = 1) -> dict[str, float]:
@@ -78,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--last-steps", type=int, default=1000)
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
     parser.add_argument("--dense-weight", type=float, default=0.15, help="of the dense loss in the second phase")
@@ -109,19 +118,19 @@ def main() -> None:
         torch.save(state, file.with_suffix(".new"))
         file.with_suffix(".new").replace(file)
 
-    while phase < 2:
-        steps = (arguments.encoder_steps, arguments.steps)[phase]
+    while phase < len(PHASES):
+        steps, name = (arguments.encoder_steps, arguments.steps, arguments.last_steps)[phase], PHASES[phase]
         if phase == 1 and first == 0:
-            learner.match_scales(step_batch(processor, arguments.seed, 0, True))
+            learner.match_scales(step_batch(processor, arguments.seed, 0, PHASES[0]))
             algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
-        bar = tqdm(range(first, steps), initial=first, total=steps, desc=("encoder", "answers")[phase], mininterval=5)
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
         averages: dict[str, float] = {}
         began = time.process_time()
         for step in bar:
-            batch = step_batch(processor, arguments.seed, step, phase == 0)
+            batch = step_batch(processor, arguments.seed, step, name)
             for algorithm, peak in zip(algorithms, peaks, strict=True):
                 for group in algorithm.param_groups:
-                    group["lr"] = peak * rate(phase, step, steps)
+                    group["lr"] = peak * rate(name, step, steps)
                 algorithm.zero_grad()
             tokens, patches = learner.visual_tokens(batch)
             seen: dict[str, float] = {}
@@ -130,7 +139,7 @@ def main() -> None:
                 dense = learner.dense_loss(patches, batch.targets)
                 loss = loss + dense * (1.0 if phase == 0 else arguments.dense_weight)
                 seen["dense"] = dense.item()
-            if phase == 1:
+            if phase > 0:
                 answer, hits, _ = learner.answer_loss(batch, tokens)
                 loss = loss + answer
                 seen |= {"answer": answer.item(), "right": hits.float().mean().item()}
@@ -138,11 +147,11 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
             for algorithm in algorithms:
                 algorithm.step()
-            for name, value in seen.items():
-                averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
+            for key, value in seen.items():
+                averages[key] = 0.98 * averages.get(key, value) + 0.02 * value
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 row = {"phase": phase, "step": step + 1, "cpu_s": round(time.process_time() - began), **averages}
-                if phase == 1 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps):
+                if phase > 0 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps):
                     row |= validate(learner, processor)
                 history.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                 (arguments.output / "history.json").write_text(json.dumps(history, indent=0))
@@ -153,4 +162,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
