@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -210,18 +211,15 @@ class TestRecipe:
         assert len(label) == len(patches)
         assert contrast[label > 0].median() > contrast[label == 0].quantile(0.95)
 
-    def test_trains_and_resumes(self, family: str, tmp_path: Path) -> None:
-        command = [
-            sys.executable,
-            str(RECIPE / "train.py"),
-            family,
-            "--output",
-            str(tmp_path),
-            "--encoder-steps=1",
-            "--last-steps=1",
-        ]
-        for steps in ("--steps=1", "--steps=2"):
-            done = subprocess.run([*command, steps], capture_output=True, text=True, check=False, timeout=200)
-            assert done.returncode == 0, done.stderr
-        history = (tmp_path / "history.json").read_text()
-        assert '"phase": 0' in history and '"existence"' in history
+    def test_a_resumed_run_is_an_uninterrupted_one(self, family: str, tmp_path: Path) -> None:
+        steps = "--encoder-steps=1 --steps=1 --last-steps=1 --validation-batches=1".split()
+        losses = {}
+        for name, parts in (("whole", ["--phases=3"]), ("parts", ["--phases=1", "--phases=2", "--phases=3"])):
+            for part in parts:
+                command = [sys.executable, str(RECIPE / "train.py"), family, "--output", str(tmp_path / name), part]
+                done = subprocess.run([*command, *steps], capture_output=True, text=True, check=False, timeout=300)
+                assert done.returncode == 0, done.stderr
+            rows = json.loads((tmp_path / name / "history.json").read_text())
+            losses[name] = [{key: value for key, value in row.items() if key != "cpu_s"} for row in rows]
+        assert losses["whole"] == losses["parts"] and [row["phase"] for row in losses["whole"]] == [0, 1, 2]
+        assert "existence" in losses["whole"][-1]

@@ -56,13 +56,13 @@ def rate(phase: str, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * {"encoder": 1.0, "answers": min(1.0, 2 * left)}.get(phase, 0.5 * left)
 
 
-def validate(learner: Learner, processor: Any, seed: int = 1) -> dict[str, float]:
+def validate(learner: Learner, processor: Any, batches: int = 12) -> dict[str, float]:
     """Share of right first words per kind of question, on validation scenes and digits."""
     right: dict[str, list[bool]] = {}
     learner.eval()
     with torch.no_grad():
-        for index in range(12):
-            rng = np.random.default_rng([10_000 + seed, index])
+        for index in range(batches):
+            rng = np.random.default_rng([10_001, index])
             size = SIZES[index % 4]
             make = pair_batch if index == 8 else clip_batch if index == 9 else None
             batch = (
@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--last-steps", type=int, default=1000)
+    parser.add_argument("--phases", type=int, default=len(PHASES), help="stop after so many")
+    parser.add_argument("--validation-batches", type=int, default=12)
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
     parser.add_argument("--dense-weight", type=float, default=0.15, help="of the dense loss in the second phase")
@@ -118,7 +120,7 @@ def main() -> None:
         torch.save(state, file.with_suffix(".new"))
         file.with_suffix(".new").replace(file)
 
-    while phase < len(PHASES):
+    while phase < arguments.phases:
         steps, name = (arguments.encoder_steps, arguments.steps, arguments.last_steps)[phase], PHASES[phase]
         if phase == 1 and first == 0:
             learner.match_scales(step_batch(processor, arguments.seed, 0, PHASES[0]))
@@ -152,7 +154,7 @@ def main() -> None:
             if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 row = {"phase": phase, "step": step + 1, "cpu_s": round(time.process_time() - began), **averages}
                 if phase > 0 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps):
-                    row |= validate(learner, processor)
+                    row |= validate(learner, processor, arguments.validation_batches)
                 history.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                 (arguments.output / "history.json").write_text(json.dumps(history, indent=0))
                 save(phase, step + 1)
