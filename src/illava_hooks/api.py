@@ -33,7 +33,9 @@ def patch(
     error leaves the model as it was.
 
     Args:
-        model: a Hugging Face LLaVA-OneVision or Qwen2-VL model, with or without its head.
+        model: a Hugging Face LLaVA-OneVision or Qwen2-VL model, also inside PEFT's, ``torch.compile``'s and
+            data-parallel wrappers. Without its head it works in calls of its own; where the head will be called
+            (labels, beams, no cache), give the model with its head.
         vit_layers: 0-based vision-encoder layers; the merge sits in the layer, before its MLP. ``[]``: none.
         vit_r: int: tokens removed per tile, image or frame in each listed layer; float in (0, 1): that fraction
             of the layer's current tokens, rounded down (Qwen2-VL: to whole 2x2 groups). 0: none.
@@ -50,19 +52,22 @@ def patch(
         UnsupportedModelError: no family knows the model, or its configuration cannot be merged.
         MergeConfigError: a value is outside of its range.
     """
+    before, model = session_of(model), registry.unwrapped(model)
+    if before is not None and getattr(before.root, "model", None) is model:
+        model = before.root  # what stands around the head must not get lost
     family = registry.find_family(model)
     parts = registry.locate(family, model)
     limits = family.limits(model)
     config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track)
     family.check(model, parts, config)
-    before = session_of(model)
     if before is None:
         return registry.install(family, parts, config, model)
     unpatch(model)
     try:
         return registry.install(family, parts, config, model)
     except BaseException:
-        registry.install(family, parts, before.config, model).enabled = before.enabled
+        old = registry.locate(family, before.root)
+        registry.install(family, old, before.config, before.root).enabled = before.enabled
         raise
 
 
@@ -104,6 +109,7 @@ def session_of(model: Any) -> MergeSession | None:
     Args:
         model: any model.
     """
+    model = registry.unwrapped(model)
     for holder in (model, getattr(model, "model", None)):
         session = getattr(holder, "__dict__", {}).get("_illava_session")
         if isinstance(session, MergeSession):

@@ -81,7 +81,12 @@ class MergeConfig:
         choices = (*get_args(Modality), "auto")
         if preset not in choices:
             raise MergeConfigError(f"preset is {preset!r}; choose one of {list(choices)}")
-        given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
+        given: dict[str, object] = {
+            "vit_layers": _once(vit_layers),
+            "vit_r": vit_r,
+            "llm_layers": _once(llm_layers),
+            "llm_ratio": llm_ratio,
+        }
         presets = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
         schedules = [
             _schedule(limits, given, presets[modality if preset == "auto" else preset])
@@ -90,8 +95,16 @@ class MergeConfig:
         return cls(schedules[0], schedules[1], resolve_method(method), bool(track))
 
 
+def _once(layers: object) -> object:
+    """A generator as a tuple: images and videos both read it."""
+    return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+
+
 def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSchedule) -> MergeSchedule:
     value = {name: getattr(preset, name) if chosen is None else chosen for name, chosen in given.items()}
+    for layers, amount, nothing in (("vit_layers", "vit_r", 0), ("llm_layers", "llm_ratio", 1)):
+        if given[layers] is None and given[amount] is not None and given[amount] == nothing:
+            value[layers] = ()  # where nothing is removed, the preset's layers need not fit the model
     origin = {name: " (from the preset; give it yourself)" if chosen is None else "" for name, chosen in given.items()}
     schedule = MergeSchedule(
         _layers("vit_layers", value["vit_layers"], 0, limits.vit_depth, origin["vit_layers"]),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from illava_hooks.merge.spans import host_table
+
 __all__ = ["RuleInputs", "SegmentPlan", "assemble", "nearest_kept"]
 
 
@@ -39,7 +41,7 @@ class RuleInputs:
 
     def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
         """``(S, 1)`` int64 table of one host number per segment."""
-        return torch.tensor(values, device=self.scores.device)[:, None]
+        return host_table(values, self.scores.device)[:, None]
 
     def slots(self, num: int) -> Tensor:
         """``(1, num)`` int64: 0, 1, ..."""

@@ -63,7 +63,7 @@ def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_ke
     kept = segments.put(keep_mask.flatten(), local.kept).view(shape)
     columns = torch.arange(shape[1], device=keep_mask.device).expand(shape).reshape(-1)
     holder_rows = segments.rows.gather(1, local.holder)
-    ones = torch.ones(shape, device=keep_mask.device).flatten()
+    ones = torch.ones(shape, dtype=torch.float32, device=keep_mask.device).flatten()
     return MergePlan(
         keep_indices=compact(kept, num_kept),
         keep_mask=kept,

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from illava_hooks.errors import MergeConfigError
+
 __all__ = [
     "SCORES",
     "Score",
     "ScoreInputs",
+    "checked_scores",
     "last_query_attention",
     "query_lse",
     "random_scores",
@@ -62,6 +65,27 @@ class ScoreInputs:
 Score = Callable[[ScoreInputs], Tensor]
 
 
+def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
+    """A score's result as float32.
+
+    Args:
+        name: of the method, for the message.
+        score: a score, perhaps the user's own.
+        inputs: what it may look at.
+
+    Raises:
+        MergeConfigError: it is no tensor of one number per token.
+    """
+    found = score(inputs)
+    shape = tuple(inputs.positions.shape)
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise MergeConfigError(
+            f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
+        )
+    return found.float()
+
+
 def received_attention(inputs: ScoreInputs) -> Tensor:
     """Mean over heads and queries of the attention that a token receives: ``(S, N)``.
 
@@ -69,7 +93,7 @@ def received_attention(inputs: ScoreInputs) -> Tensor:
     """
     (samples, num_tokens), num_keys = inputs.positions.shape, inputs.key.shape[2]
     num_heads = inputs.query().shape[1]
-    columns = torch.zeros(samples * num_heads, 1, num_keys, device=inputs.key.device)
+    columns = torch.zeros(samples * num_heads, 1, num_keys, dtype=torch.float32, device=inputs.key.device)
     for heads, _, logits in _logit_blocks(inputs):
         exponentials = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         inverse = exponentials.sum(-1, keepdim=True).reciprocal_()
@@ -85,7 +109,7 @@ def query_lse(inputs: ScoreInputs) -> Tensor:
     """
     samples, num_tokens = inputs.positions.shape
     num_heads = inputs.query().shape[1]
-    scores = torch.empty(samples * num_heads, num_tokens, device=inputs.key.device)
+    scores = torch.empty(samples * num_heads, num_tokens, dtype=torch.float32, device=inputs.key.device)
     for heads, rows, logits in _logit_blocks(inputs):
         scores[heads, rows] = logits.logsumexp(-1)
     return scores.view(samples, num_heads, num_tokens).mean(1)

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "buckets", "compact", "scatter_back"]
+__all__ = ["Segments", "buckets", "compact", "host_table", "scatter_back"]
+
+
+def host_table(values: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, ``(n,)`` int64; the copy joins the device's queue and nobody waits."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Segments:
         longest = max(lengths)
         if min(lengths) == longest:
             return cls(order.view(len(lengths), longest), None, tuple(lengths))
-        size = torch.tensor(lengths, device=order.device)
+        size = host_table(lengths, order.device)
         column = torch.arange(longest, device=order.device)
         valid = column < size[:, None]
         index = (size.cumsum(0) - size)[:, None] + torch.where(valid, column, 0)

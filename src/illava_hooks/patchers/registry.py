@@ -5,19 +5,37 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers.base import Family, ModelParts
 from illava_hooks.runtime.report import DecoderShape
 from illava_hooks.runtime.session import MergeSession
 
-__all__ = ["FAMILIES", "find_family", "install"]
+__all__ = ["FAMILIES", "find_family", "install", "unwrapped"]
 
 #: ``config.model_type`` to the module that knows the family; imported when first needed.
 FAMILIES = {
     "llava_onevision": "illava_hooks.patchers.llava_onevision",
     "qwen2_vl": "illava_hooks.patchers.qwen2_vl",
 }
+
+
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside adapters (PEFT), ``torch.compile`` and data-parallel wrappers."""
+    while isinstance(model, nn.Module):
+        inner: Any = model
+        if callable(find := getattr(model, "get_base_model", None)):
+            inner = find()
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            inner = compiled
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is model:
+            break
+        model = inner
+    return model
 
 
 def find_family(model: Any) -> Family:
@@ -87,12 +105,13 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
     Raises:
         Exception: whatever stopped it; the model is then as before.
     """
-    from illava_hooks.patchers.forward import BaseModelHooks, TopModelHooks
+    from illava_hooks.patchers.forward import BaseModelHooks
+    from illava_hooks.patchers.head import TopModelHooks
     from illava_hooks.patchers.language.attention import AttentionHook
     from illava_hooks.patchers.language.hooks import DecoderLayerHook, TextModelHook, restore_lengths
     from illava_hooks.patchers.vision.hooks import EncoderLayerHook
 
-    session = MergeSession(config)
+    session = MergeSession(config, model)
     hooks, base = session.hooks, BaseModelHooks(session)
     try:
         family.install(parts, session)

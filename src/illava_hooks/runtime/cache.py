@@ -87,9 +87,18 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         return length + self.num_merged if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The physical key length and offset."""
+        """The length of the buffer, or of the keys with ``query_length`` new ones; and offset 0.
+
+        Raises:
+            PatchStateError: a growing layer with merged tokens was asked; patched models never do.
+        """
         if isinstance(self, StaticLayer):
             return self.max_cache_len, 0
+        if self.num_merged or self.key_valid is not None:
+            raise PatchStateError(
+                "past_key_values holds merged tokens, which only a patched model can continue; patch this model, or "
+                "start from a new cache"
+            )
         return super().get_seq_length() + query_length, 0  # type: ignore[safe-super]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -103,6 +112,10 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         self.croppable -= abs(tokens_to_remove)
         if self.key_valid is not None:
             self.key_valid = self.key_valid[:, : self.get_seq_length() - self.num_merged]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and copies by the stock class: this one is made at run time."""
+        return _restore, (type(self).__mro__[2], dict(self.__dict__))
 
     def reset(self) -> None:
         """Forgets everything, merges too."""
@@ -132,6 +145,12 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
 def _merged_class(stock: type) -> type:
     """A subclass of a cache layer's class; ``_layer_type`` None keeps it out of transformers' registries."""
     return type(f"Merged{stock.__name__}", (MergedLayer, stock), {"_layer_type": None, "__module__": __name__})
+
+
+def _restore(stock: type, state: dict[str, Any]) -> MergedLayer:
+    layer: MergedLayer = object.__new__(_merged_class(stock))
+    layer.__dict__.update(state)
+    return layer
 
 
 def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:

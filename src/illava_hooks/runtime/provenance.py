@@ -99,7 +99,7 @@ def merge_matrix(plan: MergePlan) -> Tensor:
 
 
 def _identity(size: int) -> Tensor:
-    return sparse(torch.arange(size), torch.arange(size), torch.ones(size), (size, size))
+    return sparse(torch.arange(size), torch.arange(size), torch.ones(size, dtype=torch.float32), (size, size))
 
 
 def sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -65,7 +65,8 @@ class ForwardState:
 
     Attributes:
         session: the session of the model.
-        query: logical column of the scoring query, per sample ``(B,)`` or for all; None: the last real token.
+        query: logical column of the scoring query, per sample ``(B,)`` or for all; or ``(B, N)`` bool, which
+            tokens have labels; None: the last real token.
         placeholders: ``(B, N)`` bool masks by modality.
         records: the images and videos in prompt order, by modality.
     """
@@ -82,12 +83,13 @@ class MergeSession:
 
     Attributes:
         config: the settings in use.
+        root: the model that was patched, with or without its head.
         enabled: the switch for everybody; ``merging`` switches for one thread or task only.
     """
 
-    def __init__(self, config: MergeConfig) -> None:
+    def __init__(self, config: MergeConfig, root: Any) -> None:
         """Starts enabled."""
-        self.config = config
+        self.config, self.root = config, root
         self.enabled = True
         self.hooks = HookSet()
         self._told: set[str] = set()
@@ -106,7 +108,8 @@ class MergeSession:
         try:
             yield
         finally:
-            _switched.reset(token)
+            with contextlib.suppress(ValueError):  # closed in another context, which never had the switch
+                _switched.reset(token)
 
     @property
     def report(self) -> MergeReport:
@@ -116,7 +119,10 @@ class MergeSession:
             PatchStateError: no such forward has run.
         """
         if self._report is None:
-            raise PatchStateError("no report yet: run the model on an image or a video with merging enabled first")
+            raise PatchStateError(
+                "no report yet: run the model on an image or a video first, with merging enabled and settings that "
+                "remove something"
+            )
         return self._report
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.spans import compact
+from illava_hooks.merge.spans import compact, host_table
 from illava_hooks.patchers.language.run import CompactState, Layout
 from illava_hooks.runtime.session import ForwardState, VisualRecord
 from illava_hooks.schedules import Modality
@@ -100,8 +100,8 @@ def place(forward: ForwardState, real: Tensor, text_positions: Tensor | None) ->
         owner=owner,
         span=spans if valid is None else spans.masked_fill(~valid, -1),
         seats=seat.gather(1, columns),
-        token_size=torch.ones(columns.shape, device=device),
-        query=_query(forward.query, owner, layout.width),
+        token_size=torch.ones(columns.shape, dtype=torch.float32, device=device),
+        query=_query(forward.query, owner, layout.width, last_visual),
     )
     sample_of = tuple(min(f // width, batch - 1) for f in firsts)
     return Placement(records, sample_of, columns, layout, tuple(prompt), min(tails), state)
@@ -118,7 +118,7 @@ def _fill(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes one modality's spans, seats, holders and survivors to the places of its placeholders."""
     device = mask.device
-    lengths = torch.tensor([record.num_tokens for record in records], device=device)
+    lengths = host_table([record.num_tokens for record in records], device)
     starts = lengths.cumsum(0) - lengths
     index = (mask.flatten().cumsum(0) - 1).clamp_min(0).view_as(mask)
     number = torch.repeat_interleave(
@@ -147,11 +147,20 @@ def _restarts(positions: Tensor | None, real: Tensor, device: torch.device) -> T
     return falls.any().to(torch.int64)
 
 
-def _query(query: Tensor | int | None, owner: Tensor, width: int) -> Tensor:
-    """``(B,)`` compact column of the scoring query; without a wish the last real token."""
+def _query(query: Tensor | int | None, owner: Tensor, width: int, last_visual: Tensor) -> Tensor:
+    """``(B,)`` compact column of the scoring query; without a wish the last real token.
+
+    Of labels, the token before the first one behind the last visual token: a query in front of an image pays no
+    attention to it and cannot rank its tokens.
+    """
     batch, num_tokens = owner.shape
     if query is None:
         return torch.full((batch,), width - 1, device=owner.device)
     if isinstance(query, int):
         return owner[:, max(0, min(query, num_tokens - 1))]
+    if query.dtype == torch.bool:
+        columns = torch.arange(num_tokens, device=owner.device)
+        behind = query.to(owner.device) & (columns > last_visual[:, None])
+        first = behind.to(torch.int64).argmax(1) - 1
+        query = torch.where(behind.any(1), first, num_tokens - 1)
     return owner.gather(1, query.to(owner.device).clamp(0, num_tokens - 1)[:, None])[:, 0]

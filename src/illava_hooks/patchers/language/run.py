@@ -15,8 +15,8 @@ from torch import Tensor
 from illava_hooks.config import MergeConfig
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.scoring import Score, ScoreInputs
-from illava_hooks.merge.spans import Segments, scatter_back
+from illava_hooks.merge.scoring import Score, ScoreInputs, checked_scores
+from illava_hooks.merge.spans import Segments, host_table, scatter_back
 from illava_hooks.patchers.base import max_removed
 from illava_hooks.schedules import Modality, llm_removed
 
@@ -65,7 +65,7 @@ class Layout:
         """``(B, K)`` bool, False on padding; None when nothing is padded."""
         if min(self.lengths) == self.width:
             return None
-        first = self.width - torch.tensor(self.lengths, device=device)
+        first = self.width - host_table(self.lengths, device)
         return torch.arange(self.width, device=device) >= first[:, None]
 
 
@@ -118,7 +118,8 @@ class DecoderPass:
             inputs: what the score may look at.
             keys: ``(B * K, D)`` keys of the tokens, all heads side by side.
         """
-        self.scores[layer_idx], self.keys[layer_idx] = self.score(inputs), keys
+        self.scores[layer_idx] = checked_scores(self.config.method.name, self.score, inputs)
+        self.keys[layer_idx] = keys
 
     def merge(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Merges ``(B, K, C)`` on entry to a listed layer."""
@@ -184,4 +185,4 @@ def _nothing(device: torch.device) -> SegmentPlan:
     """A plan in which one token keeps itself."""
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     none = zero[:, :0]
-    return SegmentPlan(zero == 0, none, none, none.float(), torch.ones(1, 1, device=device), zero)
+    return SegmentPlan(zero == 0, none, none, none.float(), (zero + 1).float(), zero)

@@ -62,7 +62,9 @@ class Finish:
             )
             for index, (record, sample) in enumerate(zip(records, self.placed.sample_of, strict=True))
         )
-        merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
+        # Beams and return sequences share the features of one run of the encoder.
+        once = {id(record): record for record in records}.values()
+        merged = [segment for record in once for segment in _per_layer(record, encoder.depth)]
         whole = [(segment[0],) * len(segment) for segment in merged]
         lengths = [[layout.lengths[b] for layout in layouts] for b in samples]
         full = [[n] * decoder.depth for n in self.placed.prompt_lengths]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.decision import nearest_kept
-from illava_hooks.merge.spans import scatter_back
+from illava_hooks.merge.spans import host_table, scatter_back
 from illava_hooks.patchers.llava_onevision.layout import Folded, Geometry, fold_by_mass
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.patchers.vision.tracking import selection, token_sources, vision_tracks
@@ -103,7 +103,7 @@ def settle_image(
     from_tile = source >= 0
     keep = torch.where(from_tile, tiles.keep.flatten()[source.clamp_min(0)], newline)
     holder = torch.where(from_tile, places[tiles.holders()[source.clamp_min(0)]], index)
-    shares = torch.ones(len(packed), device=device)
+    shares = torch.ones(len(packed), dtype=torch.float32, device=device)
     grid = slice(tiles.owner.shape[1], None)
     if geometry.shrunk:
         inside = (~geometry.is_newline[grid]).nonzero().flatten().to(device) + tiles.owner.shape[1]
@@ -116,7 +116,7 @@ def settle_image(
         holder = holder.index_copy(0, inside, inside[folded.holder[0]])
         shares = shares.index_copy(0, inside, folded.shares[0])
     # The owner of a place may be cropped away itself: then the nearest token that stays stands for it.
-    fallback = nearest_kept(keep[None], torch.tensor([[len(keep)]], device=device))[0]
+    fallback = nearest_kept(keep[None], host_table([len(keep)], device)[None])[0]
     holder = torch.where(keep, index, torch.where(holder < 0, fallback, holder))
 
     def chosen() -> Tensor:
@@ -146,7 +146,9 @@ def settle_video(
     frames, n, _ = pooled.shape
     if small is not None:
         shown = torch.arange(n, device=pooled.device).clamp_max(small.shape[1] - 1).expand(frames, n)
-        folded = Folded(scatter_back(small, shown), shown == torch.arange(n, device=pooled.device), shown, shown * 0.0)
+        folded = Folded(
+            scatter_back(small, shown), shown == torch.arange(n, device=pooled.device), shown, shown.float() * 0
+        )
     else:
         mass = pool(tiles.keep[..., None].float())[..., 0]
         num_kept = math.ceil(n * tiles.seats.shape[1] / tiles.owner.shape[1])
@@ -198,8 +200,8 @@ class _Interpolated:
         survivors = self.tiles.survivor_rows().cpu()
         rows, columns, values = [], [], []
         for tile in range(num_tiles):
-            probe = torch.zeros(num_tiles, grid, grid)
-            probe[tile] = torch.eye(grid)
+            probe = torch.zeros(num_tiles, grid, grid, dtype=torch.float32)
+            probe[tile] = torch.eye(grid, dtype=torch.float32)
             kernel = self.show(probe)
             token, place = kernel.nonzero(as_tuple=True)
             rows.append(token)

@@ -119,7 +119,7 @@ def _record(run: EncoderPass, shown: Tensor, first: int, last: int, size: int) -
         columns = here.cpu().repeat_interleave(per_token) * per_token + lane - skipped
         width = sum(chain[-1] for chain in run.lengths[first:last])
         rows = torch.arange(num_tokens).repeat_interleave(per_token)
-        tokens = sparse(rows, columns, torch.full(rows.shape, 1 / per_token), (num_tokens, width))
+        tokens = sparse(rows, columns, torch.full(rows.shape, 1 / per_token, dtype=torch.float32), (num_tokens, width))
         record.sources = token_sources(run, first, last, tokens)
         record.vision = vision_tracks(run, first, last)
     return record

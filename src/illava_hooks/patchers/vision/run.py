@@ -16,8 +16,8 @@ from torch import Tensor
 
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.scoring import ScoreInputs
-from illava_hooks.merge.spans import Segments, buckets
+from illava_hooks.merge.scoring import ScoreInputs, checked_scores
+from illava_hooks.merge.spans import Segments, buckets, host_table
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import EncoderTraits, max_removed
 from illava_hooks.runtime.provenance import merge_matrix, product
@@ -98,6 +98,11 @@ class EncoderPass:
             self.session.tell_once(
                 f"vit_r is {wish}, more than some images have patches to give in {len(counts)} layers; they merge as "
                 "many as possible; use a smaller vit_r or a float"
+            )
+        if isinstance(wish, int) and 0 < wish < self.traits.multiple:
+            self.session.tell_once(
+                f"vit_r is {wish} and removes nothing: this encoder gives up whole groups of {self.traits.multiple} "
+                f"patches; use {self.traits.multiple} or more, or a float"
             )
         for removed in counts:
             chain.append(chain[-1] - removed // unit)
@@ -182,25 +187,25 @@ class EncoderPass:
         """``(S, L)`` float32 scores of the units; ``+inf`` on padding."""
         unit, segments = self.traits.unit, self.segments[ordinal]
         first = self.segments[0].rows[:, :1] % self.states[0].owner.shape[1]
-        scores = torch.full(segments.rows.shape, torch.inf, device=key.device)
+        scores = torch.full(segments.rows.shape, torch.inf, dtype=torch.float32, device=key.device)
         patches = torch.arange(unit, device=key.device)
         seats = self.patch_seats(ordinal).flatten()
-        for length, members in buckets(segments.lengths).items():
+        for length, numbers in buckets(segments.lengths).items():
+            members = host_table(numbers, key.device)
             rows = (segments.rows[members, :length, None] * unit + patches).flatten(1)
             whole = segments.valid is None  # then segments are a view, and nothing is copied
             table = (query.view(*rows.shape, *query.shape[1:]) if whole else query[rows]).transpose(1, 2)
             keys = (key.view(*rows.shape, *key.shape[1:]) if whole else key[rows]).transpose(1, 2)
-            score = self.score(
-                ScoreInputs(
-                    key=keys,
-                    query=lambda table=table: table,  # type: ignore[misc]  # bound now, not at the loop's end
-                    last_query=lambda table=table: table[:, :, -1],  # type: ignore[misc]
-                    positions=seats[rows] - first[members] * unit,
-                    key_valid=None,
-                    scale=scale,
-                    layer_idx=layer_idx,
-                    causal=False,
-                )
+            inputs = ScoreInputs(
+                key=keys,
+                query=lambda table=table: table,  # type: ignore[misc]  # bound now, not at the loop's end
+                last_query=lambda table=table: table[:, :, -1],  # type: ignore[misc]
+                positions=seats[rows] - first[members] * unit,
+                key_valid=None,
+                scale=scale,
+                layer_idx=layer_idx,
+                causal=False,
             )
+            score = checked_scores(self.session.config.method.name, self.score, inputs)
             scores[members, :length] = score.view(len(members), length, unit).mean(-1)
         return scores
