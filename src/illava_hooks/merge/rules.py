@@ -58,7 +58,7 @@ def recycle(inputs: RuleInputs) -> SegmentPlan:
     members = order[:, : max(inputs.num_removed) + 1]
     rank = inputs.slots(members.shape[1])
     share = (removed + 1 - rank).clamp_min(0).to(torch.float32)
-    weights = share / ((removed + 1) * (removed + 2) / 2)
+    weights = share / ((removed + 1) * (removed + 2) // 2)
     last = removed
     if inputs.visible is not None:
         inside = inputs.visible.gather(1, members) & (rank <= removed)

@@ -32,15 +32,21 @@ class MergingSiglipEncoderLayer(SiglipEncoderLayer):  # type: ignore[no-untyped-
     def _merging_forward(
         self, step: EncoderStep, hidden: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
+        hidden = self._attend_and_merge(step, hidden, attention_mask, **kwargs)
+        out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
+        return out
+
+    def _attend_and_merge(
+        self, step: EncoderStep, hidden: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Ends with the projections out of sight: the MLP is where memory peaks."""
         attention = self.self_attn
         step.watch(attention.q_proj, attention.k_proj)
-        with capture(attention.q_proj, attention.k_proj) as take:
+        with capture(attention.q_proj, attention.k_proj) as take, step.listen() as heard:
             mixed, _ = attention(hidden_states=self.layer_norm1(hidden), attention_mask=attention_mask, **kwargs)
             query, key = take(attention.q_proj), take(attention.k_proj)
         heads = (-1, attention.num_heads, attention.head_dim)
-        hidden = step.merge(hidden + mixed, query.reshape(heads), key.reshape(heads), attention.scale)
-        out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
-        return out
+        return step.merge(hidden + mixed, lambda: (query.reshape(heads), key.reshape(heads)), attention.scale, heard)
 
 
 MergingSiglipEncoderLayer.__name__ = SiglipEncoderLayer.__name__  # `_no_split_modules` goes by name

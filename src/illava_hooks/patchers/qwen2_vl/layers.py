@@ -30,16 +30,24 @@ class MergingQwen2VLVisionBlock(Qwen2VLVisionBlock):  # type: ignore[no-untyped-
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _merging_forward(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        attention = self.attn
-        step.watch(attention.qkv)
-        with capture(attention.qkv) as take:
-            hidden = hidden + attention(self.norm1(hidden), *args, **kwargs)
-            projected = take(attention.qkv)
-        query, key, _ = projected.view(len(hidden), 3, attention.num_heads, -1).unbind(1)
-        query, key = apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])
-        hidden = step.merge(hidden, query, key, attention.scaling)
+        hidden = self._attend_and_merge(step, hidden, *args, **kwargs)
         out: Tensor = hidden + self.mlp(self.norm2(hidden))
         return out
+
+    def _attend_and_merge(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Ends with the projections out of sight: the MLP is where memory peaks."""
+        attention = self.attn
+        step.watch(attention.qkv)
+        with capture(attention.qkv) as take, step.listen() as heard:
+            hidden = hidden + attention(self.norm1(hidden), *args, **kwargs)
+            projected = take(attention.qkv)
+
+        def heads() -> tuple[Tensor, Tensor]:
+            query, key, _ = projected.view(len(projected), 3, attention.num_heads, -1).unbind(1)
+            rotated: tuple[Tensor, Tensor] = apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])
+            return rotated
+
+        return step.merge(hidden, heads, attention.scaling, heard)
 
 
 MergingQwen2VLVisionBlock.__name__ = Qwen2VLVisionBlock.__name__  # `_no_split_modules` goes by name

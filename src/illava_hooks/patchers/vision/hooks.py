@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
+from illava_hooks.merge.attention import attend_and_receive
+from illava_hooks.merge.scoring import received_attention
 from illava_hooks.merge.spans import scatter_back
 from illava_hooks.patchers.vision.run import EncoderPass
+from illava_hooks.patchers.vision.scores import LayerAttention
 from illava_hooks.runtime.session import KEY
 
-__all__ = ["EncoderLayerHook", "EncoderStep", "current_run", "expand_output", "running"]
+__all__ = ["Eavesdropper", "EncoderLayerHook", "EncoderStep", "current_run", "expand_output", "running"]
 
 #: The run of the vision encoder that this thread is in; the feature methods have no other way to hand it over.
 current_run: ContextVar[EncoderPass | None] = ContextVar("illava_encoder", default=None)
@@ -32,9 +38,63 @@ class EncoderStep:
         for module in projections:
             self.run.session.hooks.capture(module)
 
-    def merge(self, hidden: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """See ``EncoderPass.merge``."""
-        return self.run.merge(self.layer_idx, hidden, query, key, scale)
+    def listen(self) -> Eavesdropper:
+        """A context for the stock attention in which scores may fall out of it."""
+        return Eavesdropper(self.run.score is received_attention)
+
+    def merge(
+        self, hidden: Tensor, project: Callable[[], tuple[Tensor, Tensor]], scale: float, heard: Eavesdropper
+    ) -> Tensor:
+        """Merges; ``project`` and ``scale`` as in ``LayerAttention``."""
+        return self.run.merge(hidden, LayerAttention(self.layer_idx, project, scale, heard.received))
+
+
+class Eavesdropper(TorchFunctionMode):
+    """Takes the scores of ``received_attention`` out of the stock attention's own call, where that is possible.
+
+    On a CPU, without gradients and masks, a call of SDPA is answered with the same attention in blocks, which sums
+    the columns on the way. Any other call goes through, and the scores are taken from the projections afterwards.
+
+    Attributes:
+        received: for each answered call, ``(S, N)`` float32.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        """Listens only if ``wanted``."""
+        super().__init__()
+        self.wanted = wanted
+        self.received: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Every call of torch inside the context."""
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention or not self.wanted or not _is_plain(*args, **kwargs):
+            return func(*args, **kwargs)
+        query, key, value = args
+        mixed, received = attend_and_receive(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)
+        self.received.append(received)
+        return mixed
+
+
+def _is_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether a call of SDPA is one that the blocks can answer."""
+    tables = (query, key, value)
+    return (
+        attn_mask is None
+        and not (dropout_p or is_causal or enable_gqa)
+        and all(table.shape == query.shape and table.dtype == torch.float32 for table in tables)
+        and query.device.type == "cpu"
+        and not (torch.is_grad_enabled() and any(table.requires_grad for table in tables))
+    )
 
 
 class EncoderLayerHook:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.scoring import ScoreInputs, checked_scores
-from illava_hooks.merge.spans import Segments, buckets, host_table
+from illava_hooks.merge.spans import Segments, host_table
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import EncoderTraits, max_removed
+from illava_hooks.patchers.vision.scores import LayerAttention, segment_scores
 from illava_hooks.runtime.provenance import merge_matrix, product
 from illava_hooks.runtime.session import MergeSession, VisualRecord
 from illava_hooks.schedules import Modality
@@ -136,38 +136,45 @@ class EncoderPass:
         seats = self.states[ordinal].seats[..., None] * unit
         return (seats + torch.arange(unit, device=seats.device)).flatten(1)
 
-    def merge(self, layer_idx: int, hidden: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def merge(self, hidden: Tensor, attention: LayerAttention) -> Tensor:
         """Merges the patches of one layer.
 
         Args:
-            layer_idx: a merging layer.
             hidden: ``(B, K * u, C)`` or, for one packed row, ``(K * u, C)``.
-            query: ``(B * K * u, H, D)`` with RoPE.
-            key: the same shape.
-            scale: factor of the attention logits.
+            attention: of the merging layer.
 
         Returns:
             The survivors, in the form of ``hidden``.
         """
-        ordinal, width = self.layers.index(layer_idx), hidden.shape[-1]
+        ordinal, width = self.layers.index(attention.layer_idx), hidden.shape[-1]
         units = hidden.reshape(self.num_rows, -1, self.traits.unit * width)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == ordinal:
             with torch.no_grad():
-                self._decide(ordinal, layer_idx, units.detach(), query, key, scale)
+                self._decide(ordinal, units.detach(), attention)
         merged = apply_merge(units, self.plans[ordinal])
         return merged.reshape(*hidden.shape[:-2], -1, width)
 
-    def _decide(self, ordinal: int, layer_idx: int, units: Tensor, query: Tensor, key: Tensor, scale: float) -> None:
+    def _places(self, ordinal: int) -> Tensor:
+        """``(P,)`` int64: each surviving patch's place in its segment before any merge."""
+        segments = self.segments[ordinal]
+        first = self.segments[0].rows[:, :1] % self.states[0].owner.shape[1] * self.traits.unit
+        sizes = host_table([n * self.traits.unit for n in segments.lengths], first.device)
+        total = sum(segments.lengths) * self.traits.unit
+        return self.patch_seats(ordinal).flatten() - first[:, 0].repeat_interleave(sizes, output_size=total)
+
+    def _decide(self, ordinal: int, units: Tensor, attention: LayerAttention) -> None:
         segments, state = self.segments[ordinal], self.states[ordinal]
+        method, unit = self.session.config.method, self.traits.unit
+        scores = segment_scores(method.name, self.score, attention, segments, unit, self._places(ordinal))
         after = self.segments[ordinal + 1].lengths
         sizes = state.token_size.flatten()
         inputs = RuleInputs(
-            scores=self._scores(ordinal, layer_idx, query, key, scale),
+            scores=scores,
             lengths=segments.lengths,
             num_removed=tuple(n - k for n, k in zip(segments.lengths, after, strict=True)),
             hidden=lambda: segments.take(units.flatten(0, 1)),
-            keys=lambda: segments.take(key.reshape(units.shape[0] * units.shape[1], -1)),
+            keys=lambda: segments.take(attention.heads[1].reshape(len(sizes), -1)),
             token_size=segments.take(sizes),
             visible=None if self.visible is None else segments.take(self.visible.gather(1, state.seats).flatten()),
         )
@@ -182,30 +189,3 @@ class EncoderPass:
         if self.session.config.track:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
-
-    def _scores(self, ordinal: int, layer_idx: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """``(S, L)`` float32 scores of the units; ``+inf`` on padding."""
-        unit, segments = self.traits.unit, self.segments[ordinal]
-        first = self.segments[0].rows[:, :1] % self.states[0].owner.shape[1]
-        scores = torch.full(segments.rows.shape, torch.inf, dtype=torch.float32, device=key.device)
-        patches = torch.arange(unit, device=key.device)
-        seats = self.patch_seats(ordinal).flatten()
-        for length, numbers in buckets(segments.lengths).items():
-            members = host_table(numbers, key.device)
-            rows = (segments.rows[members, :length, None] * unit + patches).flatten(1)
-            whole = segments.valid is None  # then segments are a view, and nothing is copied
-            table = (query.view(*rows.shape, *query.shape[1:]) if whole else query[rows]).transpose(1, 2)
-            keys = (key.view(*rows.shape, *key.shape[1:]) if whole else key[rows]).transpose(1, 2)
-            inputs = ScoreInputs(
-                key=keys,
-                query=lambda table=table: table,  # type: ignore[misc]  # bound now, not at the loop's end
-                last_query=lambda table=table: table[:, :, -1],  # type: ignore[misc]
-                positions=seats[rows] - first[members] * unit,
-                key_valid=None,
-                scale=scale,
-                layer_idx=layer_idx,
-                causal=False,
-            )
-            score = checked_scores(self.session.config.method.name, self.score, inputs)
-            scores[members, :length] = score.view(len(members), length, unit).mean(-1)
-        return scores
