@@ -31,6 +31,7 @@ __all__ = ["bench", "evaluate"]
 
 @friendly
 def bench(
+    context: typer.Context,
     shape: Annotated[str | None, typer.Option(help="A published shape with random weights, see the error.")] = None,
     model: Annotated[str | None, typer.Option(help="A folder or a hub name instead of a shape.")] = None,
     tiles: Annotated[int, typer.Option(help="LLaVA-OneVision: tiles of the image with the base tile.")] = 3,
@@ -51,39 +52,64 @@ def bench(
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    sweep: Annotated[
+        str | None, typer.Option(help="One row for each of tiles, frames, patches, new or methods.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Every run in a process of its own, in turn.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A picture to write.")] = None,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure prefill, decoding, memory and the cost of merging, without and with it in turn."""
-    from illava_hooks.api import patch
-    from illava_hooks.tools.bench import (
-        Workload,
-        as_dict,
-        build_shape,
-        build_workload,
-        measure_alternating,
-        print_table,
-        verdict,
-    )
+    from illava_hooks.tools import bench as tool
     from illava_hooks.tools.loading import find_device, find_dtype, load_model
 
     if (shape is None) == (model is None):
         raise InputError("give one of --shape (random weights) and --model (a folder or a hub name)")
-    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
-    network: Any
-    if shape is not None:
-        target = find_device(device)
-        network = build_shape(shape, str(target), find_dtype(dtype, target, "float32"), attention, narrow)
+    if fresh and sweep:
+        raise InputError("give one of --fresh and --sweep")
+    load = tool.Workload(tiles, images, frames, patches, batch, text, new_tokens)
+    settings = {**merge_settings(vit_layers, vit_r, llm_layers, llm_ratio), "method": method, "preset": preset}
+    if fresh:
+        found = [tool.compare_fresh(_again(context.params), rounds)]
     else:
-        network, _ = load_model(str(model), device, dtype)
-    inputs = build_workload(network, Workload(tiles, images, frames, patches, batch, text, new_tokens))
-    session = patch(network, **settings, method=method, preset=preset)
-    plain, merged = measure_alternating(network, inputs, rounds, new_tokens)
+        network: Any
+        if shape is not None:
+            target = find_device(device)
+            network = tool.build_shape(shape, str(target), find_dtype(dtype, target, "float32"), attention, narrow)
+        else:
+            network, _ = load_model(str(model), device, dtype)
+        if only:
+            print(json.dumps(tool.measure_once(network, load, settings, only == "merged")))
+            return
+        if sweep:
+            told = lambda what: print(what, file=sys.stderr)  # noqa: E731
+            found = list(tool.sweep(network, sweep, load, settings, rounds, told))
+        else:
+            found = [tool.compare(network, load, settings, rounds)]
+    if plot is not None:
+        tool.plot_comparisons(found, plot)
     if as_json:
-        print(json.dumps(as_dict(plain, merged, session.report), indent=2))
+        bodies = [tool.as_dict(one) for one in found]
+        print(json.dumps(bodies if sweep else bodies[0], indent=2))
+    elif sweep:
+        tool.print_sweep(found)
     else:
-        print_table(plain, merged, session.report)
-        print(verdict(plain, merged, new_tokens))
+        tool.print_table(found[0])
+        print(tool.verdict(found[0].plain, found[0].merged, new_tokens))
+
+
+def _again(given: dict[str, Any]) -> list[str]:
+    """The options of the running ``bench`` for a process of its own."""
+    skipped = {"fresh", "rounds", "plot", "as_json", "debug", "only"}
+    options = []
+    for name, value in given.items():
+        if value is None or value is False or name in skipped:
+            continue
+        options.append(f"--{name.replace('_', '-')}")
+        options += [] if value is True else [str(value)]
+    return options
 
 
 @friendly

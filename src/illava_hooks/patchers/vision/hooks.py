@@ -57,7 +57,10 @@ class Eavesdropper(TorchFunctionMode):
 
     Attributes:
         received: for each answered call, ``(S, N)`` float32.
+        attend: what answers.
     """
+
+    attend = staticmethod(attend_and_receive)
 
     def __init__(self, wanted: bool) -> None:
         """Listens only if ``wanted``."""
@@ -71,7 +74,7 @@ class Eavesdropper(TorchFunctionMode):
         if func is not scaled_dot_product_attention or not self.wanted or not _is_plain(*args, **kwargs):
             return func(*args, **kwargs)
         query, key, value = args
-        mixed, received = attend_and_receive(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)
+        mixed, received = self.attend(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)
         self.received.append(received)
         return mixed
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from illava_hooks.api import merging
-from illava_hooks.patchers.language.run import DecoderPass
-from illava_hooks.patchers.vision.run import EncoderPass
+from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 
-__all__ = ["Measurement", "measure", "measure_alternating"]
+__all__ = ["Measurement", "Stage", "measure", "measure_alternating", "stage_inputs"]
 
 _FEATURES = {"pixel_values": ("image", "get_image_features"), "pixel_values_videos": ("video", "get_video_features")}
 _PIXEL_KEYS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
@@ -25,104 +20,60 @@ _VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a prefill.
+
+    Attributes:
+        wall_s: seconds.
+        cpu_s: CPU seconds over all threads.
+        peak_bytes: highest memory in use above the weights and what earlier stages left.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
-    """One run. Times are seconds, sizes bytes.
+    """One run.
 
     Attributes:
         merged: whether merging was on.
-        encoder_s: vision encoder.
-        projector_s: projector or patch merger.
-        language_s: prefill of the language model, from embeddings to the logits of the last position.
-        merge_s: of these, deciding and applying merges; its products and copies are asynchronous on a GPU, where it
-            is measured with synchronisation in a run of its own.
-        decode_s: per further token.
-        cpu_s: CPU seconds of the prefill over all threads; 0 on a GPU.
-        peak_bytes: highest memory in use above the weights, over the prefill and the decode steps.
+        encoder: the vision encoder, without the projector; its peak is that of both.
+        projector: the projector or patch merger.
+        language: prefill of the language model, from embeddings to the logits of the last position.
+        decode_s: seconds per further token.
         kv_bytes: keys and values after the prefill.
     """
 
     merged: bool
-    encoder_s: float
-    projector_s: float
-    language_s: float
-    merge_s: float
+    encoder: Stage
+    projector: Stage
+    language: Stage
     decode_s: float
-    cpu_s: float
-    peak_bytes: int
     kv_bytes: int
 
     @property
     def prefill_s(self) -> float:
         """Seconds until the first token."""
-        return self.encoder_s + self.projector_s + self.language_s
+        return self.encoder.wall_s + self.projector.wall_s + self.language.wall_s
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds of the prefill."""
+        return self.encoder.cpu_s + self.projector.cpu_s + self.language.cpu_s
 
 
-class Stopwatch:
-    """Wall-clock time of a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Waits for the device at every look, if it is asynchronous."""
-        self.device = device
-
-    def now(self) -> float:
-        """Seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-@contextlib.contextmanager
-def _timed(watch: Stopwatch, calls: list[tuple[Any, str]], total: dict[str, float]) -> Iterator[None]:
-    """Adds up the time that methods take; they are put back at the end."""
-
-    def wrap(function: Any) -> Any:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = watch.now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                total["s"] = total.get("s", 0.0) + watch.now() - began
-
-        return timed
-
-    stock = [(owner, name, getattr(owner, name)) for owner, name in calls]
-    try:
-        for owner, name, function in stock:
-            setattr(owner, name, wrap(function))
-        yield
-    finally:
-        for owner, name, function in stock:
-            if isinstance(owner, type):
-                setattr(owner, name, function)
-            else:
-                delattr(owner, name)
-
-
-class _Memory:
-    """Highest memory in use since the start, above what was in use then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
-        else:
-            with contextlib.suppress(OSError):  # only Linux has it
-                Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._status("VmRSS")
-
-    def peak(self) -> int:
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device)) - self.start
-        return max(0, self._status("VmHWM") - self.start)
-
-    def _status(self, field: str) -> int:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return 0
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
+def stage_inputs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[tuple[str, Any, Any]], dict[str, Tensor]]:
+    """The calls that encode, as (kind, method, arguments), and the arguments of the language model."""
+    calls = [
+        (kind, getattr(model.model, method), {k: v for k, v in inputs.items() if k in keys})
+        for (pixels, (kind, method)), keys in zip(_FEATURES.items(), (_PIXEL_KEYS, _VIDEO_KEYS), strict=True)
+        if pixels in inputs
+    ]
+    text = {k: v for k, v in inputs.items() if k not in _PIXEL_KEYS + _VIDEO_KEYS or k.endswith("_grid_thw")}
+    return calls, text
 
 
 @torch.inference_mode()
@@ -139,41 +90,28 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
 
     watch, base = Stopwatch(model.device), model.model
     projector = base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
-    merge_calls = [(EncoderPass, "merge"), (DecoderPass, "rank"), (DecoderPass, "merge")]
-    projector_time: dict[str, float] = {}
-    merge_time: dict[str, float] = {}
-    memory = _Memory(model.device)
-    text = {k: v for k, v in inputs.items() if k not in _PIXEL_KEYS + _VIDEO_KEYS or k.endswith("_grid_thw")}
+    project: list[tuple[float, float]] = []
+    calls, text = stage_inputs(model, inputs)
     cache = DynamicCache(config=model.config.get_text_config())
-    with (
-        merging(model, merged),
-        _timed(watch, [(projector, "forward")], projector_time),
-        _timed(watch, merge_calls, merge_time),
-    ):
-        cpu, began = time.process_time(), watch.now()
-        features = {
-            kind: getattr(base, method)(**{k: v for k, v in inputs.items() if k in keys})
-            for (pixels, (kind, method)), keys in zip(_FEATURES.items(), (_PIXEL_KEYS, _VIDEO_KEYS), strict=True)
-            if pixels in inputs
-        }
-        encoded = watch.now()
+    with merging(model, merged), timed(watch, [(projector, "forward")], project):
+        memory, began = Memory(model.device), watch.look()
+        features = {kind: method(**arguments) for kind, method, arguments in calls}
+        encoded, encoder_peak = watch.look(), memory.peak()
+        memory = Memory(model.device)
         output = model(**text, mm_encoder_outputs=features, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        done, cpu = watch.now(), time.process_time() - cpu
+        done, language_peak = watch.look(), memory.peak()
         layers: list[Any] = list(cache.layers)
         kv_bytes = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in layers)
         for _ in range(new_tokens - 1):
             output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
-        end = watch.now()
-    project = projector_time.get("s", 0.0)
+        end = watch.look()
+    wall, cpu = sum(p[0] for p in project), sum(p[1] for p in project)
     return Measurement(
         merged=merged,
-        encoder_s=encoded - began - project,
-        projector_s=project,
-        language_s=done - encoded,
-        merge_s=merge_time.get("s", 0.0) if merged else 0.0,
-        decode_s=(end - done) / (new_tokens - 1) if new_tokens > 1 else 0.0,
-        cpu_s=cpu if model.device.type == "cpu" else 0.0,
-        peak_bytes=memory.peak(),
+        encoder=Stage(encoded[0] - began[0] - wall, encoded[1] - began[1] - cpu, encoder_peak),
+        projector=Stage(wall, cpu),
+        language=Stage(done[0] - encoded[0], done[1] - encoded[1], language_peak),
+        decode_s=(end[0] - done[0]) / (new_tokens - 1) if new_tokens > 1 else 0.0,
         kv_bytes=kv_bytes,
     )
 

@@ -8,19 +8,22 @@ from dataclasses import asdict
 from typing import Any
 
 from illava_hooks.runtime.report import MergeReport
+from illava_hooks.tools.bench.comparison import Comparison, flops_fit
 from illava_hooks.tools.bench.measure import Measurement
 
-__all__ = ["as_dict", "print_table", "verdict"]
+__all__ = ["as_dict", "print_sweep", "print_table", "verdict"]
 
 _ROWS: dict[str, tuple[Callable[[Measurement], float], str, float]] = {
-    "encoder": (lambda m: m.encoder_s, "ms", 1e3),
-    "projector": (lambda m: m.projector_s, "ms", 1e3),
-    "language model": (lambda m: m.language_s, "ms", 1e3),
-    "prefill": (lambda m: m.prefill_s, "ms", 1e3),
+    "encoder": (lambda m: m.encoder.wall_s, "ms", 1e3),
+    "projector": (lambda m: m.projector.wall_s, "ms", 1e3),
+    "language model": (lambda m: m.language.wall_s, "ms", 1e3),
+    "prefill (time to first token)": (lambda m: m.prefill_s, "ms", 1e3),
+    "encoder, CPU": (lambda m: m.encoder.cpu_s, "s", 1.0),
+    "language model, CPU": (lambda m: m.language.cpu_s, "s", 1.0),
     "prefill, CPU": (lambda m: m.cpu_s, "s", 1.0),
-    "of it merging": (lambda m: m.merge_s, "ms", 1e3),
     "decoding, per token": (lambda m: m.decode_s, "ms", 1e3),
-    "peak above weights": (lambda m: m.peak_bytes, "MB", 1e-6),
+    "encoder, peak above weights": (lambda m: m.encoder.peak_bytes, "MB", 1e-6),
+    "language model, peak above weights": (lambda m: m.language.peak_bytes, "MB", 1e-6),
     "KV cache": (lambda m: m.kv_bytes, "MB", 1e-6),
 }
 
@@ -34,34 +37,44 @@ def summarize(runs: Sequence[Measurement]) -> dict[str, tuple[float, float, floa
     return table
 
 
-def as_dict(plain: Sequence[Measurement], merged: Sequence[Measurement], report: MergeReport) -> dict[str, Any]:
+def _ideal(report: MergeReport) -> dict[str, float]:
+    """What the arithmetic allows, by row."""
+    pairs = {
+        "encoder": report.encoder_flops,
+        "projector": report.projector_flops,
+        "language model": report.llm_flops,
+        "prefill (time to first token)": report.flops,
+        "encoder, CPU": report.encoder_flops,
+        "language model, CPU": report.llm_flops,
+        "prefill, CPU": report.flops,
+        "KV cache": report.kv_bytes,
+    }
+    return {name: merged / whole for name, (merged, whole) in pairs.items() if whole}
+
+
+def as_dict(found: Comparison) -> dict[str, Any]:
     """For JSON: all runs, medians, achieved ratios and the ideal one."""
+    plain, merged, report = found.plain, found.merged, found.report
     before, after = summarize(plain), summarize(merged)
     return {
+        "label": found.label,
         "unpatched": {"median": {k: v[0] for k, v in before.items()}, "runs": [asdict(run) for run in plain]},
         "merged": {"median": {k: v[0] for k, v in after.items()}, "runs": [asdict(run) for run in merged]},
         "ratio": {k: after[k][0] / before[k][0] for k in before if before[k][0]},
+        "ideal": _ideal(report),
         "flops": {"merged": report.flops[0], "unpatched": report.flops[1]},
         "ideal_ratio": report.flops[0] / report.flops[1],
-        "merge_share": after["of it merging"][0] / after["prefill"][0],
+        "merge_share": found.share,
         "report": asdict(report),
     }
 
 
-def print_table(plain: Sequence[Measurement], merged: Sequence[Measurement], report: MergeReport) -> None:
+def print_table(found: Comparison) -> None:
     """Medians with their spread, ratios, and beside them what the arithmetic allows."""
     from rich.console import Console
     from rich.table import Table
 
-    before, after = summarize(plain), summarize(merged)
-    ideal = {
-        "encoder": report.encoder_flops,
-        "projector": report.projector_flops,
-        "language model": report.llm_flops,
-        "prefill": report.flops,
-        "prefill, CPU": report.flops,
-        "KV cache": report.kv_bytes,
-    }
+    before, after, ideal = summarize(found.plain), summarize(found.merged), _ideal(found.report)
     table = Table("median (lowest to highest)", "unpatched", "merged", "ratio", "ideal")
     for name, (_, unit, factor) in _ROWS.items():
         if not any(before[name]) and not any(after[name]):
@@ -70,21 +83,39 @@ def print_table(plain: Sequence[Measurement], merged: Sequence[Measurement], rep
             f"{middle * factor:.1f} ({low * factor:.1f} to {high * factor:.1f}) {unit}"
             for middle, low, high in (before[name], after[name])
         ]
-        ratio = f"{after[name][0] / before[name][0]:.3f}" if before[name][0] else ""
-        best = f"{ideal[name][0] / max(1, ideal[name][1]):.3f}" if name in ideal else ""
-        table.add_row(name, *cells, ratio, best)
+        achieved = f"{after[name][0] / before[name][0]:.3f}" if before[name][0] else ""
+        table.add_row(name, *cells, achieved, f"{ideal[name]:.3f}" if name in ideal else "")
     Console(highlight=False).print(table)
-    for line in str(report).splitlines()[: len(report.visuals) + 1]:
+    for line in str(found.report).splitlines()[: len(found.report.visuals) + 1]:
         print(line)
-    print(f"merging takes {after['of it merging'][0] / after['prefill'][0]:.1%} of the merged prefill")
+    print(f"merging takes {found.share:.2%} of the merged prefill")
+
+
+def print_sweep(comparisons: Sequence[Comparison]) -> None:
+    """One row for each workload in Markdown, and how well time follows the FLOPs."""
+    print("| workload | unpatched | merged | ratio | ideal | merging | decoding, ratio | KV cache, ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for found in comparisons:
+        before, after = summarize(found.plain), summarize(found.merged)
+        row = "prefill, CPU" if before["prefill, CPU"][0] else "prefill (time to first token)"
+        each = "decoding, per token"
+        slower = f"{after[each][0] / before[each][0]:.3f}" if before[each][0] else ""
+        print(
+            f"| {found.label} | {before[row][0]:.2f} s | {after[row][0]:.2f} s | {after[row][0] / before[row][0]:.3f} "
+            f"| {found.report.flops[0] / found.report.flops[1]:.3f} | {found.share:.2%} | {slower} "
+            f"| {after['KV cache'][0] / before['KV cache'][0]:.3f} |"
+        )
+    apart = " and ".join(f"{flops_fit(comparisons, merged):.0%}" for merged in (False, True))
+    print(f"seconds (CPU seconds on a CPU) follow the FLOPs within {apart}, unpatched and merged")
 
 
 def verdict(plain: Sequence[Measurement], merged: Sequence[Measurement], new_tokens: int) -> str:
     """Whether merging pays for an answer of so many tokens, in one line."""
     before, after = summarize(plain), summarize(merged)
-    saved = before["prefill"][0] - after["prefill"][0]
-    slower = after["decoding, per token"][0] - before["decoding, per token"][0]
-    whole = before["prefill"][0] + (new_tokens - 1) * before["decoding, per token"][0]
+    first, each = "prefill (time to first token)", "decoding, per token"
+    saved = before[first][0] - after[first][0]
+    slower = after[each][0] - before[each][0]
+    whole = before[first][0] + (new_tokens - 1) * before[each][0]
     gain = (saved - (new_tokens - 1) * slower) / whole
     if saved <= 0:
         return f"Worth it? No: the prefill takes {-saved * 1e3:.0f} ms longer; the prompt is too short for merging."

@@ -1,0 +1,147 @@
+"""A workload without and with merging: in one process, in fresh ones, and over sweeps of sizes or methods."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from illava_hooks.api import patch, unpatch
+from illava_hooks.errors import InputError
+from illava_hooks.methods import METHODS
+from illava_hooks.runtime.report import MergeReport, VisualReport
+from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
+from illava_hooks.tools.bench.overhead import merge_share
+from illava_hooks.tools.bench.workload import Workload, build_workload
+
+__all__ = ["SWEEPS", "Comparison", "compare", "compare_fresh", "flops_fit", "measure_once", "sweep"]
+
+#: What a sweep goes through, by name.
+SWEEPS: dict[str, tuple[int | str, ...]] = {
+    "tiles": (2, 3, 5, 7, 10),
+    "frames": (4, 8, 16, 32, 64),
+    "patches": (256, 1024, 2048, 4096, 8192),
+    "new": (1, 8, 32, 128),
+    "methods": tuple(METHODS),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One workload.
+
+    Attributes:
+        label: what distinguishes it in a sweep.
+        plain: runs without merging.
+        merged: runs with it.
+        report: of the merged ones.
+        share: of merging itself in the merged prefill.
+    """
+
+    label: str
+    plain: list[Measurement]
+    merged: list[Measurement]
+    report: MergeReport
+    share: float
+
+
+def compare(model: Any, load: Workload, settings: dict[str, Any], rounds: int, label: str = "") -> Comparison:
+    """Alternates in this process.
+
+    Args:
+        model: an unpatched model; unpatched afterwards.
+        load: what it is given.
+        settings: arguments of ``patch``.
+        rounds: runs of each kind, after a warm-up.
+        label: of the comparison.
+    """
+    inputs = build_workload(model, load)
+    session = patch(model, **settings)
+    try:
+        plain, merged = measure_alternating(model, inputs, rounds, load.new)
+        return Comparison(label, plain, merged, session.report, merge_share(model, inputs))
+    finally:
+        unpatch(model)
+
+
+def measure_once(model: Any, load: Workload, settings: dict[str, Any], merged: bool) -> dict[str, Any]:
+    """One run without a warm-up, as data: what a fresh process does."""
+    inputs = build_workload(model, load)
+    session = patch(model, **settings)
+    body: dict[str, Any] = {"run": asdict(measure(model, inputs, merged, load.new))}
+    if merged:
+        body |= {"report": asdict(session.report), "share": merge_share(model, inputs)}
+    return body
+
+
+def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
+    """Alternates in fresh processes, so that no run inherits another one's heap.
+
+    Args:
+        arguments: of ``illava-hooks bench``; each process gets ``--only`` and what it shall be as well.
+        rounds: processes of each kind.
+
+    Raises:
+        InputError: a process failed.
+    """
+    runs: dict[str, list[Measurement]] = {"unpatched": [], "merged": []}
+    last: dict[str, Any] = {}
+    for _ in range(rounds):
+        for kind, found in runs.items():
+            command = [sys.executable, "-m", "illava_hooks", "bench", *arguments, "--only", kind]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise InputError(f"a process of the bench ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+            last = json.loads(done.stdout)
+            stages: dict[str, Any] = {k: Stage(**v) if isinstance(v, dict) else v for k, v in last["run"].items()}
+            found.append(Measurement(**stages))
+    visuals = tuple(VisualReport(**visual) for visual in last["report"].pop("visuals"))
+    return Comparison(
+        "", runs["unpatched"], runs["merged"], MergeReport(visuals=visuals, **last["report"]), last["share"]
+    )
+
+
+def sweep(
+    model: Any, axis: str, load: Workload, settings: dict[str, Any], rounds: int, told: Callable[[str], None]
+) -> Iterator[Comparison]:
+    """One comparison for every value of an axis.
+
+    Args:
+        model: an unpatched model.
+        axis: a key of ``SWEEPS``.
+        load: what stays the same.
+        settings: arguments of ``patch``.
+        rounds: runs of each kind.
+        told: is told what runs next.
+
+    Raises:
+        InputError: there is no such axis.
+    """
+    if axis not in SWEEPS:
+        raise InputError(f"sweep is {axis!r}; choose one of {list(SWEEPS)}")
+    for value in SWEEPS[axis]:
+        label = str(value) if axis == "methods" else f"{value} {axis}"
+        told(label)
+        if axis == "methods":
+            yield compare(model, load, {**settings, "method": value}, rounds, label)
+        else:
+            size: Any = value
+            yield compare(model, replace(load, **{axis: size}), settings, rounds, label)
+
+
+def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:
+    """Largest relative distance of the measured prefills from one constant speed.
+
+    Time would follow the FLOPs exactly at one number of FLOPs per second for all workloads; CPU seconds on a CPU.
+    """
+    speeds = []
+    for found in comparisons:
+        runs = found.merged if merged else found.plain
+        seconds = statistics.median(run.cpu_s for run in runs) or statistics.median(run.prefill_s for run in runs)
+        speeds.append(found.report.flops[0 if merged else 1] / seconds)
+    middle = statistics.median(speeds)
+    return max(abs(middle / speed - 1) for speed in speeds)
