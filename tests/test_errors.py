@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from decode_helpers import IMAGE, SETTINGS, patched, single
 from helpers import assert_says
@@ -115,6 +123,67 @@ def test_sliding_windows(family: str) -> None:
     assert_says(caught.value, "use_sliding_window", "full attention", "load the model with")
 
 
+@pytest.mark.parametrize("layer", [DynamicSlidingWindowLayer, StaticSlidingWindowLayer])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sliding_layer_in_a_given_cache(family: str, layer: type) -> None:
+    model = patched(family)
+    inputs = single(model, IMAGE)
+    expected = model(**inputs).logits
+    cache = DynamicCache(config=model.config.text_config)
+    cache.layers[0] = layer(sliding_window=16, **({"max_cache_len": 400} if "Static" in layer.__name__ else {}))
+    with pytest.raises(PatchStateError) as caught:
+        model(**inputs, past_key_values=cache)
+    said = (f"^past_key_values has a {layer.__name__} at layer 0", "full-attention", "use DynamicCache or StaticCache")
+    assert_says(caught.value, *said)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cropping_into_merged_tokens(family: str) -> None:
+    model = patched(family)
+    with torch.no_grad():
+        cache = model(**single(model, IMAGE)).past_key_values  # 7 tokens of text behind the image
+        length = cache.get_seq_length()
+        with pytest.raises(PatchStateError) as caught:
+            cache.crop(-20)
+    last = 7 if family == "llava_onevision" else 8  # <|vision_end|>
+    said = (
+        "^cannot crop 20 tokens",
+        f"only the last {last} came after merged visual tokens",
+        "start from a new cache",
+    )
+    assert_says(caught.value, *said)
+    assert cache.get_seq_length() == length
+
+
+def test_another_vision_tower() -> None:
+    text = tiny_model("llava_onevision").config.text_config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=4),
+            text_config=Qwen2Config(**{name: getattr(text, name) for name in names}, num_key_value_heads=2),
+            image_token_index=5,
+            video_token_index=6,
+        )
+    )
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, [1], 4, [1], 0.5)
+    assert_says(caught.value, "^vision_tower has CLIPEncoderLayer layers", "only SigLIP towers", "use one")
+    assert session_of(model) is None and [type(module) for module in model.modules()] == before
+
+
+def test_foreign_blocks_in_a_qwen2_vl() -> None:
+    model = tiny_model("qwen2_vl")
+    model.model.visual.blocks = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **GOOD)
+    assert_says(caught.value, "^visual has Linear blocks", "use a stock Qwen2-VL model")
+    assert session_of(model) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
@@ -214,6 +283,18 @@ def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogC
         assert len(said) == 1 and said[0].startswith("vit_r is 24, more than some images") and "\n" not in said[0]
 
 
+def test_tiles_are_clamped_where_a_method_can_give_only_half(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llava_onevision")
+    session = patch(model, [1, 2], 30, [1], 0.5, method="tome")
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="illava_hooks"):
+        for _ in range(2):
+            model(**single(model, IMAGE))
+    tiles = session.report.images[0].vision_tokens[0] // 64
+    assert session.report.images[0].vision_tokens == tuple(tiles * n for n in (64, 64, 34, 17, 17))
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "illava_hooks")
+    assert said.startswith("vit_r is 30, more than some images") and "use a smaller vit_r" in said and "\n" not in said
+
+
 class Failure(RuntimeError):
     """What a hook of the test raises."""
 
@@ -254,10 +335,10 @@ def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> 
         with merging(model, False):
             stock = model(input_ids=text).logits
         assert torch.equal(model(input_ids=text).logits, stock)
-    from illava_hooks.patchers import forward
+    from illava_hooks.patchers import forward, head
     from illava_hooks.patchers.vision import hooks
 
-    assert forward._forward.get() is None and forward._prompt_end.get() is None and hooks.current_run.get() is None
+    assert forward._forward.get() is None and head._prompt.get() is None and hooks.current_run.get() is None
 
 
 def test_every_method_has_a_schedule_it_can_run() -> None:

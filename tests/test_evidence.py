@@ -109,7 +109,7 @@ class TestSweep:
         told: list[str] = []
         again = sweep(model, processor, items, ["illava", "random"], **settings, advance=told.append)
         assert told == ["unpatched", "random, both, 0.500"] and again[1] == merged
-        assert len(file.read_text().splitlines()) == 2
+        assert len(file.read_text().splitlines()) == 3
 
     def test_items_of_your_own(self, tmp_path: Path) -> None:
         for index, item in enumerate(scene_items(5)):

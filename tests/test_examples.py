@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import offline
+import quickstart
 
 EXAMPLES = Path(offline.__file__).parent
 
@@ -50,6 +52,17 @@ def test_quickstart() -> None:
         assert times and all(0 < float(seconds) < 60 for seconds in times.groups())
         assert len(re.findall(r"(?:generated ids|patched): \[\d+(?:, \d+){0,7}\]", section)) == 2
         assert "merging off: equal to the stock model: True" in section
+
+
+def test_quickstart_fails_when_merging_cannot_be_switched_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", "--tiny"])
+        monkeypatch.setattr(quickstart, "merging", lambda model, enabled: nullcontext(model))  # a broken switch
+        with pytest.raises(SystemExit) as caught:
+            quickstart.main()
+    # A text as code is printed to stderr, and the status is 1.
+    assert caught.value.code == f"merging off: {offline.FAMILIES[0]} differs from the stock model on the photo"
+    assert "equal to the stock model" not in capsys.readouterr().out
 
 
 def test_one_line() -> None:

@@ -223,6 +223,10 @@ class TestTheHouse:
                 foreign = {name for name in names if name.split(".")[0] not in allowed}
                 assert all(name.startswith("illava_hooks.merge.") for name in foreign), (module, foreign)
 
+    def test_the_reference_knows_nothing_of_the_library(self) -> None:
+        names = set(imported_names(ast.parse((ROOT / "tests" / "reference.py").read_text()), "reference", False))
+        assert "torch.Tensor" in names and not {name for name in names if name.startswith("illava_hooks")}
+
     def test_files_are_short(self) -> None:
         lengths = {name: len(path.read_text().splitlines()) for name, path in modules_of(PACKAGE).items()}
         assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
@@ -267,6 +271,17 @@ class TestTheSurface:
             "preset": "auto",
             "track": False,
         }
+
+    @pytest.mark.parametrize(
+        ("name", "parameters"),
+        [("unpatch", {"model": ...}), ("merging", {"model": ..., "enabled": True}), ("session_of", {"model": ...})],
+    )
+    def test_signatures_of_the_other_verbs(self, name: str, parameters: dict[str, object]) -> None:
+        import illava_hooks
+
+        found = inspect.signature(getattr(illava_hooks, name)).parameters.values()
+        assert {p.name: ... if p.default is p.empty else p.default for p in found} == parameters
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in found)
 
     def test_errors(self) -> None:
         from illava_hooks import IllavaHooksError, MergeConfigError, PatchStateError, UnsupportedModelError
@@ -390,6 +405,9 @@ class TestTheReadme:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("illava_hooks"):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, alias.name) for alias in node.names), snippet
+
+    def test_nothing_is_left_to_fill_in(self) -> None:
+        assert re.findall(r"^[ \t]*[A-Z_]+[ \t]*$", self.text, re.MULTILINE) == []
 
     def test_table_has_every_argument(self) -> None:
         from illava_hooks import patch

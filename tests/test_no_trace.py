@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -41,10 +42,12 @@ def warm(family: str) -> tuple[Any, Inputs]:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Class, attributes (by identity) and hooks of every module, parameter names, and global registries."""
+    """Class, attributes (by identity) and hooks of every module, parameter names, configs, global registries."""
     found: dict[str, Any] = {"state": list(model.state_dict()), "records": dict(_CAN_RECORD_REGISTRY)}
     found["layers"] = (dict(DYNAMIC_LAYER_TYPE_MAPPING), dict(STATIC_LAYER_TYPE_MAPPING))
-    found["attention"] = sorted(ALL_ATTENTION_FUNCTIONS.keys())
+    for kind, registry in (("attention", ALL_ATTENTION_FUNCTIONS), ("masks", ALL_MASK_ATTENTION_FUNCTIONS)):
+        found[kind] = {name: id(registry[name]) for name in registry.keys()}  # noqa: SIM118  # not a plain dict
+    found["config"] = (model.config.to_json_string(), model.generation_config.to_json_string())
     for name, module in model.named_modules():
         attributes = {key: id(value) for key, value in vars(module).items() if key != "rope_deltas"}
         hooks = {
@@ -139,6 +142,33 @@ def test_failing_half_way_leaves_the_model_as_it_was(family: str) -> None:
             assert torch.equal(logits(model, inputs), merged)
     unpatch(model)
     unpatch(tiny_patched)
+    assert differences(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_failing_half_way_over_a_bare_patch_leaves_it_where_it_was(family: str) -> None:
+    """The model inside stays patched, and the one around it gets nothing."""
+    model, inputs = warm(family)
+    before = snapshot(model)
+    patch(model.model, **SETTINGS[family]).enabled = False
+    around = snapshot(model)[""]
+    assert around == before[""] and "_illava_session" in vars(model.model)
+    merged = logits(twin := patched(family), inputs)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        steps = fail_at(monkeypatch, -1)
+        patch(twin, **OTHER)
+        total = steps()
+    for step in range(1, total + 1):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            fail_at(monkeypatch, step)
+            with pytest.raises(KeyboardInterrupt):
+                patch(model, **OTHER)
+        assert snapshot(model)[""] == around, step
+        session = session_of(model)
+        assert session is session_of(model.model) is not None and not session.enabled
+    with merging(model, True):
+        assert torch.equal(logits(model, inputs), merged)
+    unpatch(model.model)
     assert differences(before, snapshot(model)) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from illava_hooks import MergeReport, merging, patch
+from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -95,6 +95,11 @@ def attention_flops(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__:
     return 2 * 2 * batch * heads * rows * key[2] * width
 
 
+def added_product_flops(total: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], **_: Any) -> int:
+    """A matrix product that is added in place, which torch's counter does not know either."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_are_those_that_run(family: str, merged: bool) -> None:
@@ -134,25 +139,29 @@ def _is_encoder_layer(name: str) -> bool:
     return number.isdigit() and parent.endswith(("encoder.layers", "visual.blocks"))
 
 
+@pytest.mark.parametrize("back_end", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scoring_costs_what_it_should(family: str) -> None:
-    """Encoder scores add two products per score map: the logits, and a row of inverse sums (N x N x H)."""
-    model = tiny_model(family)
+def test_scoring_costs_what_it_should(family: str, back_end: str) -> None:
+    """A row of sums (N x N x H) per score map, and the logits again where attention does not tell on the way."""
+    model = tiny_model(family, attn_implementation=back_end)
     inputs = inputs_for(model, [Sample(text_seed=1, images=((32, 32),))])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    unknown = {flash: attention_flops, torch.ops.aten.addmm_: added_product_flops}
     counts = {}
     for method in ("random", "fastv"):
         patch(model, vit_layers=[1], vit_r=0.25, llm_layers=[], llm_ratio=1.0, method=method)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=unknown) as counter:
             model.get_image_features(
                 **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
             )
-        counts[method] = counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+        counts[method] = counter.get_total_flops()
     vision = model.config.vision_config
     heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     n = 64
     tiles = 2 if family == "llava_onevision" else 1
-    assert counts["fastv"] - counts["random"] == tiles * (2 * n * n * width + 2 * n * n * heads)
+    logits = 2 * n * n * width if back_end == "eager" else 0
+    assert counts["fastv"] - counts["random"] == tiles * (logits + 2 * n * n * heads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,6 +173,41 @@ def test_text_of_the_report(family: str) -> None:
     for stage in ("encoder", "projector", "language model", "prefill in all", "KV cache"):
         assert stage in text
     assert report.flops[0] < report.flops[1]
+
+
+class RowCounter:
+    """Counts the patches that enter a vision encoder."""
+
+    def __init__(self, model: Any, family: str) -> None:
+        vision = model.model.vision_tower.encoder.layers if family == "llava_onevision" else model.model.visual.blocks
+        self.rows = 0
+        vision[0].register_forward_pre_hook(self)
+
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
+        self.rows += args[0].numel() // args[0].shape[-1]
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("samples", [RAGGED[:1], RAGGED, RAGGED[2:]], ids=["one", "ragged", "image and video"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_one_prompt_share_the_encoder(family: str, samples: list[Sample], settings: Any) -> None:
+    model, inputs, _, alone = run(family, samples)
+    counter = RowCounter(model, family)
+    with torch.no_grad():
+        model(**inputs)
+    once = counter.rows
+    model.generate(**inputs, max_new_tokens=2, **settings)
+    times = (counter.rows - once) // once
+    assert times == 1 or not hasattr(model, "_expand_multimodal_outputs")  # older releases repeat the pixels
+    report = session_of(model).report
+    assert report.encoder_flops == tuple(times * flops for flops in alone.encoder_flops)
+    assert report.projector_flops == tuple(times * flops for flops in alone.projector_flops)
+    assert report.llm_flops == tuple(3 * flops for flops in alone.llm_flops)
+    assert report.kv_bytes == tuple(3 * size for size in alone.kv_bytes)
+    assert report.flops == tuple(
+        times * (alone.encoder_flops[i] + alone.projector_flops[i]) + 3 * alone.llm_flops[i] for i in (0, 1)
+    )
+    assert report.kept_fraction == alone.kept_fraction
 
 
 def test_features_that_came_ready_made_have_no_encoder_cost() -> None:

@@ -19,7 +19,8 @@ IGNORE = -100
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128))
 #: What a patch is asked in the dense loss, with the number of classes; 0 is "nothing" for class, left and right.
 HEADS = {"class": 6, "color": 6, "digit": 10, "left": 6, "right": 6}
-_KINDS_ASKED = (*QUESTION_KINDS, "digit", "relation", "relation", "count")
+#: Kinds of questions by how often they are asked in the second phase.
+KINDS_ASKED = (*QUESTION_KINDS, "digit", "relation", "relation", "count")
 
 
 @dataclass
@@ -50,13 +51,14 @@ def image_batch(
     split: Split = "train",
     asked: int = 10,
     digit_share: float | None = None,
+    kinds: Sequence[str] = KINDS_ASKED,
 ) -> Batch:
     """One image a row, ten questions an image."""
     scenes = [draw_scene(rng, *size, split, digit_share=digit_share) for _ in range(rows)]
     questions = []
     for scene in scenes:
-        kinds = rng.permutation(np.resize(np.array(_KINDS_ASKED), asked)) if asked else ()
-        found = [ask_scene(rng, scene, str(kind)) or ask_scene(rng, scene, "existence") for kind in kinds]
+        wanted = rng.permutation(np.resize(np.array(kinds), asked)) if asked else ()
+        found = [ask_scene(rng, scene, str(kind)) or ask_scene(rng, scene, "existence") for kind in wanted]
         questions.append([question for question in found if question])
     return _batch(processor, [[scene.pixels] for scene in scenes], questions, [[scene] for scene in scenes])
 

@@ -20,7 +20,8 @@ def export(family: str, run: Path, output: Path) -> None:
     """Writes the model in float16 with its processor."""
     processor = build_processor(family)
     learner = Learner(build_model(family, 0), processor.tokenizer)
-    learner.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["learner"])
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["learner"]
+    learner.load_state_dict({name: value for name, value in saved.items() if not name.startswith("token_heads")})
     learner.model.half().save_pretrained(output)
     processor.save_pretrained(output)
     for file in output.iterdir():

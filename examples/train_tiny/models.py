@@ -141,6 +141,7 @@ def build_model(family: str, seed: int) -> Any:
                     "hidden_size": WIDTH,
                     "num_heads": HEADS,
                     "mlp_ratio": 4,
+                    "hidden_act": "gelu_pytorch_tanh",
                     "patch_size": QWEN_PATCH,
                     "spatial_merge_size": 2,
                     "temporal_patch_size": 2,

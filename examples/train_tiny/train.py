@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from batches import SIZES, Batch, clip_batch, image_batch, pair_batch, picture_batch
+from batches import KINDS_ASKED, SIZES, Batch, clip_batch, image_batch, pair_batch, picture_batch
 from easy import easy_questions
 from learn import Learner, optimizers
 from models import FAMILIES, build_model, build_processor
 from tqdm import tqdm
 
+from illava_hooks.tiny.questions import QUESTION_KINDS
+
 PHASES = ("encoder", "answers", "pairs and clips")
 #: Kinds of batches in the second and the third phase.
 SHARES = {
     "answers": {"image": 0.64, "pair": 0.12, "clip": 0.12, "easy": 0.12},
-    "pairs and clips": {"image": 0.3, "pair": 0.35, "clip": 0.25, "easy": 0.1},
+    "pairs and clips": {"image": 0.4, "pair": 0.35, "clip": 0.17, "easy": 0.08},
 }
 _STREAMS = {"encoder": 1, "answers": 0, "pairs and clips": 2}
 SIZE_SHARES = (0.2, 0.4, 0.2, 0.2)
@@ -47,13 +49,20 @@ def step_batch(processor: Any, seed: int, step: int, phase: str) -> Batch:
         return clip_batch(processor, rng, 16)
     if kind == "easy":
         return picture_batch(processor, *easy_questions(rng, 16))
-    return image_batch(processor, rng, 16, size)
+    return image_batch(processor, rng, 16, size, kinds=KINDS_ASKED if phase == "answers" else QUESTION_KINDS)
 
 
-def rate(phase: str, step: int, steps: int) -> float:
-    """Learning rate over its peak: a short warm-up, then constant; the second and the third phase go down to 0."""
+def rate(phase: str, step: int, steps: int, last: float = 0.7) -> float:
+    """Learning rate over its peak: a short warm-up, then constant; the second and the third phase go down to 0.
+
+    Args:
+        phase: one of ``PHASES``.
+        step: of the phase.
+        steps: of the phase in all.
+        last: where the third phase starts.
+    """
     left = (steps - step) / steps
-    return min(1.0, (step + 1) / 50) * {"encoder": 1.0, "answers": min(1.0, 2 * left)}.get(phase, 0.5 * left)
+    return min(1.0, (step + 1) / 50) * {"encoder": 1.0, "answers": min(1.0, 2 * left)}.get(phase, last * left)
 
 
 def validate(learner: Learner, processor: Any, batches: int = 12) -> dict[str, float]:
@@ -86,23 +95,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--encoder-steps", type=int, default=1800)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--last-steps", type=int, default=1000)
+    parser.add_argument("--cut", type=int, help="end the second phase at this step, with its rates unchanged")
+    parser.add_argument("--last-steps", type=int, default=1200)
+    parser.add_argument("--last-rate", type=float, default=0.7, help="where the third phase starts, of the peak")
+    parser.add_argument("--token-heads", action="store_true", help="third phase: dense loss behind the projector too")
     parser.add_argument("--phases", type=int, default=len(PHASES), help="stop after so many")
     parser.add_argument("--validation-batches", type=int, default=12)
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=2e-3)
+    parser.add_argument("--half-products", action="store_true", help="bfloat16 matrix products: faster on some CPUs")
     parser.add_argument("--dense-weight", type=float, default=0.15, help="of the dense loss in the second phase")
+    parser.add_argument("--last-dense-weight", type=float, default=0.15, help="in the third phase")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "checkpoint.pt"
 
     processor = build_processor(arguments.family)
-    learner = Learner(build_model(arguments.family, arguments.seed), processor.tokenizer)
+    learner = Learner(build_model(arguments.family, arguments.seed), processor.tokenizer, arguments.half_products)
     history: list[dict[str, Any]] = []
     phase, first = 0, 0
     algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
     if file.exists():
         state = torch.load(file, weights_only=True)
+        if arguments.token_heads and state["phase"] > 1:
+            learner.add_token_heads()
+            algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
         learner.load_state_dict(state["learner"])
         for algorithm, saved in zip(algorithms, state["optimizers"], strict=True):
             algorithm.load_state_dict(saved)
@@ -125,21 +142,26 @@ def main() -> None:
         if phase == 1 and first == 0:
             learner.match_scales(step_batch(processor, arguments.seed, 0, PHASES[0]))
             algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
-        bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
+        if phase == 2 and first == 0 and arguments.token_heads:
+            learner.add_token_heads()
+            learner.shrink_tokens(step_batch(processor, arguments.seed, 0, PHASES[0]))
+            algorithms = optimizers(learner, arguments.muon_rate, arguments.adam_rate)
+        end = arguments.cut if phase == 1 and arguments.cut else steps
+        bar = tqdm(range(first, end), initial=first, total=end, desc=name, mininterval=5)
         averages: dict[str, float] = {}
         began = time.process_time()
         for step in bar:
             batch = step_batch(processor, arguments.seed, step, name)
             for algorithm, peak in zip(algorithms, peaks, strict=True):
                 for group in algorithm.param_groups:
-                    group["lr"] = peak * rate(name, step, steps)
+                    group["lr"] = peak * rate(name, step, steps, arguments.last_rate)
                 algorithm.zero_grad()
-            tokens, patches = learner.visual_tokens(batch)
+            tokens, shown = learner.visual_tokens(batch)
             seen: dict[str, float] = {}
             loss = torch.zeros(())
             if batch.targets:
-                dense = learner.dense_loss(patches, batch.targets)
-                loss = loss + dense * (1.0 if phase == 0 else arguments.dense_weight)
+                dense = learner.dense_loss(shown, batch.targets)
+                loss = loss + dense * (1.0, arguments.dense_weight, arguments.last_dense_weight)[phase]
                 seen["dense"] = dense.item()
             if phase > 0:
                 answer, hits, _ = learner.answer_loss(batch, tokens)
@@ -151,9 +173,9 @@ def main() -> None:
                 algorithm.step()
             for key, value in seen.items():
                 averages[key] = 0.98 * averages.get(key, value) + 0.02 * value
-            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == end:
                 row = {"phase": phase, "step": step + 1, "cpu_s": round(time.process_time() - began), **averages}
-                if phase > 0 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == steps):
+                if phase > 0 and ((step + 1) % VALIDATE_EVERY == 0 or step + 1 == end):
                     row |= validate(learner, processor, arguments.validation_batches)
                 history.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
                 (arguments.output / "history.json").write_text(json.dumps(history, indent=0))

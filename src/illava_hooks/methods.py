@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from torch import Tensor
+
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.merge.rules import RULES, MergeRule
-from illava_hooks.merge.scoring import SCORES, Score
+from illava_hooks.merge.scoring import SCORES, Score, ScoreInputs
 
-__all__ = ["ENCODER_SCORES", "LLM_SCORES", "METHODS", "Layout", "Method", "resolve_method"]
+__all__ = ["ENCODER_SCORES", "LLM_SCORES", "METHODS", "Layout", "Method", "checked_scores", "resolve_method"]
 
 Layout = Literal["aligned", "compact"]
 
@@ -68,6 +70,27 @@ def find_score(choice: str | Score, published: str) -> Score:
     if not isinstance(choice, str):
         return choice
     return SCORES[published if choice == PUBLISHED else choice]
+
+
+def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
+    """A score's result as float32.
+
+    Args:
+        name: of the method, for the message.
+        score: a score, perhaps the user's own.
+        inputs: what it may look at.
+
+    Raises:
+        MergeConfigError: it is no tensor of one number per token.
+    """
+    found = score(inputs)
+    shape = tuple(inputs.positions.shape)
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise MergeConfigError(
+            f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
+        )
+    return found.float()
 
 
 def _known(argument: str, value: object, names: tuple[str, ...]) -> None:

@@ -15,13 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.errors import MergeConfigError
-
 __all__ = [
     "SCORES",
     "Score",
     "ScoreInputs",
-    "checked_scores",
     "last_query_attention",
     "query_lse",
     "random_scores",
@@ -63,27 +60,6 @@ class ScoreInputs:
 
 
 Score = Callable[[ScoreInputs], Tensor]
-
-
-def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
-    """A score's result as float32.
-
-    Args:
-        name: of the method, for the message.
-        score: a score, perhaps the user's own.
-        inputs: what it may look at.
-
-    Raises:
-        MergeConfigError: it is no tensor of one number per token.
-    """
-    found = score(inputs)
-    shape = tuple(inputs.positions.shape)
-    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
-        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise MergeConfigError(
-            f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
-        )
-    return found.float()
 
 
 def received_attention(inputs: ScoreInputs) -> Tensor:

@@ -28,10 +28,8 @@ class Prompt:
 
     def began(self, session: MergeSession, ids: Tensor | None) -> bool:
         """Whether a longer sequence of the same model goes on from this prompt, and is not another call's."""
-        if self.session is not session or ids is None or ids.shape[1] <= self.length:
+        if self.session is not session or ids is None or self.ids is None or ids.shape[1] <= self.length:
             return False
-        if self.ids is None:
-            return True
         first_beams = ids[:: max(1, len(ids) // len(self.ids)), : self.length]
         return torch.equal(first_beams, self.ids)
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["MergedLayer", "cache_layer", "is_merged", "physical_lengths"]
+__all__ = ["MergedLayer", "cache_layer", "check_layers", "is_merged", "physical_lengths"]
 
 
 class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the base class
@@ -28,17 +28,20 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         history: for each prefill that merged, the numbers of real tokens per sample; layers with equal history
             have equal ``key_valid``.
         croppable: how many of the last keys may be cropped, all of them text.
+        shared: one dict for all layers of a cache; its ``"merged"`` tells whether some of them merged.
     """
 
     num_merged: int
     key_valid: Tensor | None
     history: tuple[tuple[int, ...], ...]
     croppable: int
+    shared: dict[str, bool]
     _pending: int
 
     def begin(self) -> None:
         """Starts the bookkeeping on a layer that has not merged yet."""
         self.num_merged, self.key_valid, self.history, self.croppable, self._pending = 0, None, (), 0, 0
+        self.shared["merged"] = False
 
     def admit(
         self, past: int, kept: int, lengths: tuple[int, ...], logical: int, valid: Tensor | None, tail: int
@@ -54,6 +57,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             tail: trailing keys that are text.
         """
         self.num_merged += logical - kept
+        self.shared["merged"] |= logical != kept
         self.history = (*self.history, lengths)
         self.croppable, self._pending = tail, kept
         self.extend_validity(past, valid)
@@ -94,7 +98,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         """
         if isinstance(self, StaticLayer):
             return self.max_cache_len, 0
-        if self.num_merged or self.key_valid is not None:
+        if self.shared["merged"] or self.key_valid is not None:
             raise PatchStateError(
                 "past_key_values holds merged tokens, which only a patched model can continue; patch this model, or "
                 "start from a new cache"
@@ -153,25 +157,34 @@ def _restore(stock: type, state: dict[str, Any]) -> MergedLayer:
     return layer
 
 
-def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
-    """The cache's layer, turned into one that can hold merged tokens.
+def check_layers(cache: Cache | None) -> None:
+    """Refuses a cache that cannot hold merged tokens, before anything is stored in it.
 
     Raises:
-        PatchStateError: the layer keeps a sliding window.
+        PatchStateError: a layer keeps a sliding window.
     """
+    for layer_idx, layer in enumerate(cache.layers if cache is not None else ()):
+        if getattr(layer, "is_sliding", False):
+            raise PatchStateError(
+                f"past_key_values has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention "
+                "caches; use DynamicCache or StaticCache"
+            )
+
+
+def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
+    """The cache's layer, turned into one that can hold merged tokens."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[layer_idx]
     if isinstance(layer, MergedLayer):
         return layer
-    if getattr(layer, "is_sliding", False):
-        raise PatchStateError(
-            f"past_key_values has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention caches; "
-            "use DynamicCache or StaticCache"
-        )
     layer.__class__ = _merged_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
     merged: MergedLayer = layer
+    others = (other.shared for other in cache.layers if isinstance(other, MergedLayer) and other is not layer)
+    merged.shared = next(others, {})
+    was = merged.shared.get("merged", False)
     merged.begin()
+    merged.shared["merged"] = was
     return merged
 
 

@@ -25,7 +25,16 @@ KEY = "illava_state"
 
 logger = logging.getLogger("illava_hooks")
 
-_switched: ContextVar[Mapping[int, bool]] = ContextVar("illava_switched", default={})  # noqa: B039  # never written to
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Switch:
+    """One open ``merging`` context."""
+
+    enabled: bool
+
+
+#: By session, the open switches in the order in which they were opened.
+_switched: ContextVar[Mapping[int, tuple[_Switch, ...]]] = ContextVar("illava_switched", default={})  # noqa: B039  # never written to
 
 
 @dataclass(slots=True)
@@ -99,17 +108,20 @@ class MergeSession:
     @property
     def active(self) -> bool:
         """Whether merging is on, here and now."""
-        return _switched.get().get(id(self), self.enabled)
+        switches = _switched.get().get(id(self), ())
+        return switches[-1].enabled if switches else self.enabled
 
     @contextlib.contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
         """Switches merging for this thread or task while the context is open."""
-        token = _switched.set({**_switched.get(), id(self): bool(enabled)})
+        switch = _Switch(bool(enabled))
+        _switched.set({**_switched.get(), id(self): (*_switched.get().get(id(self), ()), switch)})
         try:
             yield
-        finally:
-            with contextlib.suppress(ValueError):  # closed in another context, which never had the switch
-                _switched.reset(token)
+        finally:  # perhaps in another order, or in a context that never had the switch
+            left = tuple(other for other in _switched.get().get(id(self), ()) if other is not switch)
+            others = {key: open_ for key, open_ in _switched.get().items() if key != id(self)}
+            _switched.set({**others, id(self): left} if left else others)
 
     @property
     def report(self) -> MergeReport:

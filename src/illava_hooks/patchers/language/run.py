@@ -15,8 +15,9 @@ from torch import Tensor
 from illava_hooks.config import MergeConfig
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.scoring import Score, ScoreInputs, checked_scores
+from illava_hooks.merge.scoring import Score, ScoreInputs
 from illava_hooks.merge.spans import Segments, host_table, scatter_back
+from illava_hooks.methods import checked_scores
 from illava_hooks.patchers.base import max_removed
 from illava_hooks.schedules import Modality, llm_removed
 

@@ -44,11 +44,11 @@ class LlavaOnevision:
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses other vision towers, and feature choices that cut across merges."""
-        layer = parts.encoder_layers[0]
-        if not isinstance(layer, SiglipEncoderLayer):
-            raise UnsupportedModelError(
-                f"vision_tower has {type(layer).__name__} layers; only SigLIP towers can be patched; use one"
-            )
+        for layer in (parts.encoder_layers[index] for index in {0, *config.vit_layers}):
+            if not isinstance(layer, SiglipEncoderLayer):
+                raise UnsupportedModelError(
+                    f"vision_tower has {type(layer).__name__} layers; only SigLIP towers can be patched; use one"
+                )
         stock = model.config
         depth = stock.vision_config.num_hidden_layers
         if config.vit_layers:

@@ -36,9 +36,9 @@ class Qwen2VL:
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses towers with other blocks."""
-        block = parts.encoder_layers[0]
-        if not isinstance(block, Qwen2VLVisionBlock):
-            raise UnsupportedModelError(f"visual has {type(block).__name__} blocks; use a stock Qwen2-VL model")
+        for block in (parts.encoder_layers[index] for index in {0, *config.vit_layers}):
+            if not isinstance(block, Qwen2VLVisionBlock):
+                raise UnsupportedModelError(f"visual has {type(block).__name__} blocks; use a stock Qwen2-VL model")
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.scoring import Score, ScoreInputs, checked_scores
+from illava_hooks.merge.scoring import Score, ScoreInputs
 from illava_hooks.merge.spans import Segments, buckets, host_table
+from illava_hooks.methods import checked_scores
 
 __all__ = ["LayerAttention", "segment_scores"]
 

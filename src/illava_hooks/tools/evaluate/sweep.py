@@ -16,7 +16,7 @@ from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled, fi
 from illava_hooks.tools.evaluate.run import Outcome, run_items
 from illava_hooks.tools.evaluate.statistics import interval, paired_interval
 
-__all__ = ["Row", "print_rows", "sweep"]
+__all__ = ["Row", "print_rows", "read_rows", "sweep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,12 @@ def sweep(
     limits = find_family(model).limits(model)
     preset = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
     schedule = preset["video" if items[0].video else "image"]
-    known = {(row.method, row.stage, row.kept): row for row in _read(file)}
+    known = {(row.method, row.stage, row.kept): row for row in read_rows(file)}
     advance("unpatched")
     stock = run_items(model, processor, items, batch_size, max_new_tokens)
     rows = [_row("none", "both", 1.0, 1.0, items, stock, stock)]
+    if ("none", "both", 1.0) not in known:
+        _append(file, rows[0])
     for kept in (fraction for fraction in fractions if fraction < 1):
         for method in methods:
             for stage in ["both"] if method == "downsample" else stages:
@@ -106,9 +108,7 @@ def sweep(
                         finally:
                             unpatch(model)
                         row = _row(method, stage, kept, measured, items, outcome, stock)
-                    if file is not None:
-                        with file.open("a") as lines:
-                            lines.write(json.dumps(asdict(row)) + "\n")
+                    _append(file, row)
                 rows.append(row)
     return rows
 
@@ -148,8 +148,20 @@ def _row(
     )
 
 
-def _read(file: Path | None) -> list[Row]:
+def _append(file: Path | None, row: Row) -> None:
+    if file is not None:
+        body = {**asdict(row), "right": "".join(str(int(hit)) for hit in row.right)}
+        with file.open("a") as lines:
+            lines.write(json.dumps(body) + "\n")
+
+
+def read_rows(file: Path | None) -> list[Row]:
+    """The rows that a sweep wrote; none where there is no file."""
     if file is None or not file.exists():
         return []
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [Row(**{**row, "accuracy_interval": tuple(row["accuracy_interval"])}) for row in rows]
+    rows = []
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        right = [hit == "1" for hit in row["right"]]
+        rows.append(Row(**{**row, "accuracy_interval": tuple(row["accuracy_interval"]), "right": right}))
+    return rows
