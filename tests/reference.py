@@ -43,7 +43,7 @@ class ReferenceMethod:
     """A method by its three choices (the layout is always "aligned").
 
     Attributes:
-        merge: "recycle", "cluster", "nearest", "bipartite" or "drop".
+        merge: "recycle", "cluster", "nearest", "diverse", "bipartite" or "drop".
         encoder_score: "received_attention" or "query_lse".
         llm_score: "last_query_attention" or "query_lse".
     """
@@ -193,6 +193,30 @@ def nearest(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequ
     return _averaged(kept, anchors, sizes)
 
 
+def diverse(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
+    """Removes the tokens that some better token resembles most; each joins its most similar survivor.
+
+    Args:
+        scores: Score of each token; infinity must stay.
+        num_removed: Tokens that disappear.
+        keys: (N, D) features compared by cosine.
+        sizes: Source tokens that each token stands for, its weight in the average.
+
+    Returns:
+        The merge; ties go to the lower index.
+    """
+    cosine = _cosines(keys)
+    order = ascending(scores)
+    novelty = [math.inf] * len(order)
+    for place, token in enumerate(order[:-1]):
+        if scores[token] < math.inf:
+            novelty[token] = 1 - max(cosine[token][better] for better in order[place + 1 :])
+    redundant = ascending(novelty)[:num_removed]
+    kept = sorted(set(order) - set(redundant))
+    anchors = {token: max(kept, key=lambda other, t=token: (cosine[t][other], -other)) for token in redundant}
+    return _averaged(kept, anchors, sizes)
+
+
 def bipartite(num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
     """Token merging: even tokens propose to their most similar odd token, the most similar pairs merge.
 
@@ -236,6 +260,7 @@ def decide(
         "recycle": lambda: recycle(scores, num_removed, visible),
         "cluster": lambda: cluster(scores, num_removed, hidden),
         "nearest": lambda: nearest(scores, num_removed, keys, sizes),
+        "diverse": lambda: diverse(scores, num_removed, keys, sizes),
         "bipartite": lambda: bipartite(num_removed, keys, sizes),
         "drop": lambda: drop(scores, num_removed),
     }

@@ -12,19 +12,25 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from illava_hooks import METHODS, PRESETS, patch, session_of, tiny
+from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.errors import InputError
 from illava_hooks.tools.bench import (
     SHAPES,
+    Comparison,
+    Measurement,
+    Stage,
     Workload,
     build_shape,
     build_workload,
+    comparison,
+    flops_fit,
     measure,
     measure_alternating,
+    merge_share,
     verdict,
 )
-from illava_hooks.tools.bench.measure import Measurement
+from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 from illava_hooks.tools.datasets import load_items, read_items, scene_items
 from illava_hooks.tools.evaluate import (
     Outcome,
@@ -162,8 +168,11 @@ class TestBench:
         inputs = build_workload(model, load)
         session = patch(model)
         plain, merged = (measure(model, inputs, on, load.new) for on in (False, True))
-        assert (plain.merged, merged.merged) == (False, True) and plain.merge_s == 0 < merged.merge_s
-        assert min(plain.encoder_s, plain.projector_s, plain.language_s, plain.decode_s, plain.cpu_s) > 0
+        assert (plain.merged, merged.merged) == (False, True)
+        stages = [getattr(run, name) for run in (plain, merged) for name in ("encoder", "projector", "language")]
+        assert min(stage.wall_s for stage in stages) > 0 and min(stage.cpu_s for stage in stages) > 0
+        assert plain.decode_s > 0 and plain.cpu_s == pytest.approx(sum(stage.cpu_s for stage in stages[:3]))
+        assert 0 < merge_share(model, inputs) < 1
         after, before = session.report.kv_bytes
         assert (merged.kv_bytes, plain.kv_bytes) == (after, before) and after < before
         visuals = 2 * load.batch if load.images == 2 else load.batch
@@ -190,7 +199,8 @@ class TestBench:
 
     def test_verdict_is_plain(self) -> None:
         def run(prefill: float, decode: float) -> Measurement:
-            return Measurement(False, 0.0, 0.0, prefill, 0.0, decode, prefill, 0, 0)
+            none = Stage(0.0, 0.0)
+            return Measurement(False, none, none, Stage(prefill, prefill), decode, 0)
 
         assert verdict([run(1.0, 0.1)], [run(0.5, 0.1)], 2).startswith("Worth it? Yes: 45% less")
         assert verdict([run(1.0, 0.1)], [run(0.5, 0.1)], 1000).startswith("Worth it? Hardly: 0%")
@@ -198,16 +208,63 @@ class TestBench:
             "Worth it? No: the prefill takes 50 ms longer"
         )
 
-    def test_command(self) -> None:
+    def test_memory_is_that_of_the_stage(self) -> None:
+        if not Path("/proc/self/clear_refs").exists():
+            pytest.skip("memory peaks are read from Linux's /proc")
+        memory = Memory(torch.device("cpu"))
+        block = torch.ones(8_000_000)  # 32 MB
+        del block
+        assert memory.peak() > 30e6
+        assert Memory(torch.device("cpu")).peak() < 20e6
+
+    def test_timed_functions_are_put_back(self) -> None:
+        class Owner:
+            def work(self, depth: int = 1) -> int:
+                return self.work(depth - 1) + 1 if depth else 0
+
+        stock, spent = Owner.work, []
+        with pytest.raises(ZeroDivisionError), timed(Stopwatch(torch.device("cpu")), [(Owner, "work")], spent):
+            assert Owner().work(3) == 3
+            1 / 0  # noqa: B018  # an error inside
+        assert Owner.work is stock and len(spent) == 1, "inner calls belong to the outer one"
+
+    def test_time_follows_the_flops(self) -> None:
+        def found(flops: int, seconds: float) -> Comparison:
+            run = Measurement(True, Stage(0.0, 0.0), Stage(0.0, 0.0), Stage(seconds, seconds), 0.0, 1)
+            report = MergeReport((), (), (), (0, 0), (0, 0), (flops, 2 * flops), (1, 1))
+            return Comparison("", [run], [run], report, 0.0)
+
+        assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.0)], merged=True) == pytest.approx(0)
+        assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.3)], merged=True) == pytest.approx(0.1)
+
+    def test_command(self, tmp_path: Path) -> None:
+        plot = tmp_path / "plot.png"
         arguments = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, [*arguments, "--plot", str(plot)])
         assert result.exit_code == 0, result.output
-        for word in ("encoder", "language model", "peak above weights", "KV cache", "Worth it?", "ideal"):
+        for word in ("encoder", "language model", "peak above", "KV cache", "Worth it?", "ideal"):
             assert word in result.stdout
+        with Image.open(plot) as picture:
+            assert picture.format == "PNG"
         body = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
         assert body["ideal_ratio"] == pytest.approx(body["flops"]["merged"] / body["flops"]["unpatched"])
         assert CliRunner().invoke(app, ["bench"]).exit_code == 2
         assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
+
+    def test_fresh_processes(self) -> None:
+        arguments = "bench --shape qwen2-vl-2b --narrow --patches 256 --rounds 1 --new-tokens 1 --fresh --json".split()
+        body = json.loads(CliRunner().invoke(app, arguments).stdout)
+        assert [body[kind]["runs"][0]["merged"] for kind in ("unpatched", "merged")] == [False, True]
+        assert body["report"]["visuals"][0]["prompt_tokens"] == 64
+
+    def test_sweeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(comparison.SWEEPS, "patches", (64, 256))
+        arguments = "bench --shape qwen2-vl-2b --narrow --rounds 1 --new-tokens 2 --sweep patches".split()
+        result = CliRunner().invoke(app, arguments)
+        rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+        assert len(rows) == 3 and rows[1].startswith("| 64 patches") and "follow the FLOPs within" in result.stdout
+        refused = CliRunner().invoke(app, [*arguments[:-1], "moons"])
+        assert refused.exit_code == 2 and "sweep is 'moons'" in refused.stderr
 
     def test_every_method_has_a_budget(self) -> None:
         model, processor = tiny.load("qwen2_vl")

@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, ti
 
 CASES = int(os.environ.get("ILLAVA_FUZZ_CASES", "150")) // 2
 #: Rules that give every token exactly one place; the others lose tokens or share them out.
-ONE_PLACE = ("illava", "nearest", "tome")
+ONE_PLACE = ("illava", "nearest", "diverse", "tome")
 _MODELS: dict[str, Any] = {}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import reference as ref
+from illava_hooks.merge import matching
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RULES
@@ -84,7 +85,7 @@ def test_nothing_removed_is_bitwise_nothing(rule: str) -> None:
     assert torch.equal(apply_merge(tokens[None], plan)[0], tokens)
 
 
-@pytest.mark.parametrize("rule", ["recycle", "nearest", "bipartite"])
+@pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "bipartite"])
 def test_weights_of_each_survivor_sum_to_one(rule: str) -> None:
     tokens = torch.randn(sum(LENGTHS), WIDTH)
     plan, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
@@ -176,3 +177,14 @@ def test_segments_gather_and_write_back() -> None:
     assert written.tolist() == [0, -10, -20, -30, -40]
     assert flat.tolist() == [0, 10, 20, 30, 40]
     assert buckets((3, 5, 3)) == {3: [0, 2], 5: [1]}
+
+
+@pytest.mark.parametrize("rule", ["nearest", "diverse"])
+def test_blocks_of_similarities_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randn(sum(LENGTHS), 8)
+    torch.manual_seed(1)
+    whole, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
+    monkeypatch.setattr(matching, "BLOCK_ELEMENTS", 1)
+    torch.manual_seed(1)
+    rows, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
+    assert torch.equal(whole.keep_mask, rows.keep_mask) and torch.equal(whole.anchors, rows.anchors)

@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llava_onevision": {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": [1, 3], "llm_ratio": 0.6},
     "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
 }
-MERGING = ("recycle", "nearest", "bipartite", "cluster")
+MERGING = ("recycle", "nearest", "diverse", "bipartite", "cluster")
 CASES = {
     "tiles": Sample(text_seed=1, images=((48, 30),)),
     "more tiles than the limit": Sample(text_seed=2, images=((100, 120),)),
@@ -135,7 +135,7 @@ def test_language_weights_of_qwen2_vl(rule: str) -> None:
     assert sum(len(image.seats) for image in images) == sum(v.language_tokens[-1] for v in session.report.visuals)
 
 
-@pytest.mark.parametrize("rule", ["recycle", "nearest", "bipartite"])
+@pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "bipartite"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_source_has_one_place_and_weights_sum_to_one(family: str, case: str, rule: str) -> None:

@@ -17,7 +17,7 @@ from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
 
-RULES = ("recycle", "cluster", "nearest", "bipartite", "drop")
+RULES = ("recycle", "cluster", "nearest", "diverse", "bipartite", "drop")
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6}
 NEW_TOKENS = 5
 
@@ -165,6 +165,14 @@ def test_nearest_averages_by_size() -> None:
     assert merge.holder == [2, 3, 2, 3]
     assert _applied(merge, [10.0, 20.0, 30.0, 40.0]) == pytest.approx([(10 + 90) / 4, (40 + 40) / 3])
     assert merge.new_sizes(sizes) == [4, 3]
+
+
+def test_diverse_keeps_the_best_of_many_alike() -> None:
+    """Three alike tokens and two of their own kind: of the alike ones the best stays, though all score low."""
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [1.0, -0.01], [0.0, 1.0], [-1.0, 0.2]])
+    merge = ref.diverse([0.1, 0.2, 0.15, 0.9, 0.8], 2, keys, [1.0, 1.0, 2.0, 1.0, 1.0])
+    assert merge.kept == [1, 3, 4]
+    assert merge.recipe[1] == [(0, pytest.approx(0.25)), (1, pytest.approx(0.25)), (2, pytest.approx(0.5))]
 
 
 def test_bipartite_merges_the_most_similar_pairs() -> None:

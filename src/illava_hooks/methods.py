@@ -33,7 +33,8 @@ class Method:
         encoder_score: one of ``ENCODER_SCORES`` or a function of ``ScoreInputs`` that returns ``(S, N)`` scores,
             higher = keep.
         llm_score: one of ``LLM_SCORES`` or such a function.
-        merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"bipartite"``, ``"drop"`` or a ``MergeRule``.
+        merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"diverse"``, ``"bipartite"``, ``"drop"`` or a
+            ``MergeRule``.
         layout: ``"aligned"``: survivors stay where they are; ``"compact"``: as in the published code.
 
     Raises:
@@ -107,6 +108,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("illava-v2", merge="cluster"),
             Method("illava-reference", PUBLISHED, PUBLISHED, layout="compact"),
             Method("nearest", merge="nearest"),
+            Method("diverse", merge="diverse"),
             Method("tome", "uniform", "uniform", merge="bipartite"),
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),

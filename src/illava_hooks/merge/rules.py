@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan, assemble
+from illava_hooks.merge.matching import average, best_match, mark, take_rows, unit_vectors
 
-__all__ = ["RULES", "MergeRule", "bipartite", "cluster", "drop", "nearest", "recycle"]
+__all__ = ["RULES", "MergeRule", "bipartite", "cluster", "diverse", "drop", "nearest", "recycle"]
 
 
 class MergeRule(Protocol):
@@ -29,9 +30,9 @@ def _ascending(inputs: RuleInputs) -> Tensor:
     return torch.argsort(inputs.scores, dim=-1, stable=True)
 
 
-def _lowest(inputs: RuleInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _lowest(inputs: RuleInputs, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Ascending order, the mask of edges in use ``(S, R)``, and who stays ``(S, L)``."""
-    order = _ascending(inputs)
+    order = _ascending(inputs) if scores is None else torch.argsort(scores, dim=-1, stable=True)
     used = inputs.slots(max(inputs.num_removed)) < inputs.count(inputs.num_removed)
     rank = torch.empty_like(order).scatter_(1, order, inputs.slots(order.shape[1]).expand_as(order))
     return order, used, rank >= inputs.count(inputs.num_removed)
@@ -93,14 +94,14 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
     anchor_used = slot < inputs.count(num_recycling)
     redundant = order[:, :most]
     redundant_used = inputs.slots(most) < inputs.count(inputs.num_removed)
-    similarity = torch.einsum("smc,src->smr", _rows(hidden, anchors), _rows(hidden, redundant))
+    similarity = torch.einsum("smc,src->smr", take_rows(hidden, anchors), take_rows(hidden, redundant))
     similarity = similarity.masked_fill(~redundant_used[:, None], -torch.inf)
     ranked, picked = torch.sort(similarity, dim=-1, descending=True, stable=True)
     ranked, picked = ranked[..., :5], picked[..., :5]
     weights = 0.5 * torch.softmax(ranked / width**0.5, dim=-1).nan_to_num(0.0) * anchor_used[..., None]
     absorbed = redundant.gather(1, picked.flatten(1)).view_as(picked)
     ones = torch.ones_like(inputs.scores)
-    fed = _mark(anchors, anchor_used, kept)
+    fed = mark(anchors, anchor_used, kept)
     return assemble(
         inputs,
         kept,
@@ -114,12 +115,30 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
 def nearest(inputs: RuleInputs) -> SegmentPlan:
     """Averages each redundant token into its most similar survivor (cosine of keys, weighted by token size)."""
     order, used, kept = _lowest(inputs)
-    keys = _unit(inputs.keys())
-    absorbed = order[:, : used.shape[1]]
-    similarity = _rows(keys, absorbed) @ keys.transpose(1, 2)
-    inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
-    anchors = similarity.masked_fill(~(kept & inside)[:, None], -torch.inf).argmax(-1)
-    return _average(inputs, kept, absorbed, anchors, used)
+    return _fold(inputs, unit_vectors(inputs.keys()), kept, order[:, : used.shape[1]], used)
+
+
+def diverse(inputs: RuleInputs) -> SegmentPlan:
+    """Keeps tokens that no higher-scored token resembles; each other one joins its most similar survivor.
+
+    A token's novelty is its distance (1 - cosine of keys) to the most similar token with a higher score; the ``r``
+    least novel ones are redundant. Of many alike tokens, such as background, the best-scored one stays, however low
+    all of them score: one parallel look at what farthest-point sampling finds one by one. Joined tokens are averaged,
+    weighted by token size.
+    """
+    keys = unit_vectors(inputs.keys())
+    slots = inputs.slots(keys.shape[1])
+    inside = slots < inputs.count(inputs.lengths)
+    order = _ascending(inputs)
+    rank = torch.empty_like(order).scatter_(1, order, slots.expand_as(order))
+
+    def better(tokens: Tensor) -> Tensor:
+        return (rank[:, None] > rank.gather(1, tokens)[..., None]) & inside[:, None]
+
+    similarity, _ = best_match(keys, slots.expand_as(order), better)
+    novelty = torch.where(inputs.scores < torch.inf, 1 - similarity, torch.inf)
+    order, used, kept = _lowest(inputs, novelty)
+    return _fold(inputs, keys, kept, order[:, : used.shape[1]], used)
 
 
 def bipartite(inputs: RuleInputs) -> SegmentPlan:
@@ -128,7 +147,7 @@ def bipartite(inputs: RuleInputs) -> SegmentPlan:
     The ``r`` most similar pairs merge, weighted by token size; scores are not used. At most half of a segment
     can go, so ``r`` is clamped to that.
     """
-    keys = _unit(inputs.keys())
+    keys = unit_vectors(inputs.keys())
     even, odd = keys[:, ::2], keys[:, 1::2]
     lengths = inputs.count(inputs.lengths)
     even_index = 2 * inputs.slots(even.shape[1])
@@ -144,30 +163,14 @@ def bipartite(inputs: RuleInputs) -> SegmentPlan:
     used = inputs.slots(order.shape[1]) < inputs.count(inputs.num_removed)
     absorbed = even_index.expand_as(best).gather(1, order)
     anchors = 2 * partner.gather(1, order) + 1
-    return _average(inputs, ~_mark(absorbed, used, inputs.scores), absorbed, anchors, used)
+    return average(inputs, ~mark(absorbed, used, inputs.scores), absorbed, anchors, used)
 
 
-def _average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor) -> SegmentPlan:
-    """Size-weighted means of the anchors and what they absorb."""
-    size = inputs.token_size
-    mass = torch.where(used, size.gather(1, absorbed), 0.0)
-    total = size.scatter_add(1, anchors, mass)
-    # Unused edges stay inside the table: they point at a survivor and weigh nothing.
-    return assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
-
-
-def _mark(index: Tensor, used: Tensor, like: Tensor) -> Tensor:
-    """``(S, L)`` bool, True at each ``index`` that is in use."""
-    count = torch.zeros_like(like, dtype=torch.int64)
-    return count.scatter_add(1, index, used.to(torch.int64).expand_as(index)) > 0
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    return table.gather(1, index[..., None].expand(*index.shape, table.shape[-1]))
-
-
-def _unit(keys: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+def _fold(inputs: RuleInputs, keys: Tensor, kept: Tensor, absorbed: Tensor, used: Tensor) -> SegmentPlan:
+    """Averages the ``absorbed`` tokens into the survivors that resemble them most."""
+    inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
+    _, anchors = best_match(keys, absorbed, lambda _: (kept & inside)[:, None])
+    return average(inputs, kept, absorbed, anchors, used)
 
 
 #: Merge rules by name.
@@ -175,6 +178,7 @@ RULES: dict[str, MergeRule] = {
     "recycle": recycle,
     "cluster": cluster,
     "nearest": nearest,
+    "diverse": diverse,
     "bipartite": bipartite,
     "drop": drop,
 }

@@ -85,7 +85,10 @@ def print_table(found: Comparison) -> None:
         ]
         achieved = f"{after[name][0] / before[name][0]:.3f}" if before[name][0] else ""
         table.add_row(name, *cells, achieved, f"{ideal[name]:.3f}" if name in ideal else "")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)  # a file or a pipe need not wrap
+    console.print(table)
     for line in str(found.report).splitlines()[: len(found.report.visuals) + 1]:
         print(line)
     print(f"merging takes {found.share:.2%} of the merged prefill")
