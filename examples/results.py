@@ -19,7 +19,7 @@ from illava_hooks.tools.evaluate import Row, read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
-SUITES = {"scenes": 2000, "pairs": 500, "clips": 500, "easy-vqa": 2000}
+SUITES = {"scenes": 2000}
 MODELS = {"tiny": "LLaVA-OneVision", "tiny-qwen2-vl": "Qwen2-VL"}
 
 
@@ -28,11 +28,9 @@ def evaluate_commands() -> list[list[str]]:
     commands = []
     for model in MODELS:
         for suite, count in SUITES.items():
-            stages = "encoder,language,both" if suite == "scenes" else "both"
-            kept = "0.5,0.3333,0.2222,0.1111" if suite == "scenes" else "0.3333,0.1111"
             file = f"docs/results/{model}-{suite}.jsonl"
-            command = f"evaluate --model {model} --items {suite} --questions {count} --stages {stages} --kept {kept}"
-            commands.append([*command.split(), "--output", file])
+            command = f"evaluate --model {model} --items {suite} --questions {count} --stages both"
+            commands.append([*command.split(), "--kept", "0.3333,0.1111", "--output", file])
     return commands
 
 
