@@ -11,8 +11,8 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test fuzz lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
-	$(PYTHON) -m illava_hooks ask --question "how many digits are there ?" --compare
-	$(PYTHON) -m illava_hooks visualize --question "how many digits are there ?" --output merge-pictures
+	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
+	$(PYTHON) -m illava_hooks visualize --question "how many triangles are there ?" --output merge-pictures
 
 test: $(SETUP)  ## all tests, with the examples as smoke tests
 	$(PYTHON) -m pytest -n $(WORKERS)
@@ -42,4 +42,4 @@ wheel-test: $(SETUP)  ## the built wheel, in an environment of its own, answers 
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	python3 -m venv build/clean
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
-	cd build && clean/bin/illava-hooks ask --question "how many digits are there ?" --compare
+	cd build && clean/bin/illava-hooks ask --question "how many triangles are there ?" --compare

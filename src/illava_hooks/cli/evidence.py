@@ -136,7 +136,9 @@ def evaluate(
     from illava_hooks.tools.loading import load_model, parse_number, quiet
 
     quiet()
-    names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*METHODS, *CONTROLS])]
+    # The published layout needs a square number of survivors, which few budgets leave.
+    free = [name for name, method in METHODS.items() if method.layout == "aligned"]
+    names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*free, *CONTROLS])]
     fractions = [float(parse_number(part, "--kept") or 0) for part in kept.split(",")]
     asked = load_items(items, questions)
     network, processor = load_model(model, device, dtype)

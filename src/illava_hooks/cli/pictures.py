@@ -92,6 +92,8 @@ def ask(
         if compare and not as_json:
             print("with merging:    " if merge else "without merging: ", end="")
         answers.append(answer(network, processor, inputs, merge, max_new_tokens, show))
+        if not as_json:
+            print()
     if as_json:
         body = {"question": text, "model": model, "answers": [a.as_dict() for a in answers]}
         if compare:
