@@ -40,7 +40,7 @@ class EncoderStep:
 
     def listen(self) -> Eavesdropper:
         """A context for the stock attention in which scores may fall out of it."""
-        return Eavesdropper(self.run.score is received_attention)
+        return Eavesdropper(self.run.score is received_attention and self.run.removes(self.layer_idx))
 
     def merge(
         self, hidden: Tensor, project: Callable[[], tuple[Tensor, Tensor]], scale: float, heard: Eavesdropper

@@ -116,6 +116,11 @@ class EncoderPass:
         """How many merges happened before a layer."""
         return sum(merging < layer_idx for merging in self.layers)
 
+    def removes(self, layer_idx: int) -> bool:
+        """Whether a merging layer takes anything from any segment."""
+        ordinal = self.layers.index(layer_idx)
+        return self.segments[ordinal].lengths != self.segments[ordinal + 1].lengths
+
     @property
     def final(self) -> EncoderState:
         """The survivors after the last merge that ran."""
