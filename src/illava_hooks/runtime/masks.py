@@ -57,7 +57,7 @@ def causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=key_valid,
-        past_key_values=_PhysicalCache(past_length, key_length, compileable),  # type: ignore[arg-type]
+        past_key_values=_PhysicalCache(past_length, key_length, compileable),  # type: ignore[arg-type, unused-ignore]
         position_ids=None,
         layer_idx=0,
         # With a mask the skip would look at its values, which synchronises with the host.
