@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,6 @@ from transformers.masking_utils import create_causal_mask
 from illava_hooks.errors import PatchStateError
 
 __all__ = ["causal_mask", "new_validity", "unwrap_mask"]
-
-#: What the mask functions call their cache: renamed in transformers 5.24.
-_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +53,15 @@ def causal_mask(
         key_valid: ``(B, key_length)`` bool, or None where the host knows that nothing is padded.
         compileable: whether the cache is static.
     """
-    cache: Any = {_CACHE: _PhysicalCache(past_length, key_length, compileable)}
     return create_causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=key_valid,
+        past_key_values=_PhysicalCache(past_length, key_length, compileable),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=0,
         # With a mask the skip would look at its values, which synchronises with the host.
         allow_is_causal_skip=key_valid is None,
-        **cache,
     )
 
 
