@@ -194,6 +194,20 @@ def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPa
     assert session_of(model) is None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers 5.24 does."""
+    model = tiny_model(family)
+
+    def forward(self: Any, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(type(model.model.language_model), "forward", forward)
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **GOOD)
+    assert_says(caught.value, "lacks 'past_key_values'", "transformers 5", "use a version")
+    assert session_of(model) is None
+
+
 def test_feature_layers_on_both_sides_of_a_merge() -> None:
     model = tiny_model("llava_onevision", vision_feature_layer=[-1, -3])
     with pytest.raises(UnsupportedModelError) as caught:

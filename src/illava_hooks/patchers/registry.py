@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -77,6 +78,8 @@ def locate(family: Family, model: Any) -> ModelParts:
         _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
         if parts.top is not None:
             _ = parts.top.generate
+        if "past_key_values" not in inspect.signature(type(parts.text_model).forward).parameters:
+            raise AttributeError(name="past_key_values")  # 5.24 calls it "cache"
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, which "
