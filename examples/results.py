@@ -30,7 +30,9 @@ def evaluate_commands() -> list[list[str]]:
         for suite, count in SUITES.items():
             file = f"docs/results/{model}-{suite}.jsonl"
             command = f"evaluate --model {model} --items {suite} --questions {count} --stages both"
-            commands.append([*command.split(), "--kept", "0.3333,0.1111", "--output", file])
+            methods = "illava,diverse,fastv,random,tome,nearest,illava-v2,uniform,downsample"
+            options = ["--kept", "0.3333,0.1111", "--methods", methods, "--output", file]
+            commands.append([*command.split(), *options])
     return commands
 
 
