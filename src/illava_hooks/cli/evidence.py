@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,8 +85,7 @@ def bench(
             print(json.dumps(tool.measure_once(network, load, settings, only == "merged")))
             return
         if sweep:
-            told = lambda what: print(what, file=sys.stderr)  # noqa: E731
-            found = list(tool.sweep(network, sweep, load, settings, rounds, told))
+            found = list(tool.sweep(network, sweep, load, settings, rounds, partial(print, file=sys.stderr)))
         else:
             found = [tool.compare(network, load, settings, rounds)]
     if plot is not None:
@@ -152,6 +152,6 @@ def evaluate(
         output,
         batch_size,
         max_new_tokens,
-        advance=lambda what: print(what, file=sys.stderr),
+        advance=partial(print, file=sys.stderr),
     )
     print_rows(rows)

@@ -18,8 +18,8 @@ def attend_and_receive(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     """Attention without a mask, and the mean over heads and queries of what each token receives.
 
     One block of the map at a time: products into one buffer, softmax in place, its column sums, its product with the
-    values. The score that way costs one more pass over a block that is in the processor's cache, a twelfth of a
-    second look at the map. Autograd does not see through it.
+    values. The score that way costs one more pass over a block that is in the processor's cache, not a second
+    look at the map. Autograd does not see through it.
 
     Args:
         query: ``(S, H, N, D)`` float32.

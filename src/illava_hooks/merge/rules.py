@@ -34,8 +34,12 @@ def _lowest(inputs: RuleInputs, scores: Tensor | None = None) -> tuple[Tensor, T
     """Ascending order, the mask of edges in use ``(S, R)``, and who stays ``(S, L)``."""
     order = _ascending(inputs) if scores is None else torch.argsort(scores, dim=-1, stable=True)
     used = inputs.slots(max(inputs.num_removed)) < inputs.count(inputs.num_removed)
-    rank = torch.empty_like(order).scatter_(1, order, inputs.slots(order.shape[1]).expand_as(order))
-    return order, used, rank >= inputs.count(inputs.num_removed)
+    return order, used, _rank(inputs, order) >= inputs.count(inputs.num_removed)
+
+
+def _rank(inputs: RuleInputs, order: Tensor) -> Tensor:
+    """The place of each token in an order, ``(S, L)``."""
+    return torch.empty_like(order).scatter_(1, order, inputs.slots(order.shape[1]).expand_as(order))
 
 
 def drop(inputs: RuleInputs) -> SegmentPlan:
@@ -129,13 +133,12 @@ def diverse(inputs: RuleInputs) -> SegmentPlan:
     keys = unit_vectors(inputs.keys())
     slots = inputs.slots(keys.shape[1])
     inside = slots < inputs.count(inputs.lengths)
-    order = _ascending(inputs)
-    rank = torch.empty_like(order).scatter_(1, order, slots.expand_as(order))
+    rank = _rank(inputs, _ascending(inputs))
 
     def better(tokens: Tensor) -> Tensor:
         return (rank[:, None] > rank.gather(1, tokens)[..., None]) & inside[:, None]
 
-    similarity, _ = best_match(keys, slots.expand_as(order), better)
+    similarity, _ = best_match(keys, slots.expand_as(rank), better)
     novelty = torch.where(inputs.scores < torch.inf, 1 - similarity, torch.inf)
     order, used, kept = _lowest(inputs, novelty)
     return _fold(inputs, keys, kept, order[:, : used.shape[1]], used)

@@ -20,17 +20,17 @@ __all__ = ["TopModelHooks"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What ``generate`` of a model was given: ids ``(B, N)`` or None, and their number."""
+    """What ``generate`` of a model was given: ids ``(B, N)``."""
 
     session: MergeSession
-    ids: Tensor | None
-    length: int
+    ids: Tensor
 
     def began(self, session: MergeSession, ids: Tensor | None) -> bool:
         """Whether a longer sequence of the same model goes on from this prompt, and is not another call's."""
-        if self.session is not session or ids is None or self.ids is None or ids.shape[1] <= self.length:
+        length = self.ids.shape[1]
+        if self.session is not session or ids is None or ids.shape[1] <= length:
             return False
-        first_beams = ids[:: max(1, len(ids) // len(self.ids)), : self.length]
+        first_beams = ids[:: max(1, len(ids) // len(self.ids)), :length]
         return torch.equal(first_beams, self.ids)
 
 
@@ -59,8 +59,7 @@ class TopModelHooks:
             return method(*args, **kwargs)
         _refuse_chunks(method, kwargs)
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        given = kwargs.get("inputs_embeds") if prompt is None else prompt
-        token = _prompt.set(Prompt(self.session, prompt, given.shape[1]) if isinstance(given, Tensor) else None)
+        token = _prompt.set(Prompt(self.session, prompt) if isinstance(prompt, Tensor) else None)
         try:
             return method(*args, **kwargs)
         finally:
@@ -139,4 +138,4 @@ def _without_cache(session: MergeSession, named: dict[str, Any]) -> int | None:
     prompt = _prompt.get()
     if prompt is None or named.get("past_key_values") is not None:
         return None
-    return prompt.length - 1 if prompt.began(session, named.get("input_ids")) else None
+    return prompt.ids.shape[1] - 1 if prompt.began(session, named.get("input_ids")) else None

@@ -71,7 +71,8 @@ class Eavesdropper(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Every call of torch inside the context."""
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or not self.wanted or not _is_plain(*args, **kwargs):
+        ours = self.wanted and func is scaled_dot_product_attention and len(args) == 3
+        if not ours or not _is_plain(*args, **kwargs):
             return func(*args, **kwargs)
         query, key, value = args
         mixed, received = self.attend(query, key, value, kwargs.get("scale") or query.shape[-1] ** -0.5)

@@ -171,7 +171,7 @@ class EncoderPass:
     def _decide(self, ordinal: int, units: Tensor, attention: LayerAttention) -> None:
         segments, state = self.segments[ordinal], self.states[ordinal]
         method, unit = self.session.config.method, self.traits.unit
-        scores = segment_scores(method.name, self.score, attention, segments, unit, self._places(ordinal))
+        scores = segment_scores(method.name, self.score, attention, segments, unit, lambda: self._places(ordinal))
         after = self.segments[ordinal + 1].lengths
         sizes = state.token_size.flatten()
         inputs = RuleInputs(

@@ -45,7 +45,7 @@ class LayerAttention:
 
 
 def segment_scores(
-    name: str, score: Score, attention: LayerAttention, segments: Segments, unit: int, places: Tensor
+    name: str, score: Score, attention: LayerAttention, segments: Segments, unit: int, places: Callable[[], Tensor]
 ) -> Tensor:
     """``(S, L)`` float32 scores of the units, the mean of their patches; ``+inf`` on padding.
 
@@ -55,13 +55,13 @@ def segment_scores(
         attention: of the layer.
         segments: of units.
         unit: patches that stay together.
-        places: ``(P,)`` int64, each patch's place in its segment before any merge.
+        places: returns each patch's place in its segment before any merge, ``(P,)`` int64.
     """
-    if sum(table.numel() for table in attention.received) == len(places):
+    if sum(table.numel() for table in attention.received) == sum(segments.lengths) * unit:
         flat = torch.cat([table.flatten() for table in attention.received])
         found = segments.take(flat.view(-1, unit).mean(-1))
         return found if segments.valid is None else found.masked_fill(~segments.valid, torch.inf)
-    query, key = attention.heads
+    (query, key), place = attention.heads, places()
     scores = torch.full(segments.rows.shape, torch.inf, dtype=torch.float32, device=key.device)
     patches = torch.arange(unit, device=key.device)
     for length, numbers in buckets(segments.lengths).items():
@@ -74,7 +74,7 @@ def segment_scores(
             key=keys,
             query=lambda table=table: table,  # type: ignore[misc]  # bound now, not at the loop's end
             last_query=lambda table=table: table[:, :, -1],  # type: ignore[misc]
-            positions=places[rows],
+            positions=place[rows],
             key_valid=None,
             scale=attention.scale,
             layer_idx=attention.layer_idx,
