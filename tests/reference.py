@@ -193,19 +193,19 @@ def nearest(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequ
     return _averaged(kept, anchors, sizes)
 
 
-def diverse(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
+def diverse(scores: Sequence[float], num_removed: int, hidden: Tensor, sizes: Sequence[float]) -> Merge:
     """Removes the tokens that some better token resembles most; each joins its most similar survivor.
 
     Args:
         scores: Score of each token; infinity must stay.
         num_removed: Tokens that disappear.
-        keys: (N, D) features compared by cosine.
+        hidden: (N, D) features compared by cosine.
         sizes: Source tokens that each token stands for, its weight in the average.
 
     Returns:
         The merge; ties go to the lower index.
     """
-    cosine = _cosines(keys)
+    cosine = _cosines(hidden)
     order = ascending(scores)
     novelty = [math.inf] * len(order)
     for place, token in enumerate(order[:-1]):
@@ -260,7 +260,7 @@ def decide(
         "recycle": lambda: recycle(scores, num_removed, visible),
         "cluster": lambda: cluster(scores, num_removed, hidden),
         "nearest": lambda: nearest(scores, num_removed, keys, sizes),
-        "diverse": lambda: diverse(scores, num_removed, keys, sizes),
+        "diverse": lambda: diverse(scores, num_removed, hidden, sizes),
         "bipartite": lambda: bipartite(num_removed, keys, sizes),
         "drop": lambda: drop(scores, num_removed),
     }

@@ -12,8 +12,8 @@ from helpers import MERGING, prompt
 from illava_hooks import patch
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
-from illava_hooks.patchers.vision import hooks
-from illava_hooks.patchers.vision.hooks import Eavesdropper
+from illava_hooks.patchers.vision import listening, scores
+from illava_hooks.patchers.vision.listening import Eavesdropper
 from tiny_models import FAMILIES, tiny_model
 
 
@@ -70,7 +70,7 @@ class TestInAModel:
         session = patch(model, **MERGING, track=True)
         found = []
         for answers in (True, False):
-            monkeypatch.setattr(hooks, "_is_plain", lambda *_, answers=answers, **__: answers)
+            monkeypatch.setattr(listening, "_is_plain", lambda *_, answers=answers, **__: answers)
             with torch.no_grad():
                 found.append((model(**inputs).logits, session.provenance.merges))
         torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
@@ -83,14 +83,14 @@ class TestInAModel:
         model = tiny_model(family, attn_implementation=back_end)
         patch(model, **MERGING)
         looked: list[int] = []
-        inner = hooks.LayerAttention.heads.fget
+        inner = scores.LayerAttention.heads.fget
         assert inner is not None
 
         def heads(attention: Any) -> Any:
             looked.append(attention.layer_idx)
             return inner(attention)
 
-        monkeypatch.setattr(hooks.LayerAttention, "heads", property(heads))
+        monkeypatch.setattr(scores.LayerAttention, "heads", property(heads))
         with torch.no_grad():
             model(**prompt(model, "image"))
         assert bool(looked) == (back_end == "eager")

@@ -36,6 +36,9 @@ class Method:
         merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"diverse"``, ``"bipartite"``, ``"drop"`` or a
             ``MergeRule``.
         layout: ``"aligned"``: survivors stay where they are; ``"compact"``: as in the published code.
+        proportional: whether encoder layers behind a merge weigh each token by its size: the logarithm of its number
+            of original tokens is added to its attention logits (ToMe, arXiv 2210.09461, equation 1). For "sdpa" and
+            "eager" attention.
 
     Raises:
         MergeConfigError: a name is not known.
@@ -46,6 +49,7 @@ class Method:
     llm_score: str | Score = "last_query_attention"
     merge: str | MergeRule = "recycle"
     layout: Layout = "aligned"
+    proportional: bool = False
 
     def __post_init__(self) -> None:
         """Refuses names that nothing stands behind."""
@@ -108,7 +112,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("illava-v2", merge="cluster"),
             Method("illava-reference", PUBLISHED, PUBLISHED, layout="compact"),
             Method("nearest", merge="nearest"),
-            Method("diverse", merge="diverse"),
+            Method("diverse", merge="diverse", proportional=True),
             Method("tome", "uniform", "uniform", merge="bipartite"),
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),

@@ -14,8 +14,10 @@ __all__ = ["attend_and_receive"]
 BLOCK_ELEMENTS = 1 << 20
 
 
-def attend_and_receive(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, and the mean over heads and queries of what each token receives.
+def attend_and_receive(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of all tokens to all, and the mean over heads and queries of what each token receives.
 
     One block of the map at a time: products into one buffer, softmax in place, its column sums, its product with the
     values. The score that way costs one more pass over a block that is in the processor's cache, not a second
@@ -26,6 +28,7 @@ def attend_and_receive(query: Tensor, key: Tensor, value: Tensor, scale: float) 
         key: the same shape.
         value: the same shape.
         scale: factor of the logits.
+        bias: ``(S, N)`` float32 added to the logits of each key, or None.
 
     Returns:
         ``(S, H, N, D)``, laid out as ``(S, N, H, D)``; and ``(S, N)`` float32, each row sums to 1.
@@ -35,6 +38,8 @@ def attend_and_receive(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     mixed = query.new_empty(segments, num, heads, width)
     received = query.new_zeros(segments, 1, num)
     buffer, ones = query.new_empty(rows * num), query.new_ones(1, rows)
+    # With beta 0 what is added is not even read.
+    beta, added = (0, query.new_empty(segments, num)) if bias is None else (1, bias)
     for segment in range(segments):
         for head in range(heads):
             keys, values = key[segment, head].T, value[segment, head]
@@ -42,7 +47,7 @@ def attend_and_receive(query: Tensor, key: Tensor, value: Tensor, scale: float) 
                 lines = slice(first, min(first + rows, num))
                 count = lines.stop - first
                 block = buffer[: count * num].view(count, num)
-                torch.addmm(block, query[segment, head, lines], keys, beta=0, alpha=scale, out=block)
+                torch.addmm(added[segment], query[segment, head, lines], keys, beta=beta, alpha=scale, out=block)
                 torch.softmax(block, -1, out=block)
                 received[segment].addmm_(ones[:, :count], block)
                 torch.mm(block, values, out=mixed[segment, lines, head])

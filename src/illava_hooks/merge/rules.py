@@ -125,23 +125,23 @@ def nearest(inputs: RuleInputs) -> SegmentPlan:
 def diverse(inputs: RuleInputs) -> SegmentPlan:
     """Keeps tokens that no higher-scored token resembles; each other one joins its most similar survivor.
 
-    A token's novelty is its distance (1 - cosine of keys) to the most similar token with a higher score; the ``r``
-    least novel ones are redundant. Of many alike tokens, such as background, the best-scored one stays, however low
-    all of them score: one parallel look at what farthest-point sampling finds one by one. Joined tokens are averaged,
-    weighted by token size.
+    A token's novelty is its distance (1 - cosine of hidden states) to the most similar token with a higher score; the
+    ``r`` least novel ones are redundant. Of many alike tokens, such as background, the best-scored one stays, however
+    low all of them score: one parallel look at what farthest-point sampling finds one by one. Joined tokens are
+    averaged, weighted by token size. Hidden states, not keys: rotary keys of like things in two places differ.
     """
-    keys = unit_vectors(inputs.keys())
-    slots = inputs.slots(keys.shape[1])
+    states = unit_vectors(inputs.hidden())
+    slots = inputs.slots(states.shape[1])
     inside = slots < inputs.count(inputs.lengths)
     rank = _rank(inputs, _ascending(inputs))
 
     def better(tokens: Tensor) -> Tensor:
         return (rank[:, None] > rank.gather(1, tokens)[..., None]) & inside[:, None]
 
-    similarity, _ = best_match(keys, slots.expand_as(rank), better)
+    similarity, _ = best_match(states, slots.expand_as(rank), better)
     novelty = torch.where(inputs.scores < torch.inf, 1 - similarity, torch.inf)
     order, used, kept = _lowest(inputs, novelty)
-    return _fold(inputs, keys, kept, order[:, : used.shape[1]], used)
+    return _fold(inputs, states, kept, order[:, : used.shape[1]], used)
 
 
 def bipartite(inputs: RuleInputs) -> SegmentPlan:
@@ -169,10 +169,10 @@ def bipartite(inputs: RuleInputs) -> SegmentPlan:
     return average(inputs, ~mark(absorbed, used, inputs.scores), absorbed, anchors, used)
 
 
-def _fold(inputs: RuleInputs, keys: Tensor, kept: Tensor, absorbed: Tensor, used: Tensor) -> SegmentPlan:
+def _fold(inputs: RuleInputs, features: Tensor, kept: Tensor, absorbed: Tensor, used: Tensor) -> SegmentPlan:
     """Averages the ``absorbed`` tokens into the survivors that resemble them most."""
     inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
-    _, anchors = best_match(keys, absorbed, lambda _: (kept & inside)[:, None])
+    _, anchors = best_match(features, absorbed, lambda _: (kept & inside)[:, None])
     return average(inputs, kept, absorbed, anchors, used)
 
 

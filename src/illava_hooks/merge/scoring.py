@@ -40,6 +40,7 @@ class ScoreInputs:
         key: ``(S, G, P, D)`` keys with RoPE; the scored tokens are the last ``N`` of them.
         query: returns the queries of the scored tokens, ``(S, H, N, D)``, with RoPE.
         last_query: returns the one query that decides in the language model, ``(S, H, D)``.
+        key_bias: ``(S, P)`` float32 that the attention adds to the logits of each key, or None.
         last_place: ``(S,)`` int64, which of the ``N`` tokens that query belongs to; None in the encoder.
         positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
         key_valid: ``(S, P)`` bool or None, False on padding.
@@ -57,6 +58,7 @@ class ScoreInputs:
     layer_idx: int
     causal: bool
     last_place: Tensor | None = None
+    key_bias: Tensor | None = None
 
 
 Score = Callable[[ScoreInputs], Tensor]
@@ -140,6 +142,8 @@ def _logit_blocks(inputs: ScoreInputs) -> Iterator[tuple[slice, slice, Tensor]]:
         for row in range(0, num_rows, rows):
             lines = slice(row, min(row + rows, num_rows))
             logits = torch.bmm(query[pick, lines], keys).float().mul_(inputs.scale)
+            if inputs.key_bias is not None:
+                logits.add_(inputs.key_bias[sample][:, None])
             if inputs.causal:
                 last = columns[lines, None] + (num_keys - num_rows)
                 logits.masked_fill_(columns > last, torch.finfo(logits.dtype).min)

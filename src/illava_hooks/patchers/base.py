@@ -13,7 +13,7 @@ from illava_hooks.methods import Method
 from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
 
-__all__ = ["EncoderTraits", "Family", "ModelParts", "max_removed"]
+__all__ = ["EncoderTraits", "Family", "ModelParts", "changed_layers", "max_removed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,13 @@ class Family(Protocol):
     def text_positions(self, position_ids: Any) -> Any:
         """``position_ids`` as the text model rotates by: without rows that only tell packed sequences apart."""
         ...
+
+
+def changed_layers(config: MergeConfig, depth: int) -> Sequence[int]:
+    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first."""
+    if config.method.proportional and config.vit_layers:
+        return range(config.vit_layers[0], depth)
+    return config.vit_layers
 
 
 def max_removed(method: Method, num_tokens: int) -> int:

@@ -9,7 +9,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, ModelLimits
 from illava_hooks.errors import UnsupportedModelError
-from illava_hooks.patchers.base import ModelParts
+from illava_hooks.patchers.base import ModelParts, changed_layers
 from illava_hooks.patchers.llava_onevision.features import (
     FeatureMethods,
     check_feature_choice,
@@ -44,7 +44,9 @@ class LlavaOnevision:
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses other vision towers, and feature choices that cut across merges."""
-        for layer in (parts.encoder_layers[index] for index in {0, *config.vit_layers}):
+        for layer in (
+            parts.encoder_layers[index] for index in {0, *changed_layers(config, len(parts.encoder_layers))}
+        ):
             if not isinstance(layer, SiglipEncoderLayer):
                 raise UnsupportedModelError(
                     f"vision_tower has {type(layer).__name__} layers; only SigLIP towers can be patched; use one"
@@ -62,7 +64,7 @@ class LlavaOnevision:
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging layers' classes and wraps the four methods of the vision stage."""
-        for layer in session.config.vit_layers:
+        for layer in changed_layers(session.config, len(parts.encoder_layers)):
             session.hooks.swap_class(parts.encoder_layers[layer], MergingSiglipEncoderLayer)
         methods = FeatureMethods(parts.base, session)
         session.hooks.wrap(parts.base, "get_image_features", methods.image_features)

@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
 
 from illava_hooks.config import MergeConfig, ModelLimits
 from illava_hooks.errors import UnsupportedModelError
-from illava_hooks.patchers.base import ModelParts
+from illava_hooks.patchers.base import ModelParts, changed_layers
 from illava_hooks.patchers.qwen2_vl.features import ExpandTower, FeatureMethods
 from illava_hooks.patchers.qwen2_vl.layers import MergingQwen2VLVisionBlock
 from illava_hooks.runtime.report import EncoderShape
@@ -36,13 +36,15 @@ class Qwen2VL:
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses towers with other blocks."""
-        for block in (parts.encoder_layers[index] for index in {0, *config.vit_layers}):
+        for block in (
+            parts.encoder_layers[index] for index in {0, *changed_layers(config, len(parts.encoder_layers))}
+        ):
             if not isinstance(block, Qwen2VLVisionBlock):
                 raise UnsupportedModelError(f"visual has {type(block).__name__} blocks; use a stock Qwen2-VL model")
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
-        for layer in session.config.vit_layers:
+        for layer in changed_layers(session.config, len(parts.encoder_layers)):
             session.hooks.swap_class(parts.encoder_layers[layer], MergingQwen2VLVisionBlock)
         base: Any = parts.base
         methods = FeatureMethods(base, session)

@@ -17,7 +17,7 @@ __all__ = ["MergingQwen2VLVisionBlock", "PackedTraits"]
 
 
 class MergingQwen2VLVisionBlock(Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
-    """A vision block that merges between attention and MLP when a step travels with the call."""
+    """A vision block that merges between attention and MLP, or weighs tokens, when a step travels with the call."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The stock forward, or the merging one."""
@@ -25,8 +25,15 @@ class MergingQwen2VLVisionBlock(Qwen2VLVisionBlock):  # type: ignore[no-untyped-
         if step is None:
             out: Tensor = super().forward(hidden_states, *args, **kwargs)
             return out
-        merged: Tensor = self._merging_forward(step, hidden_states, *args, **kwargs)
+        forward = self._merging_forward if step.merges else self._weighing_forward
+        merged: Tensor = forward(step, hidden_states, *args, **kwargs)
         return merged
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _weighing_forward(self, step: EncoderStep, *args: Any, **kwargs: Any) -> Tensor:
+        with step.listen():
+            out: Tensor = super().forward(*args, **kwargs)
+        return out
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _merging_forward(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -121,6 +121,17 @@ class EncoderPass:
         ordinal = self.layers.index(layer_idx)
         return self.segments[ordinal].lengths != self.segments[ordinal + 1].lengths
 
+    def reaches(self, layer_idx: int) -> bool:
+        """Whether a layer merges, or weighs the survivors of earlier ones by size."""
+        return layer_idx in self.layers or (self.session.config.method.proportional and self.ordinal(layer_idx) > 0)
+
+    def log_sizes(self, layer_idx: int) -> Tensor | None:
+        """``(B * K * u,)`` float32, what a proportional method adds to the attention logits of a layer, or None."""
+        ordinal = self.ordinal(layer_idx)
+        if not ordinal or not self.session.config.method.proportional:
+            return None
+        return self.states[ordinal].token_size.log().flatten().repeat_interleave(self.traits.unit)
+
     @property
     def final(self) -> EncoderState:
         """The survivors after the last merge that ran."""

@@ -28,12 +28,14 @@ class LayerAttention:
         project: returns queries and keys with RoPE, each ``(P, H, D)``.
         scale: factor of the attention logits.
         received: what ``received_attention`` would find, ``(s, n)`` for some segments after the other; or nothing.
+        log_sizes: ``(P,)`` what the attention adds to the logits of each key, or None.
     """
 
     layer_idx: int
     project: Callable[[], tuple[Tensor, Tensor]]
     scale: float
     received: Sequence[Tensor] = ()
+    log_sizes: Tensor | None = None
     _heads: tuple[Tensor, Tensor] | None = field(default=None, init=False)
 
     @property
@@ -79,6 +81,7 @@ def segment_scores(
             scale=attention.scale,
             layer_idx=attention.layer_idx,
             causal=False,
+            key_bias=None if attention.log_sizes is None else attention.log_sizes[rows],
         )
         found = checked_scores(name, score, inputs)
         scores[members, :length] = found.view(len(members), length, unit).mean(-1)

@@ -17,6 +17,7 @@ from illava_hooks.patchers.language.run import DecoderPass
 from illava_hooks.patchers.llava_onevision import features as llava
 from illava_hooks.patchers.qwen2_vl import features as qwen
 from illava_hooks.patchers.vision import hooks as vision
+from illava_hooks.patchers.vision.listening import Eavesdropper
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.tools.bench.measure import stage_inputs
 from illava_hooks.tools.bench.meters import Stopwatch, timed
@@ -69,20 +70,22 @@ def _beside_plain(
     watch: Stopwatch, plain: list[tuple[float, float]], blocks: list[tuple[float, float]]
 ) -> Iterator[None]:
     """Runs plain SDPA beside every attention in blocks, and times both."""
-    stock = vision.Eavesdropper.attend
+    stock = Eavesdropper.attend
 
-    def both(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def both(
+        query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         began = watch.look()
         scaled_dot_product_attention(query, key, value, scale=scale)
         between = watch.look()
-        found = stock(query, key, value, scale)
+        found = stock(query, key, value, scale, bias)
         end = watch.look()
         plain.append((between[0] - began[0], between[1] - began[1]))
         blocks.append((end[0] - between[0], end[1] - between[1]))
         return found
 
-    vision.Eavesdropper.attend = staticmethod(both)
+    Eavesdropper.attend = staticmethod(both)
     try:
         yield
     finally:
-        vision.Eavesdropper.attend = staticmethod(stock)
+        Eavesdropper.attend = staticmethod(stock)
