@@ -1,0 +1,156 @@
+"""Proportional attention: a merged token counts as the tokens that it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, softmax
+from transformers import AttentionInterface
+
+from helpers import MERGING, prompt
+from illava_hooks import MergeConfigError, Method, patch, unpatch
+from illava_hooks.merge import attention as blocks
+from illava_hooks.merge.attention import attend_and_receive
+from illava_hooks.merge.scoring import ScoreInputs, query_lse, received_attention
+from illava_hooks.patchers.vision import listening
+from illava_hooks.patchers.vision.hooks import EncoderStep
+from illava_hooks.patchers.vision.listening import Eavesdropper
+from tiny_models import FAMILIES, tiny_model
+
+SIZES = torch.tensor([[1, 3, 2, 1], [4, 1, 1, 2]])
+
+
+def tables() -> list[Tensor]:
+    """Query, key and value ``(S, H, N, D)`` of two segments of four tokens."""
+    return [torch.randn(2, 3, 4, 8) for _ in range(3)]
+
+
+def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The oracle: attention to as many copies of each token as it stands for."""
+    rows = []
+    for segment, sizes in enumerate(SIZES):
+        keys, values = (table[segment].repeat_interleave(sizes, dim=1).double() for table in (key, value))
+        rows.append((query[segment].double() @ keys.transpose(1, 2) / 8**0.5).softmax(-1) @ values)
+    return torch.stack(rows)
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention as the stock models write it out."""
+    return softmax(query @ key.transpose(2, 3) * 8**-0.5, dim=-1, dtype=torch.float32) @ value
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("attention", [scaled_dot_product_attention, eager])
+class TestListening:
+    def test_counts_copies(self, attention: Any, wanted: bool) -> None:
+        given = tables()
+        with torch.no_grad(), Eavesdropper(wanted, SIZES.log().flatten()):
+            found = attention(*given)
+        torch.testing.assert_close(found.double(), repeated(*given), atol=1e-6, rtol=1e-6)
+
+    def test_in_one_call_for_each_segment(self, attention: Any, wanted: bool) -> None:
+        given = tables()
+        with torch.no_grad(), Eavesdropper(wanted, SIZES.log().flatten()):
+            found = torch.cat([attention(*(table[i : i + 1] for table in given)) for i in range(2)])
+        torch.testing.assert_close(found.double(), repeated(*given), atol=1e-6, rtol=1e-6)
+
+    def test_with_gradients(self, attention: Any, wanted: bool) -> None:
+        given = [table.requires_grad_() for table in tables()]
+        with Eavesdropper(wanted, SIZES.log().flatten()):
+            found = attention(*given)
+        expected = torch.autograd.grad(repeated(*given).square().sum(), given)
+        for one, other in zip(torch.autograd.grad(found.square().sum(), given), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 9, 1 << 20])
+def test_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block)
+    query, key, value = tables()
+    mixed, received = attend_and_receive(query, key, value, 8**-0.5, SIZES.log())
+    torch.testing.assert_close(mixed.double(), repeated(query, key, value), atol=1e-6, rtol=1e-6)
+    logits = query @ key.transpose(2, 3) * 8**-0.5 + SIZES.log()[:, None, None]
+    torch.testing.assert_close(received, logits.softmax(-1).mean((1, 2)), atol=1e-6, rtol=1e-6)
+
+
+def test_scores_see_the_sizes() -> None:
+    query, key, _ = tables()
+    inputs = ScoreInputs(
+        key,
+        lambda: query,
+        lambda: query[:, :, -1],
+        torch.arange(4).expand(2, 4),
+        None,
+        8**-0.5,
+        3,
+        causal=False,
+        key_bias=SIZES.log(),
+    )
+    logits = query @ key.transpose(2, 3) * 8**-0.5 + SIZES.log()[:, None, None]
+    torch.testing.assert_close(received_attention(inputs), logits.softmax(-1).mean((1, 2)), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(query_lse(inputs), logits.logsumexp(-1).mean(1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestInAModel:
+    def test_all_ways_give_the_same(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = []
+        for back_end in ("sdpa", "eager", "sdpa without blocks"):
+            if back_end == "sdpa without blocks":
+                monkeypatch.setattr(listening, "_is_plain", lambda *_, **__: False)
+            torch.manual_seed(0)
+            model = tiny_model(family, attn_implementation=back_end.split()[0])
+            patch(model, **MERGING, method="diverse")
+            with torch.no_grad():
+                found.append(model(**prompt(model, "image and video")).logits)
+        torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found[0], found[2], atol=2e-5, rtol=1e-5)
+
+    def test_every_layer_behind_the_first_merge_weighs(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_model(family)
+        patch(model, **MERGING, method="diverse")
+        seen: dict[int, bool] = {}
+        inner = EncoderStep.listen
+
+        def listen(step: EncoderStep) -> Eavesdropper:
+            heard = inner(step)
+            seen[step.layer_idx] = heard.log_sizes is not None and bool(heard.log_sizes.max() > 0)
+            return heard
+
+        monkeypatch.setattr(EncoderStep, "listen", listen)
+        with torch.no_grad():
+            model(**prompt(model, "image"))
+        base = model.model
+        depth = len(base.vision_tower.encoder.layers if family == "llava_onevision" else base.visual.blocks)
+        first = MERGING["vit_layers"][0]
+        assert seen == {layer: layer > first for layer in range(first, depth)}
+
+    def test_changes_the_answer_only_where_tokens_grew(self, family: str) -> None:
+        model = tiny_model(family)
+        inputs = prompt(model, "image")
+        found = {}
+        for merge in ("drop", "nearest"):
+            for proportional in (False, True):
+                patch(model, **MERGING, method=Method("own", merge=merge, proportional=proportional))
+                with torch.no_grad():
+                    found[merge, proportional] = model(**inputs).logits
+                unpatch(model)
+        torch.testing.assert_close(found["drop", True], found["drop", False], atol=1e-5, rtol=1e-5)
+        assert (found["nearest", True] - found["nearest", False]).abs().max() > 1e-3
+
+    def test_a_back_end_without_logits_is_refused(self, family: str) -> None:
+        """As a fused kernel would be: neither SDPA nor softmax is called."""
+
+        def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+            weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).exp()
+            return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
+
+        AttentionInterface.register("kernel", kernel)
+        model = tiny_model(family)
+        model.set_attn_implementation({"vision_config": "kernel", "text_config": "sdpa"})
+        patch(model, **MERGING, method="diverse")
+        with pytest.raises(MergeConfigError, match="proportional.*sdpa"), torch.no_grad():
+            model(**prompt(model, "image"))
