@@ -212,10 +212,10 @@ class TestBench:
         if not Path("/proc/self/clear_refs").exists():
             pytest.skip("memory peaks are read from Linux's /proc")
         memory = Memory(torch.device("cpu"))
-        block = torch.ones(8_000_000)  # 32 MB
+        block = torch.ones(40_000_000)  # 160 MB: above what malloc serves from pages that it kept
         del block
-        assert memory.peak() > 30e6
-        assert Memory(torch.device("cpu")).peak() < 20e6
+        assert memory.peak() > 150e6
+        assert Memory(torch.device("cpu")).peak() < 100e6
 
     def test_timed_functions_are_put_back(self) -> None:
         class Owner:
