@@ -42,7 +42,8 @@ def attend_and_receive(
     beta, added = (0, query.new_empty(segments, num)) if bias is None else (1, bias)
     for segment in range(segments):
         for head in range(heads):
-            keys, values = key[segment, head].T, value[segment, head]
+            # Copies of one head: products with strided tables are slower by more than the copies cost.
+            keys, values = key[segment, head].T.contiguous(), value[segment, head].contiguous()
             for first in range(0, num, rows):
                 lines = slice(first, min(first + rows, num))
                 count = lines.stop - first
