@@ -49,19 +49,21 @@ _SHAPES = {
     "llava-onevision-0.5b": "--shape llava-onevision-0.5b --tiles 3",
     "qwen2-vl-2b": "--shape qwen2-vl-2b --patches 4096",
 }
-_ALLOCATORS = {
-    "neutral": "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000",
-    "default": "",
-    "returning": "MALLOC_MMAP_THRESHOLD_=262144",
+_NEUTRAL = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"
+#: Environment and options by table; peaks in one process, where code that is loaded late no longer counts.
+_WAYS = {
+    "neutral": (_NEUTRAL, "--fresh --rounds 2"),
+    "diverse": (_NEUTRAL, "--fresh --rounds 1 --method diverse"),
+    "default": ("", "--fresh --rounds 2"),
+    "returning": ("MALLOC_MMAP_THRESHOLD_=262144", "--rounds 1"),
 }
-#: Rounds by allocator; peaks in one process, where code that is loaded late no longer counts.
-_ROUNDS = {"neutral": "--fresh --rounds 2", "default": "--fresh --rounds 2", "returning": "--rounds 1"}
 #: Environment and arguments of ``bench`` by table.
 SPEEDS = {
-    f"{shape} {name}": (setting, f"{arguments} {_ROUNDS[name]} --new-tokens 17")
+    f"{shape} {name}": (setting, f"{arguments} {options} --new-tokens 17")
     for shape, arguments in _SHAPES.items()
-    for name, setting in _ALLOCATORS.items()
+    for name, (setting, options) in _WAYS.items()
 }
+SWEEP = "--shape llava-onevision-0.5b --sweep tiles --rounds 1 --new-tokens 9"
 _MARKED = ("prefill, CPU", "encoder, CPU", "language model, CPU", "decoding, per token")
 
 
@@ -141,6 +143,25 @@ def speed_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def sweep_table() -> str:
+    """How CPU seconds grow with the tiles, beside the FLOPs: one speed for all rows would be a perfect fit."""
+    lines = [
+        f"`illava-hooks bench {SWEEP}`",
+        "",
+        "| | prefill, CPU | merged | ratio | ideal | GFLOP/s | merged | decoding, ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    row = "prefill, CPU"
+    for found in json.loads((RESULTS / "sweep-tiles.json").read_text()):
+        before, after = (found[kind]["median"][row] for kind in ("unpatched", "merged"))
+        speeds = (found["flops"][kind] / s / 1e9 for kind, s in (("unpatched", before), ("merged", after)))
+        lines.append(
+            f"| {found['label']} | {before:.1f} s | {after:.1f} s | {found['ratio'][row]:.3f} | {found['ideal'][row]:.3f} "
+            f"| {' | '.join(f'{speed:.1f}' for speed in speeds)} | {found['ratio']['decoding, per token']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def fill(page: str, name: str, table: str) -> str:
     """Puts a table between its two markers."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -172,6 +193,7 @@ def main() -> None:
     if given.commands:
         for setting, arguments in SPEEDS.values():
             print(f"{setting} illava-hooks bench {arguments} --json".strip())
+        print(f"illava-hooks bench {SWEEP} --json")
         for model in MODELS:
             for table in TABLES:
                 print(shlex.join(["illava-hooks", *evaluate_command(model, table)]))
@@ -182,6 +204,7 @@ def main() -> None:
     for name in SPEEDS:
         if speed_file(name).exists():
             page = fill(page, f"speed {name}", speed_table(name))
+    page = fill(page, "sweep tiles", sweep_table())
     for model in MODELS:
         for table in TABLES:
             if rows_of(model, table):
