@@ -156,7 +156,8 @@ def sweep_table() -> str:
         before, after = (found[kind]["median"][row] for kind in ("unpatched", "merged"))
         speeds = (found["flops"][kind] / s / 1e9 for kind, s in (("unpatched", before), ("merged", after)))
         lines.append(
-            f"| {found['label']} | {before:.1f} s | {after:.1f} s | {found['ratio'][row]:.3f} | {found['ideal'][row]:.3f} "
+            f"| {found['label']} | {before:.1f} s | {after:.1f} s "
+            f"| {found['ratio'][row]:.3f} | {found['ideal'][row]:.3f} "
             f"| {' | '.join(f'{speed:.1f}' for speed in speeds)} | {found['ratio']['decoding, per token']:.3f} |"
         )
     return "\n".join(lines)
