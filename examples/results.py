@@ -16,6 +16,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,166 +25,175 @@ from illava_hooks.tools.bench.plot import axes, save
 from illava_hooks.tools.evaluate import Row, read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = DOCS / "results"
-MODELS = {"tiny": "LLaVA-OneVision", "tiny-qwen2-vl": "Qwen2-VL"}
-
-_FOUR = "--methods illava,diverse,fastv,random"
-_TWO_BUDGETS = "--stages both --kept 0.3333,0.1111"
-#: Arguments of ``evaluate`` by table.
-TABLES = {
-    "headline": f"--items scenes --questions 6000 {_TWO_BUDGETS} {_FOUR}",
-    "scenes": f"--items scenes --questions 2000 {_TWO_BUDGETS} "
-    "--methods illava,diverse,fastv,random,tome,nearest,illava-v2,uniform,downsample",
-    "stages": f"--items scenes --questions 1000 --stages encoder,language --kept 0.5,0.3333,0.2222,0.1111 {_FOUR}",
-    "pairs": f"--items pairs --questions 1000 {_TWO_BUDGETS} {_FOUR}",
-    "clips": f"--items clips --questions 1000 {_TWO_BUDGETS} {_FOUR}",
-    "easy-vqa": f"--items easy-vqa --questions 1000 {_TWO_BUDGETS} {_FOUR}",
-    "choices": "--items scenes --questions 2000 --stages {stages} --kept {kept} --methods illava,illava-reference",
-}
-#: The published layout needs a square number of survivors.
-_CHOICES = {
-    "tiny": {"stages": "encoder", "kept": "0.5625,0.25"},
-    "tiny-qwen2-vl": {"stages": "encoder,language", "kept": "0.3333,0.1111"},
-}
-
-_SHAPES = {
-    "llava-onevision-0.5b": "--shape llava-onevision-0.5b --tiles 3",
-    "qwen2-vl-2b": "--shape qwen2-vl-2b --patches 4096",
-}
-_NEUTRAL = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"
-#: Environment and options by table; peaks in one process, where code that is loaded late no longer counts.
-_WAYS = {
-    "neutral": (_NEUTRAL, "--fresh --rounds 2"),
-    "diverse": (_NEUTRAL, "--fresh --rounds 1 --method diverse"),
-    "default": ("", "--fresh --rounds 2"),
-    "returning": ("MALLOC_MMAP_THRESHOLD_=262144", "--rounds 1"),
-}
-#: Environment and arguments of ``bench`` by table.
-SPEEDS = {
-    f"{shape} {name}": (setting, f"{arguments} {options} --new-tokens 17")
-    for shape, arguments in _SHAPES.items()
-    for name, (setting, options) in _WAYS.items()
-}
-SWEEP = "--shape llava-onevision-0.5b --sweep tiles --rounds 1 --new-tokens 9"
-_MARKED = ("prefill, CPU", "encoder, CPU", "language model, CPU", "decoding, per token")
 
 
-def evaluate_command(model: str, table: str) -> list[str]:
-    """``evaluate`` behind one table."""
-    asked = TABLES[table].format(**_CHOICES[model])
-    return shlex.split(f"evaluate --model {model} {asked} --output docs/results/{model}-{table}.jsonl")
+@dataclass(frozen=True)
+class Command:
+    """What a table is made of.
+
+    Attributes:
+        arguments: of ``illava-hooks``; JSON comes on standard output, rows go to the file by themselves.
+        file: in docs/results.
+        environment: variables.
+    """
+
+    arguments: str
+    file: str
+    environment: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return DOCS / "results" / self.file
+
+    @property
+    def is_bench(self) -> bool:
+        """Whether it measures speed, not quality."""
+        return self.file.endswith(".json")
+
+    def __str__(self) -> str:
+        """As one types it."""
+        return f"{self.environment} illava-hooks {self.arguments}".strip()
+
+    def run(self) -> None:
+        """Runs it, where something is missing."""
+        if self.is_bench and self.path.exists():
+            return
+        environment = os.environ | dict(part.split("=") for part in self.environment.split())
+        tool = [sys.executable, "-m", "illava_hooks", *shlex.split(self.arguments)]
+        kept = subprocess.PIPE if self.is_bench else None
+        done = subprocess.run(tool, check=True, stdout=kept, cwd=DOCS.parent, env=environment)
+        if self.is_bench:
+            self.path.write_bytes(done.stdout)
 
 
-def rows_of(model: str, table: str) -> list[Row]:
-    """What ``evaluate --output`` wrote."""
-    return read_rows(RESULTS / f"{model}-{table}.jsonl")
+def benches() -> dict[str, Command]:
+    """The measurements of speed; peaks in one process, where code that is loaded late no longer counts."""
+    neutral = "OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"
+    ways = {
+        "neutral": (neutral, "--fresh --rounds 2"),
+        "diverse": (neutral, "--fresh --rounds 1 --method diverse"),
+        "default": ("OMP_NUM_THREADS=1", "--fresh --rounds 2"),
+        "returning": ("OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=262144", "--rounds 1"),
+    }
+    sweep = "bench --shape llava-onevision-0.5b --sweep tiles --rounds 1 --new-tokens 9 --json"
+    found = {"sweep tiles": Command(sweep, "sweep-tiles.json", "OMP_NUM_THREADS=1")}
+    for shape, size in (("llava-onevision-0.5b", "--tiles 3"), ("qwen2-vl-2b", "--patches 4096")):
+        for way, (environment, options) in ways.items():
+            arguments = f"bench --shape {shape} {size} {options} --new-tokens 17 --json"
+            found[f"speed {shape} {way}"] = Command(arguments, f"speed-{shape}-{way}.json", environment)
+    return found
 
 
-def quality_table(model: str, table: str) -> str:
-    """Accuracy with its interval, loyalty and divergence; the difference to ``illava`` question by question."""
-    rows = rows_of(model, table)
-    shown = shlex.join(["illava-hooks", *evaluate_command(model, table)])
+def evaluations() -> dict[str, Command]:
+    """The measurements of quality."""
+    four, all_methods = "illava,diverse,fastv,random", "illava,diverse,fastv,random,tome,nearest,illava-v2"
+    small = f"--stages both --kept 0.3333,0.1111 --methods {four}"
+    tables = {
+        "headline": f"--items scenes --questions 6000 {small}",
+        "scenes": "--items scenes --questions 2000 --stages both --kept 0.3333,0.1111 "
+        f"--methods {all_methods},uniform,downsample",
+        "stages": "--items scenes --questions 1000 --stages encoder,language --kept 0.5,0.3333,0.2222,0.1111 "
+        f"--methods {four}",
+        **{suite: f"--items {suite} --questions 1000 {small}" for suite in ("pairs", "clips", "easy-vqa")},
+    }
+    # The published layout of LLaVA-OneVision needs a square number of survivors.
+    choices = {"tiny": "encoder --kept 0.5625,0.25", "tiny-qwen2-vl": "encoder,language --kept 0.3333,0.1111"}
+    found = {}
+    for model, choice in choices.items():
+        published = f"--items scenes --questions 2000 --stages {choice} --methods illava,illava-reference"
+        for table, asked in {**tables, "choices": published}.items():
+            file = f"{model}-{table}.jsonl"
+            command = f"evaluate --model {model} {asked} --output docs/results/{file}"
+            found[f"{model} {table}"] = Command(command, file)
+    return found
+
+
+def quality_table(rows: Sequence[Row]) -> list[str]:
+    """Accuracy with its interval, loyalty and divergence; differences question by question."""
     lines = [
-        f"`{shown}`",
-        "",
-        "| stage | kept | method | accuracy | 95 % interval | to `illava`, paired | loyalty | KL |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | kept | method | accuracy | 95 % interval | to `illava`, paired | `diverse` to it, paired "
+        "| loyalty | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    budgets = {(row.method, row.stage, row.kept): row for row in rows}
     for row in sorted(rows, key=lambda r: (r.kept < 1, r.stage, -r.kept, -r.accuracy)):
-        base = [r for r in rows if (r.method, r.stage, r.kept) == ("illava", row.stage, row.kept)]
+        illava, diverse = (budgets.get((method, row.stage, row.kept)) for method in ("illava", "diverse"))
         first, last = row.accuracy_interval
-        lead = ""
-        if base and row.method != "illava":
-            low, high = row.lead(base[0])
-            lead = f"{low:+.1%} to {high:+.1%}"
         lines.append(
             f"| {row.stage} | {row.kept:.3f} | {row.method} | {row.accuracy:.1%} | {first:.1%} to {last:.1%} "
-            f"| {lead} | {row.loyalty:.1%} | {row.divergence:.3f} |"
+            f"| {lead(row, illava)} | {lead(diverse, row)} | {row.loyalty:.1%} | {row.divergence:.3f} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def draw_curves(model: str, table: str) -> None:
-    """Accuracy over the kept fraction, one line per method, one panel per stage."""
-    rows = rows_of(model, table)
+def lead(row: Row | None, other: Row | None) -> str:
+    """The paired difference of two rows, if there are two."""
+    if row is None or other is None or row is other:
+        return ""
+    low, high = row.lead(other)
+    return f"{low:+.1%} to {high:+.1%}"
+
+
+def draw_curves(rows: Sequence[Row], file: Path) -> None:
+    """Accuracy over the kept fraction, one line per method, one picture per stage."""
     stock = [(1.0, row.accuracy) for row in rows if row.method == "none"]
-    for stage in dict.fromkeys(row.stage for row in rows if row.method != "none"):
+    merged = [row for row in rows if row.method != "none"]
+    for stage in dict.fromkeys(row.stage for row in merged):
         figure, plot = axes(7, 4.5)
-        for method in dict.fromkeys(row.method for row in rows if row.stage == stage and row.method != "none"):
-            found = [(row.kept, row.accuracy) for row in rows if (row.method, row.stage) == (method, stage)]
+        for method in dict.fromkeys(row.method for row in merged if row.stage == stage):
+            found = [(row.kept, row.accuracy) for row in merged if (row.method, row.stage) == (method, stage)]
             plot.plot(*zip(*sorted(found + stock), strict=True), marker="o", markersize=3, label=method)
-        plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=f"{MODELS[model]} (embedded), stage: {stage}")
+        plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=f"{file.stem}, stage: {stage}")
         plot.legend(frameon=False, fontsize=8)
-        save(figure, RESULTS / f"{model}-{table}-{stage}.png")
+        save(figure, file.with_name(f"{file.stem}-{stage}.png"))
 
 
-def speed_file(name: str) -> Path:
-    """Where one bench is kept."""
-    return RESULTS / f"speed-{name.replace(' ', '-')}.json"
-
-
-def speed_table(name: str) -> str:
-    """One bench: medians, ratio achieved, ratio of the FLOPs, peaks."""
-    setting, arguments = SPEEDS[name]
-    found: dict[str, Any] = json.loads(speed_file(name).read_text())
+def speed_table(found: dict[str, Any]) -> list[str]:
+    """One workload: medians, ratio achieved, ratio of the FLOPs, peaks."""
     before, after = found["unpatched"]["median"], found["merged"]["median"]
-    lines = [
-        f"`{f'{setting} illava-hooks bench {arguments}'.strip()}`",
-        "",
-        "| | unpatched | merged | ratio | ideal |",
-        "|---|---|---|---|---|",
-    ]
-    for row in _MARKED:
+    seconds = dict.fromkeys(
+        ("prefill, CPU", "encoder, CPU", "language model, CPU", "decoding, per token"), (1, "s", 3)
+    )
+    peaks = ("encoder, peak above weights", "language model, peak above weights", "KV cache")
+    lines = ["| | unpatched | merged | ratio | ideal |", "|---|---|---|---|---|"]
+    for row, (factor, unit, digits) in (seconds | dict.fromkeys(peaks, (1e-6, "MB", 1))).items():
+        cells = " | ".join(f"{side[row] * factor:.{digits}f} {unit}" for side in (before, after))
         ideal = f"{found['ideal'][row]:.3f}" if row in found["ideal"] else ""
-        lines.append(f"| {row} | {before[row]:.3f} s | {after[row]:.3f} s | {found['ratio'][row]:.3f} | {ideal} |")
-    for row in ("encoder, peak above weights", "language model, peak above weights", "KV cache"):
-        lines.append(
-            f"| {row} | {before[row] / 1e6:.1f} MB | {after[row] / 1e6:.1f} MB | {after[row] / before[row]:.3f} | |"
-        )
-    lines += ["", f"Merging itself: {found['merge_share']:.2%} of the merged prefill."]
-    return "\n".join(lines)
+        lines.append(f"| {row} | {cells} | {found['ratio'][row]:.3f} | {ideal} |")
+    return [*lines, "", f"Merging itself: {found['merge_share']:.2%} of the merged prefill."]
 
 
-def sweep_table() -> str:
-    """How CPU seconds grow with the tiles, beside the FLOPs: one speed for all rows would be a perfect fit."""
+def sweep_table(found: list[dict[str, Any]]) -> list[str]:
+    """How CPU seconds grow, beside the FLOPs: one speed for all rows would be a perfect fit."""
     lines = [
-        f"`illava-hooks bench {SWEEP}`",
-        "",
         "| | prefill, CPU | merged | ratio | ideal | GFLOP/s | merged | decoding, ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
     row = "prefill, CPU"
-    for found in json.loads((RESULTS / "sweep-tiles.json").read_text()):
-        before, after = (found[kind]["median"][row] for kind in ("unpatched", "merged"))
-        speeds = (found["flops"][kind] / s / 1e9 for kind, s in (("unpatched", before), ("merged", after)))
-        lines.append(
-            f"| {found['label']} | {before:.1f} s | {after:.1f} s "
-            f"| {found['ratio'][row]:.3f} | {found['ideal'][row]:.3f} "
-            f"| {' | '.join(f'{speed:.1f}' for speed in speeds)} | {found['ratio']['decoding, per token']:.3f} |"
-        )
-    return "\n".join(lines)
+    for one in found:
+        seconds = {kind: one[kind]["median"][row] for kind in ("unpatched", "merged")}
+        cells = [f"{s:.1f} s" for s in seconds.values()]
+        cells += [f"{one[ratio][row]:.3f}" for ratio in ("ratio", "ideal")]
+        cells += [f"{one['flops'][kind] / s / 1e9:.1f}" for kind, s in seconds.items()]
+        lines.append(f"| {one['label']} | {' | '.join(cells)} | {one['ratio']['decoding, per token']:.3f} |")
+    return lines
 
 
-def fill(page: str, name: str, table: str) -> str:
-    """Puts a table between its two markers."""
+def table_of(command: Command) -> list[str]:
+    """The table of what a command wrote."""
+    if not command.is_bench:
+        return quality_table(read_rows(command.path))
+    found = json.loads(command.path.read_text())
+    return sweep_table(found) if isinstance(found, list) else speed_table(found)
+
+
+def fill(page: str, name: str, body: str) -> str:
+    """Puts a text between its two markers."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
         raise SystemExit(f"docs/RESULTS.md has no place for {name!r}; write the two markers")
-    return pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", page)
-
-
-def measure() -> None:
-    """Runs what is not there yet."""
-    tool = [sys.executable, "-m", "illava_hooks"]
-    for name, (setting, arguments) in SPEEDS.items():
-        if not speed_file(name).exists():
-            extra = dict(part.split("=") for part in setting.split())
-            command = [*tool, "bench", *shlex.split(arguments), "--json"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **extra})
-            speed_file(name).write_text(done.stdout)
-    for model in MODELS:
-        for table in TABLES:
-            subprocess.run([*tool, *evaluate_command(model, table)], check=True, cwd=DOCS.parent)
+    return pattern.sub(lambda found: f"{found[1]}{body}\n{found[2]}", page)
 
 
 def main() -> None:
@@ -190,29 +201,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the commands for what is missing")
     parser.add_argument("--commands", action="store_true", help="print the commands")
-    given = parser.parse_args()
-    if given.commands:
-        for setting, arguments in SPEEDS.values():
-            print(f"{setting} illava-hooks bench {arguments} --json".strip())
-        print(f"illava-hooks bench {SWEEP} --json")
-        for model in MODELS:
-            for table in TABLES:
-                print(shlex.join(["illava-hooks", *evaluate_command(model, table)]))
-        return
-    if given.measure:
-        measure()
-    page = (DOCS / "RESULTS.md").read_text()
-    for name in SPEEDS:
-        if speed_file(name).exists():
-            page = fill(page, f"speed {name}", speed_table(name))
-    page = fill(page, "sweep tiles", sweep_table())
-    for model in MODELS:
-        for table in TABLES:
-            if rows_of(model, table):
-                page = fill(page, f"{model} {table}", quality_table(model, table))
-        for table in ("scenes", "stages"):
-            if rows_of(model, table):
-                draw_curves(model, table)
+    given, page = parser.parse_args(), (DOCS / "RESULTS.md").read_text()
+    for name, command in {**benches(), **evaluations()}.items():
+        if given.commands:
+            print(command)
+            continue
+        if given.measure:
+            command.run()
+        if command.path.exists():
+            page = fill(page, name, "\n".join([f"`{command}`", "", *table_of(command)]))
+            if name.endswith(("scenes", "stages")):
+                draw_curves(read_rows(command.path), command.path)
     (DOCS / "RESULTS.md").write_text(page)
 
 
