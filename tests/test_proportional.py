@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
-from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from helpers import MERGING, prompt
 from illava_hooks import MergeConfigError, Method, patch, unpatch
@@ -141,14 +141,14 @@ class TestInAModel:
         torch.testing.assert_close(found["drop", True], found["drop", False], atol=1e-5, rtol=1e-5)
         assert (found["nearest", True] - found["nearest", False]).abs().max() > 1e-3
 
-    def test_a_back_end_without_logits_is_refused(self, family: str) -> None:
+    def test_a_back_end_without_logits_is_refused(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """As a fused kernel would be: neither SDPA nor softmax is called."""
 
         def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
             weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).exp()
             return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
 
-        AttentionInterface.register("kernel", kernel)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "kernel", kernel)
         model = tiny_model(family)
         model.set_attn_implementation({"vision_config": "kernel", "text_config": "sdpa"})
         patch(model, **MERGING, method="diverse")

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.patchers.vision.hooks import EncoderStep
+from illava_hooks.patchers.vision.layer import SteppedLayer
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.runtime.hooks import capture
-from illava_hooks.runtime.session import KEY
 
 __all__ = ["TRAITS", "MergingSiglipEncoderLayer", "SiglipTraits"]
 
 
-class MergingSiglipEncoderLayer(SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
+class MergingSiglipEncoderLayer(SteppedLayer, SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
     """A SigLIP layer that merges between attention and MLP, or weighs tokens, when a step travels with the call."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The stock forward, or the merging one."""
-        step = kwargs.pop(KEY, None)
-        if step is None:
-            out: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
-            return out
-        forward = self._merging_forward if step.merges else self._weighing_forward
-        merged: Tensor = forward(step, hidden_states, attention_mask, **kwargs)
-        return merged
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _weighing_forward(self, step: EncoderStep, *args: Any, **kwargs: Any) -> Tensor:
-        with step.listen():
-            out: Tensor = super().forward(*args, **kwargs)
-        return out
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _merging_forward(
-        self, step: EncoderStep, hidden: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    def merging_forward(
+        self, step: EncoderStep, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
+        """Merges in between."""
         hidden = self._attend_and_merge(step, hidden, attention_mask, **kwargs)
         out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
         return out

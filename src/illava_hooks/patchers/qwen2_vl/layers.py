@@ -9,34 +9,18 @@ from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock, apply_rotary_pos_emb_vision
 
 from illava_hooks.patchers.vision.hooks import EncoderStep
+from illava_hooks.patchers.vision.layer import SteppedLayer
 from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.runtime.hooks import capture
-from illava_hooks.runtime.session import KEY
 
 __all__ = ["MergingQwen2VLVisionBlock", "PackedTraits"]
 
 
-class MergingQwen2VLVisionBlock(Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
+class MergingQwen2VLVisionBlock(SteppedLayer, Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
     """A vision block that merges between attention and MLP, or weighs tokens, when a step travels with the call."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock forward, or the merging one."""
-        step = kwargs.pop(KEY, None)
-        if step is None:
-            out: Tensor = super().forward(hidden_states, *args, **kwargs)
-            return out
-        forward = self._merging_forward if step.merges else self._weighing_forward
-        merged: Tensor = forward(step, hidden_states, *args, **kwargs)
-        return merged
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _weighing_forward(self, step: EncoderStep, *args: Any, **kwargs: Any) -> Tensor:
-        with step.listen():
-            out: Tensor = super().forward(*args, **kwargs)
-        return out
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _merging_forward(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def merging_forward(self, step: EncoderStep, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Merges in between."""
         hidden = self._attend_and_merge(step, hidden, *args, **kwargs)
         out: Tensor = hidden + self.mlp(self.norm2(hidden))
         return out
