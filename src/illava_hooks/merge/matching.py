@@ -12,7 +12,7 @@ from torch import Tensor
 
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan, assemble
 
-__all__ = ["average", "best_match", "mark", "take_rows", "unit_vectors"]
+__all__ = ["average", "best_match", "closest_above", "mark", "take_rows", "unit_vectors"]
 
 #: Elements of one block of similarities (16 MB in float32).
 BLOCK_ELEMENTS = 1 << 22
@@ -22,6 +22,29 @@ def unit_vectors(features: Tensor) -> Tensor:
     """``(S, L, D)`` at length 1, in float32 at least."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     return torch.nn.functional.normalize(wide, dim=-1)
+
+
+def closest_above(features: Tensor, valid: Tensor) -> Tensor:
+    """The cosine of each token to the most similar one behind it, in blocks of rows that look only that far.
+
+    Args:
+        features: ``(S, L, D)`` unit vectors, in the order that counts.
+        valid: ``(S, L)`` bool, False on who is no match.
+
+    Returns:
+        ``(S, L)``, ``-inf`` where nobody is behind.
+    """
+    segments, length, _ = features.shape
+    # An eighth of the rows at a time leaves out nearly half of all products.
+    rows = max(1, min(-(-length // 8), BLOCK_ELEMENTS // (segments * length)))
+    place = torch.arange(length, device=features.device)
+    found = []
+    for first in range(0, length, rows):
+        similarity = features[:, first : first + rows] @ features[:, first:].transpose(1, 2)
+        hidden = place[first:] <= place[first : first + rows, None]
+        similarity.masked_fill_(hidden | ~valid[:, None, first:], -torch.inf)
+        found.append(similarity.amax(-1))
+    return torch.cat(found, 1)
 
 
 def best_match(features: Tensor, tokens: Tensor, allowed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan, assemble
-from illava_hooks.merge.matching import average, best_match, mark, take_rows, unit_vectors
+from illava_hooks.merge.matching import average, best_match, closest_above, mark, take_rows, unit_vectors
 
 __all__ = ["RULES", "MergeRule", "bipartite", "cluster", "diverse", "drop", "nearest", "recycle"]
 
@@ -130,16 +130,11 @@ def diverse(inputs: RuleInputs) -> SegmentPlan:
     low all of them score: one parallel look at what farthest-point sampling finds one by one. Joined tokens are
     averaged, weighted by token size. Hidden states, not keys: rotary keys of like things in two places differ.
     """
-    states = unit_vectors(inputs.hidden())
-    slots = inputs.slots(states.shape[1])
-    inside = slots < inputs.count(inputs.lengths)
-    rank = _rank(inputs, _ascending(inputs))
-
-    def better(tokens: Tensor) -> Tensor:
-        return (rank[:, None] > rank.gather(1, tokens)[..., None]) & inside[:, None]
-
-    similarity, _ = best_match(states, slots.expand_as(rank), better)
-    novelty = torch.where(inputs.scores < torch.inf, 1 - similarity, torch.inf)
+    states, order = unit_vectors(inputs.hidden()), _ascending(inputs)
+    inside = inputs.slots(order.shape[1]) < inputs.count(inputs.lengths)
+    closest = closest_above(take_rows(states, order), inside.gather(1, order))
+    novelty = torch.empty_like(closest).scatter_(1, order, 1 - closest)
+    novelty = torch.where(inputs.scores < torch.inf, novelty, torch.inf)
     order, used, kept = _lowest(inputs, novelty)
     return _fold(inputs, states, kept, order[:, : used.shape[1]], used)
 
