@@ -5,6 +5,8 @@ Each turn encodes and merges only the pictures that it brings.
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
 from PIL import Image
 from transformers import DynamicCache
@@ -14,6 +16,8 @@ from prompts import chat
 
 model, processor = tiny.load("llava_onevision")
 session = patch(model)
+# transformers 5.24 renamed the argument.
+CACHE = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 cache = DynamicCache(config=model.config.get_text_config())
 
 turns = [
@@ -29,7 +33,7 @@ for number in range(len(turns)):
     if number:  # the pictures are in the cache
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        ids = model.generate(**inputs, past_key_values=cache)
+        ids = model.generate(**inputs, **{CACHE: cache})
     said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     answers += (said,)
     widths = [layer.keys.shape[2] for layer in cache.layers]

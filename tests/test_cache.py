@@ -19,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 from decode_helpers import IMAGES, KINDS, RAGGED, SETTINGS, next_positions, patched, single
 from helpers import assert_says
 from illava_hooks import PatchStateError, merging, patch, unpatch
+from illava_hooks.runtime.names import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -43,7 +44,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def prefill(model: Any, inputs: Inputs, static: bool = False) -> Any:
     cache = StaticCache(config=model.config.text_config, max_cache_len=400) if static else DynamicCache()
     with torch.no_grad():
-        return model(**inputs, past_key_values=cache).past_key_values
+        return model(**inputs, **{CACHE: cache}).past_key_values
 
 
 def turn(model: Any, inputs: Inputs, cache: Any, ids: Tensor, start: int = 0) -> Tensor:
@@ -55,7 +56,7 @@ def turn(model: Any, inputs: Inputs, cache: Any, ids: Tensor, start: int = 0) ->
         where = {"position_ids": torch.arange(300, 300 + start + ids.shape[1]).expand(3, rows, -1)}
     where = {name: positions[..., start:] for name, positions in where.items()}
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, **where).logits
+        return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **where).logits
 
 
 def layers(cache: Any) -> list[tuple[int, ...]]:

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
 from illava_hooks import PatchStateError, merging, session_of
+from illava_hooks.runtime.names import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -24,7 +25,7 @@ def key_lengths(cache: Any) -> list[int]:
 
 def text_turn(model: Any, cache: Any, ids: Tensor, positions: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache, **positions).logits
+        return model(input_ids=ids, **{CACHE: cache}, **positions).logits
 
 
 @pytest.mark.parametrize("kind", ["image", "images", "video", "both"])
@@ -39,7 +40,7 @@ def test_generate_is_step_by_step_forward(family: str, kind: str) -> None:
         positions = next_positions(model, inputs, 5)
         for step in range(4):
             where = {name: p[..., step : step + 1] for name, p in positions.items()}
-            out = model(input_ids=ids[:, step : step + 1], past_key_values=out.past_key_values, **where)
+            out = model(input_ids=ids[:, step : step + 1], **{CACHE: out.past_key_values}, **where)
             torch.testing.assert_close(out.logits[:, -1], logits[step + 1], **CLOSE)
 
 
@@ -69,7 +70,7 @@ def test_second_turn_of_text(family: str, static: bool) -> None:
     def first_turn() -> Any:
         cache = StaticCache(config=model.config.text_config, max_cache_len=400) if static else DynamicCache()
         with torch.no_grad():
-            return model(**inputs, past_key_values=cache).past_key_values
+            return model(**inputs, **{CACHE: cache}).past_key_values
 
     together = text_turn(model, first_turn(), ids, positions)
     cache = first_turn()
@@ -108,7 +109,7 @@ def test_second_turn_with_a_new_image(family: str) -> None:
                 given = positions(piece)
                 if family == "qwen2_vl" and index:
                     per_token.pop("mm_token_type_ids")
-                logits.append(model(**per_token, **pixels, **given, past_key_values=cache).logits)
+                logits.append(model(**per_token, **pixels, **given, **{CACHE: cache}).logits)
             return torch.cat(logits, dim=1), cache
 
     length = second["input_ids"].shape[1]
@@ -143,19 +144,19 @@ def test_padded_batch_takes_a_second_turn(family: str) -> None:
             ]
             where = {"position_ids": torch.cat(firsts, dim=1)}
             alone_where = [{"position_ids": firsts[0]}, {"position_ids": torch.arange(12, 14).expand(3, 1, 2)}]
-        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **where).logits
+        logits = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **where).logits
         for row, (sample, new) in enumerate(zip([IMAGES, TEXT], [ids[:1], ids[1:, 2:]], strict=True)):
             past = model(**single(model, sample)).past_key_values
-            alone = model(input_ids=new, past_key_values=past, **alone_where[row]).logits
+            alone = model(input_ids=new, **{CACHE: past}, **alone_where[row]).logits
             torch.testing.assert_close(logits[row, -new.shape[1] :], alone[0], atol=2e-4, rtol=0)
         # What was padding in the second turn stays padding in the third.
         third = torch.randint(20, 100, (2, 1))
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
         where = {"position_ids": where["position_ids"][..., -1:] + 1}
-        logits = model(input_ids=third, attention_mask=mask, past_key_values=cache, **where).logits
+        logits = model(input_ids=third, attention_mask=mask, **{CACHE: cache}, **where).logits
         past = model(**single(model, TEXT)).past_key_values
         new = torch.cat([ids[1:, 2:], third[1:]], dim=1)
-        alone = model(input_ids=new, past_key_values=past, **next_positions(model, single(model, TEXT), 3)).logits
+        alone = model(input_ids=new, **{CACHE: past}, **next_positions(model, single(model, TEXT), 3)).logits
         torch.testing.assert_close(logits[1, -1], alone[0, -1], atol=2e-4, rtol=0)
 
 
@@ -250,14 +251,14 @@ def test_decode_step_compiles_to_one_graph(family: str) -> None:
     caches = [StaticCache(config=model.config.text_config, max_cache_len=300) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
         compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
         at = torch.tensor([[inputs["input_ids"].shape[1]]])
         positions = next_positions(model, inputs, 1) or {"position_ids": at}
         for token in (30, 40):
             step = {"input_ids": torch.tensor([[token]]), **positions}
-            expected = model(**step, past_key_values=caches[0]).logits
-            torch.testing.assert_close(compiled(**step, past_key_values=caches[1]).logits, expected, **CLOSE)
+            expected = model(**step, **{CACHE: caches[0]}).logits
+            torch.testing.assert_close(compiled(**step, **{CACHE: caches[1]}).logits, expected, **CLOSE)
             positions = {name: p + 1 for name, p in positions.items()}
     torch._dynamo.reset()
 
@@ -277,7 +278,7 @@ def test_cache_operations_carry_the_padding(family: str) -> None:
         # Qwen2-VL keeps the rope deltas of the last prompt on the model, which know nothing of reordering.
         where = {"position_ids": torch.full((3, len(ids), 1), 300)} if family == "qwen2_vl" else {}
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=mask[rows], past_key_values=cache, **where).logits
+            return model(input_ids=ids, attention_mask=mask[rows], **{CACHE: cache}, **where).logits
 
     everyone = torch.arange(3)
     expected = decode(prefill(), new, everyone)
@@ -326,11 +327,11 @@ def test_reset_cache_starts_again(family: str) -> None:
         cache = model(**inputs).past_key_values
         cache.reset()
         assert cache.get_seq_length() == 0
-        again = model(**inputs, past_key_values=cache)
+        again = model(**inputs, **{CACHE: cache})
         torch.testing.assert_close(again.logits, expected.logits, **CLOSE)
         assert key_lengths(cache) == key_lengths(expected.past_key_values)
         cache.reset()
-        stock = plain(**inputs, past_key_values=cache)
+        stock = plain(**inputs, **{CACHE: cache})
         torch.testing.assert_close(stock.logits, plain(**inputs).logits, **CLOSE)
 
 
@@ -389,10 +390,10 @@ def test_images_after_a_padded_turn_of_text(family: str) -> None:
         turn = {n: first[n] for n in ("input_ids", "attention_mask")}
         cache = model(**turn, position_ids=(turn["attention_mask"].cumsum(1) - 1).clamp_min(0)).past_key_values
         where = positions([0, 1], second["input_ids"].shape[1])
-        logits = model(**rest, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+        logits = model(**rest, attention_mask=mask, position_ids=where, **{CACHE: cache}).logits
         for row in range(2):
             past = model(input_ids=single(model, texts[row])["input_ids"]).past_key_values
             alone = {n: v for n, v in single(model, seconds[row]).items() if n != "attention_mask"}
             length = alone["input_ids"].shape[1]
-            expected = model(**alone, position_ids=positions([row], length), past_key_values=past).logits
+            expected = model(**alone, position_ids=positions([row], length), **{CACHE: past}).logits
             torch.testing.assert_close(logits[row, -length:], expected[0], atol=2e-4, rtol=0)

@@ -33,6 +33,7 @@ from illava_hooks import (
     patch,
     session_of,
 )
+from illava_hooks.runtime.names import CACHE
 from illava_hooks.schedules import MergeSchedule
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
@@ -132,8 +133,8 @@ def test_a_sliding_layer_in_a_given_cache(family: str, layer: type) -> None:
     cache = DynamicCache(config=model.config.text_config)
     cache.layers[0] = layer(sliding_window=16, **({"max_cache_len": 400} if "Static" in layer.__name__ else {}))
     with pytest.raises(PatchStateError) as caught:
-        model(**inputs, past_key_values=cache)
-    said = (f"^past_key_values has a {layer.__name__} at layer 0", "full-attention", "use DynamicCache or StaticCache")
+        model(**inputs, **{CACHE: cache})
+    said = (f"^{CACHE} has a {layer.__name__} at layer 0", "full-attention", "use DynamicCache or StaticCache")
     assert_says(caught.value, *said)
     assert torch.equal(model(**inputs).logits, expected)
 
@@ -196,15 +197,15 @@ def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers 5.24 does."""
+    """As transformers 5.24 did, which is known."""
     model = tiny_model(family)
 
-    def forward(self: Any, input_ids: Any = None, cache: Any = None, **kwargs: Any) -> None: ...
+    def forward(self: Any, input_ids: Any = None, memory: Any = None, **kwargs: Any) -> None: ...
 
     monkeypatch.setattr(type(model.model.language_model), "forward", forward)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
-    assert_says(caught.value, "lacks 'past_key_values'", "transformers 5", "use a version")
+    assert_says(caught.value, f"lacks '{CACHE}'", "transformers 5", "use a version")
     assert session_of(model) is None
 
 

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next_positions, patched, single
 from helpers import assert_differ, feature_outputs
 from illava_hooks import merging
+from illava_hooks.runtime.names import CACHE
 from tiny_models import FAMILIES, FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -129,7 +130,7 @@ def test_a_second_turn_goes_on_with_the_cache(family: str, batch: list[Any]) -> 
     ids = torch.cat([first.sequences, question], dim=1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW + 5), value=1)
     second = generated(
-        model, {"input_ids": ids, "attention_mask": mask}, new_tokens=3, past_key_values=first.past_key_values
+        model, {"input_ids": ids, "attention_mask": mask}, new_tokens=3, **{CACHE: first.past_key_values}
     )
     new = torch.cat([first.sequences[:, -NEW:], question, second.sequences[:, -3:]], dim=1)
     width = inputs["input_ids"].shape[1]
@@ -144,7 +145,7 @@ def test_a_second_turn_goes_on_with_the_cache(family: str, batch: list[Any]) -> 
             for step in range(new.shape[1] - 1):
                 where = {name: p[..., step : step + 1] for name, p in positions.items()}
                 token = new[row, step].view(1, 1)
-                out = model(input_ids=token, past_key_values=out.past_key_values, **where)
+                out = model(input_ids=token, **{CACHE: out.past_key_values}, **where)
                 logits.append(out.logits[0, -1])
         steps = [*first.logits, *[None] * 5, *second.logits]
         for found, expected in zip(steps, logits, strict=True):

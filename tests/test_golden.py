@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 import golden as gold
 from illava_hooks import MergeSession, patch, unpatch
 from illava_hooks.patchers import llava_onevision
+from illava_hooks.runtime.names import CACHE
 
 LANGUAGE_CASES = ("B1c", "D1", "D2p")
 
@@ -86,7 +87,7 @@ def walk_language(
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=language.rotary_emb(hidden_states, position_ids),
-                past_key_values=cache,
+                **{CACHE: cache},
             )
         hidden_states = language.norm(hidden_states)
         seen.setdefault("final_hidden", hidden_states[0])
@@ -325,7 +326,7 @@ def test_decoding_step_by_step(case: str) -> None:
             gold.assert_near(f"{case} decode logits", logits, expected[step], 2e-5)
             assert [layer.keys.shape[-2] for layer in cache.layers] == lengths
             assert cache.get_seq_length() == prompt.num_tokens + step
-            inputs = {"input_ids": tokens[step].view(1, 1), "past_key_values": cache}
+            inputs = {"input_ids": tokens[step].view(1, 1), CACHE: cache}
     for step in range(1, len(tokens)):
         position_ids = prompt.decode_position_ids[step].view(*prompt.position_ids.shape[:-1], 1)
         for tables in trace.rotary.values():

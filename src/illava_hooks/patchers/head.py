@@ -13,6 +13,7 @@ from torch import Tensor
 
 from illava_hooks.errors import PatchStateError
 from illava_hooks.patchers.forward import QUERY, carried, merges, named_arguments
+from illava_hooks.runtime.names import cache_of
 from illava_hooks.runtime.session import KEY, MergeSession, VisualRecord
 
 __all__ = ["TopModelHooks"]
@@ -136,6 +137,6 @@ def _batch(named: dict[str, Any]) -> int:
 def _without_cache(session: MergeSession, named: dict[str, Any]) -> int | None:
     """The prompt's last token when ``generate`` runs without a cache and the sequence has grown."""
     prompt = _prompt.get()
-    if prompt is None or named.get("past_key_values") is not None:
+    if prompt is None or cache_of(named) is not None:
         return None
     return prompt.ids.shape[1] - 1 if prompt.began(session, named.get("input_ids")) else None

@@ -11,6 +11,7 @@ from torch import nn
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers.base import Family, ModelParts
+from illava_hooks.runtime.names import CACHE
 from illava_hooks.runtime.report import DecoderShape
 from illava_hooks.runtime.session import MergeSession
 
@@ -78,8 +79,8 @@ def locate(family: Family, model: Any) -> ModelParts:
         _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
         if parts.top is not None:
             _ = parts.top.generate
-        if "past_key_values" not in inspect.signature(type(parts.text_model).forward).parameters:
-            raise AttributeError(name="past_key_values")  # 5.24 calls it "cache"
+        if CACHE not in inspect.signature(type(parts.text_model).forward).parameters:
+            raise AttributeError(name=CACHE)
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, which "

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from illava_hooks.errors import PatchStateError
+from illava_hooks.runtime.names import CACHE
 
 __all__ = ["MergedLayer", "cache_layer", "check_layers", "is_merged", "physical_lengths"]
 
@@ -100,7 +101,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             return self.max_cache_len, 0
         if self.shared["merged"] or self.key_valid is not None:
             raise PatchStateError(
-                "past_key_values holds merged tokens, which only a patched model can continue; patch this model, or "
+                f"{CACHE} holds merged tokens, which only a patched model can continue; patch this model, or "
                 "start from a new cache"
             )
         return super().get_seq_length() + query_length, 0  # type: ignore[safe-super]
@@ -166,7 +167,7 @@ def check_layers(cache: Cache | None) -> None:
     for layer_idx, layer in enumerate(cache.layers if cache is not None else ()):
         if getattr(layer, "is_sliding", False):
             raise PatchStateError(
-                f"past_key_values has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention "
+                f"{CACHE} has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention "
                 "caches; use DynamicCache or StaticCache"
             )
 

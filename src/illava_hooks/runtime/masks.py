@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from illava_hooks.errors import PatchStateError
+from illava_hooks.runtime.names import CACHE
 
 __all__ = ["causal_mask", "new_validity", "unwrap_mask"]
 
@@ -53,15 +54,16 @@ def causal_mask(
         key_valid: ``(B, key_length)`` bool, or None where the host knows that nothing is padded.
         compileable: whether the cache is static.
     """
+    cache: dict[str, Any] = {CACHE: _PhysicalCache(past_length, key_length, compileable)}
     return create_causal_mask(
         config=config,
         inputs_embeds=embeds,
         attention_mask=key_valid,
-        past_key_values=_PhysicalCache(past_length, key_length, compileable),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=0,
         # With a mask the skip would look at its values, which synchronises with the host.
         allow_is_causal_skip=key_valid is None,
+        **cache,
     )
 
 

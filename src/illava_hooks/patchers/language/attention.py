@@ -12,6 +12,7 @@ from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scoring import ScoreInputs
 from illava_hooks.patchers.language.masks import LayerPlan
 from illava_hooks.patchers.language.run import DecoderPass
+from illava_hooks.runtime.names import CACHE
 from illava_hooks.runtime.session import KEY
 
 __all__ = ["AttentionHook"]
@@ -77,7 +78,7 @@ class AttentionHook:
         layer = plan.cache.layers[self.layer_idx]
         if not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] < past:
             raise PatchStateError(
-                f"past_key_values holds a {type(layer).__name__}, whose keys cannot be read; use DynamicCache or "
+                f"{CACHE} holds a {type(layer).__name__}, whose keys cannot be read; use DynamicCache or "
                 "StaticCache for turns that bring new images"
             )
         key = torch.cat([layer.keys[..., :past, :].to(new_key.device), new_key], dim=2)

@@ -20,6 +20,7 @@ from illava_hooks.patchers.language.run import DecoderPass, plan_layouts
 from illava_hooks.patchers.language.summary import Finish
 from illava_hooks.runtime.cache import cache_layer, check_layers, is_merged, physical_lengths
 from illava_hooks.runtime.masks import new_validity, unwrap_mask
+from illava_hooks.runtime.names import CACHE, cache_of
 from illava_hooks.runtime.report import DecoderShape, EncoderShape
 from illava_hooks.runtime.session import KEY, ForwardState
 
@@ -38,14 +39,14 @@ class TextModelHook:
         forward: ForwardState | None = kwargs.pop(KEY, None)
         if forward is not None and forward.placeholders:
             return args, self._prefill(module, forward, kwargs)
-        if is_merged(kwargs.get("past_key_values")):
+        if is_merged(cache_of(kwargs)):
             return args, continue_call(module, args, kwargs)
         return None
 
     def _prefill(self, module: Any, forward: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
         embeds, config = kwargs["inputs_embeds"], module.config
         batch, width = embeds.shape[:2]
-        cache = kwargs["past_key_values"] = _resolve_cache(module, kwargs)
+        cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
         check_layers(cache)
         past = physical_lengths(cache, config.num_hidden_layers)
         logical = past[0] + (getattr(cache.layers[0], "num_merged", 0) if past[0] else 0)
@@ -79,7 +80,7 @@ def _resolve_cache(module: Any, kwargs: dict[str, Any]) -> Any:
     use_cache = module.config.use_cache if use_cache is None else use_cache
     if getattr(module, "gradient_checkpointing", False) and module.training:
         return None
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     return DynamicCache(config=module.config) if use_cache and cache is None else cache
 
 
@@ -129,7 +130,7 @@ class DecoderLayerHook:
         kwargs["position_ids"] = None
         if self.layer_idx + 1 in run.layers:
             kwargs[KEY] = plan
-        if plan.cache is not None and kwargs.get("past_key_values") is not None:
+        if plan.cache is not None and kwargs.get(CACHE) is not None:
             layout, past = run.layouts[ordinal], plan.past[self.layer_idx]
             layer = cache_layer(plan.cache, self.layer_idx)
             layer.admit(past, layout.width, layout.lengths, plan.logical, layout.valid(hidden.device), plan.tail)

@@ -12,6 +12,7 @@ from torch import Tensor
 from illava_hooks.patchers.language.run import DecoderPass
 from illava_hooks.runtime.cache import MergedLayer, cache_layer
 from illava_hooks.runtime.masks import causal_mask, new_validity, unwrap_mask
+from illava_hooks.runtime.names import cache_of
 from illava_hooks.runtime.session import KEY
 
 __all__ = ["LayerPlan", "continue_call", "prefill_masks", "remember_padding"]
@@ -90,7 +91,7 @@ def _mask(config: Any, queries: Tensor, layer: Any, past: int | Tensor, valid: T
 
 def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call that merges nothing on a cache that holds merged tokens: every layer needs a mask of its own length."""
-    cache, config = kwargs["past_key_values"], module.config
+    cache, config = cache_of(kwargs), module.config
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.api import merging
+from illava_hooks.runtime.names import CACHE
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 
 __all__ = ["Measurement", "Stage", "measure", "measure_alternating", "stage_inputs"]
@@ -93,17 +94,18 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
     project: list[tuple[float, float]] = []
     calls, text = stage_inputs(model, inputs)
     cache = DynamicCache(config=model.config.get_text_config())
+    held = {CACHE: cache}
     with merging(model, merged), timed(watch, [(projector, "forward")], project):
         memory, began = Memory(model.device), watch.look()
         features = {kind: method(**arguments) for kind, method, arguments in calls}
         encoded, encoder_peak = watch.look(), memory.peak()
         memory = Memory(model.device)
-        output = model(**text, mm_encoder_outputs=features, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(**text, mm_encoder_outputs=features, **held, use_cache=True, logits_to_keep=1)
         done, language_peak = watch.look(), memory.peak()
         layers: list[Any] = list(cache.layers)
         kv_bytes = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in layers)
         for _ in range(new_tokens - 1):
-            output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+            output = model(input_ids=output.logits[:, -1:].argmax(-1), **held, use_cache=True)
         end = watch.look()
     wall, cpu = sum(p[0] for p in project), sum(p[1] for p in project)
     return Measurement(
