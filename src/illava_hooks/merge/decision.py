@@ -22,7 +22,7 @@ class RuleInputs:
     """What a rule may look at.
 
     Attributes:
-        scores: ``(S, L)`` float32.
+        scores: ``(S, L)`` float32, never NaN: that counts as the lowest score.
         lengths: tokens in each segment, on the host.
         num_removed: tokens to remove from each segment, on the host; below the segment's length.
         hidden: returns the hidden states, ``(S, L, C)``.
@@ -38,6 +38,10 @@ class RuleInputs:
     keys: Callable[[], Tensor]
     token_size: Tensor
     visible: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """A sort puts NaN, which broken pixels give, behind the padding: a rule would then keep more than planned."""
+        object.__setattr__(self, "scores", self.scores.nan_to_num(-torch.inf, torch.inf, -torch.inf))
 
     def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
         """``(S, 1)`` int64 table of one host number per segment."""

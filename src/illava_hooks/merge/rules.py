@@ -134,7 +134,7 @@ def diverse(inputs: RuleInputs) -> SegmentPlan:
     inside = inputs.slots(order.shape[1]) < inputs.count(inputs.lengths)
     closest = closest_above(take_rows(states, order), inside.gather(1, order))
     novelty = torch.empty_like(closest).scatter_(1, order, 1 - closest)
-    novelty = torch.where(inputs.scores < torch.inf, novelty, torch.inf)
+    novelty = torch.where(inputs.scores < torch.inf, novelty.nan_to_num(-torch.inf, torch.inf), torch.inf)
     order, used, kept = _lowest(inputs, novelty)
     return _fold(inputs, states, kept, order[:, : used.shape[1]], used)
 
