@@ -12,8 +12,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
+from helpers import needs_ready_features
 from illava_hooks import PatchStateError, merging, session_of
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -335,6 +336,7 @@ def test_reset_cache_starts_again(family: str) -> None:
         torch.testing.assert_close(stock.logits, plain(**inputs).logits, **CLOSE)
 
 
+@needs_ready_features
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_and_ready_features(family: str) -> None:
     model, plain = patched(family), tiny_model(family)

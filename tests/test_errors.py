@@ -33,7 +33,7 @@ from illava_hooks import (
     patch,
     session_of,
 )
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 from illava_hooks.schedules import MergeSchedule
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 

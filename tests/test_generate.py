@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next_positions, patched, single
-from helpers import assert_differ, feature_outputs
+from helpers import assert_differ, feature_outputs, needs_ready_features
 from illava_hooks import merging
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -41,6 +41,7 @@ def assert_same_answers(ours: Any, theirs: Any, **tolerance: float) -> None:
 # ------------------------------------------------------------------------ features and embeddings
 
 
+@needs_ready_features
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)

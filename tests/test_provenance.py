@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import needs_ready_features
 from illava_hooks import PatchStateError, patch
 from illava_hooks.methods import Method
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
@@ -117,6 +118,7 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
     torch.testing.assert_close(distance[pure], torch.zeros_like(distance[pure]), atol=1e-5, rtol=0)
 
 
+@needs_ready_features
 @pytest.mark.parametrize("rule", MERGING)
 def test_language_weights_of_qwen2_vl(rule: str) -> None:
     """With ready-made features the source of a visual token is itself."""

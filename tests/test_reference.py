@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import reference as ref
+from helpers import feature_outputs
 from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
@@ -400,16 +401,7 @@ def _generate(model: Any, inputs: Inputs) -> tuple[list[int], Tensor, list[int]]
 
 def _features(model: Any, inputs: Inputs) -> list[Tensor]:
     """The visual features of a single sample: one tensor per visual, images first."""
-    features: list[Tensor] = []
-    names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
-    if "pixel_values" in inputs:
-        out = model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
-        features += list(out.pooler_output)
-    names = ("pixel_values_videos", "video_grid_thw")
-    if "pixel_values_videos" in inputs:
-        out = model.get_video_features(**{name: inputs[name] for name in names if name in inputs})
-        features += list(out.pooler_output)
-    return features
+    return [feature for out in feature_outputs(model, inputs).values() for feature in out.pooler_output]
 
 
 def _applied(merge: ref.Merge, values: list[float]) -> list[float]:

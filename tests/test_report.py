@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import needs_ready_features
 from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -210,6 +211,7 @@ def test_sequences_of_one_prompt_share_the_encoder(family: str, samples: list[Sa
     assert report.kept_fraction == alone.kept_fraction
 
 
+@needs_ready_features
 def test_features_that_came_ready_made_have_no_encoder_cost() -> None:
     model = tiny_model("llava_onevision")
     inputs = inputs_for(model, RAGGED[:1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, SETTINGS, patched, single
+from helpers import feature_outputs
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
@@ -44,18 +45,12 @@ def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
 def test_features_have_the_unpatched_shapes(family: str, kind: str, return_dict: bool) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
-    calls = {
-        "get_image_features": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
-        "get_video_features": ("pixel_values_videos", "video_grid_thw"),
-    }
-    for method, names in calls.items():
-        if names[0] not in inputs:
-            continue
-        given = {name: inputs[name] for name in names if name in inputs}
-        with torch.no_grad():
-            merged = getattr(model, method)(**given, return_dict=return_dict, output_hidden_states=True)
-            with merging(model, False):
-                stock = getattr(model, method)(**given, return_dict=return_dict, output_hidden_states=True)
+    with torch.no_grad():
+        merging_outputs = feature_outputs(model, inputs, return_dict=return_dict, output_hidden_states=True)
+        with merging(model, False):
+            stock_outputs = feature_outputs(model, inputs, return_dict=return_dict, output_hidden_states=True)
+    for modality, merged in merging_outputs.items():
+        stock = stock_outputs[modality]
         assert shapes(merged) == shapes(stock)
         assert not torch.equal(merged[0], stock[0]), "nothing was merged"
 

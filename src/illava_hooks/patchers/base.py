@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from illava_hooks.config import MergeConfig, ModelLimits
 from illava_hooks.methods import Method
 from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
+from illava_hooks.schedules import Modality
 
 __all__ = ["EncoderTraits", "Family", "ModelParts", "changed_layers", "max_removed"]
 
@@ -82,6 +83,10 @@ class Family(Protocol):
 
     def encoder_shape(self, model: nn.Module) -> EncoderShape:
         """Sizes for the report."""
+        ...
+
+    def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
+        """How many tokens the base model appends to each feature that its feature methods return."""
         ...
 
     def text_positions(self, position_ids: Any) -> Any:

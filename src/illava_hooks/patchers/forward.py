@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any, get_args
+from weakref import ReferenceType, ref
 
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.session import KEY, ForwardState, MergeSession, VisualRecord
 from illava_hooks.schedules import Modality
 
-__all__ = ["QUERY", "BaseModelHooks", "carried", "merges", "named_arguments"]
+__all__ = ["QUERY", "BaseModelHooks", "carried", "merges", "named_arguments", "running_forward"]
 
 QUERY = "illava_query"
 
 
-_forward: ContextVar[ForwardState | None] = ContextVar("illava_forward", default=None)
+#: Weak: only the call itself keeps its state, since PyTorch runs no hook after Ctrl-C that could take it out.
+_forward: ContextVar[ReferenceType[ForwardState] | None] = ContextVar("illava_forward", default=None)
 
 _PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+def running_forward() -> ForwardState | None:
+    """The innermost forward that is running here and merges."""
+    state = _forward.get()
+    return None if state is None else state()
 
 
 def carried(kwargs: dict[str, Any]) -> list[Modality]:
@@ -44,9 +52,9 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 class BaseModelHooks:
     """Around the base model: collects what the text model must know about visual tokens."""
 
-    def __init__(self, session: MergeSession) -> None:
-        """Belongs to one session."""
-        self.session = session
+    def __init__(self, session: MergeSession, behind: Mapping[Modality, int]) -> None:
+        """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
+        self.session, self.behind = session, behind
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Opens the state of a forward that merges; leaves other calls alone."""
@@ -57,8 +65,8 @@ class BaseModelHooks:
         forward = ForwardState(self.session, query)
         for modality, output in (named.get("mm_encoder_outputs") or {}).items():
             if output is not None:
-                forward.records[modality] = _records(modality, output)
-        forward.token = _forward.set(forward)
+                forward.records[modality] = self._records(modality, output)
+        forward.token = _forward.set(ref(forward))
         return (), {**named, KEY: forward}
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -71,16 +79,16 @@ class BaseModelHooks:
     def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_*_features``: remembers the records for the forward that asked."""
         output = method(*args, **kwargs)
-        forward = _forward.get()
+        forward = running_forward()
         if forward is not None and forward.session is self.session:
             modality: Modality = "video" if "video" in method.__name__ else "image"
-            forward.records[modality] = _records(modality, output)
+            forward.records[modality] = self._records(modality, output)
         return output
 
     def placeholders(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_placeholder_mask``: a modality's mask is right in the call that carries its features."""
         masks = method(*args, **kwargs)
-        forward = _forward.get()
+        forward = running_forward()
         if forward is not None and forward.session is self.session:
             call = inspect.signature(method).bind(*args, **kwargs).arguments
             for modality, mask in zip(get_args(Modality), masks, strict=True):
@@ -88,20 +96,20 @@ class BaseModelHooks:
                     forward.placeholders[modality] = mask[..., 0]
         return masks
 
+    def _records(self, modality: Modality, output: Any) -> list[VisualRecord]:
+        """Records of a feature output; of one that carries none, every token counts as kept.
 
-def _records(modality: Modality, output: Any) -> list[VisualRecord]:
-    """Records of a feature output; of one that carries none, every token counts as kept.
-
-    Raises:
-        PatchStateError: features and records do not fit each other.
-    """
-    known: list[VisualRecord] | None = output.get(KEY)
-    features = output.pooler_output
-    if known is None:
-        return [VisualRecord(modality, len(feature)) for feature in features]
-    if [record.num_tokens for record in known] != [len(feature) for feature in features]:
-        raise PatchStateError(
-            f"mm_encoder_outputs[{modality!r}] has {len(features)} entries and {len(known)} records of what merged in "
-            f"them; where beams or num_return_sequences repeat them, patch the model with its head; else drop {KEY!r}"
-        )
-    return known
+        Raises:
+            PatchStateError: features and records do not fit each other.
+        """
+        known: list[VisualRecord] | None = output.get(KEY)
+        lengths = [len(feature) + self.behind.get(modality, 0) for feature in output.pooler_output]
+        if known is None:
+            return [VisualRecord(modality, length) for length in lengths]
+        if [record.num_tokens for record in known] != lengths:
+            raise PatchStateError(
+                f"mm_encoder_outputs[{modality!r}] has {len(lengths)} entries and {len(known)} records of what merged "
+                f"in them; where beams or num_return_sequences repeat them, patch the model with its head; else drop "
+                f"{KEY!r}"
+            )
+        return known

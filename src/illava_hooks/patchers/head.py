@@ -13,7 +13,7 @@ from torch import Tensor
 
 from illava_hooks.errors import PatchStateError
 from illava_hooks.patchers.forward import QUERY, carried, merges, named_arguments
-from illava_hooks.runtime.names import cache_of
+from illava_hooks.runtime.releases import cache_of
 from illava_hooks.runtime.session import KEY, MergeSession, VisualRecord
 
 __all__ = ["TopModelHooks"]

@@ -11,7 +11,7 @@ from torch import nn
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers.base import Family, ModelParts
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 from illava_hooks.runtime.report import DecoderShape
 from illava_hooks.runtime.session import MergeSession
 
@@ -116,7 +116,7 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
     from illava_hooks.patchers.vision.hooks import EncoderLayerHook
 
     session = MergeSession(config, model)
-    hooks, base = session.hooks, BaseModelHooks(session)
+    hooks, base = session.hooks, BaseModelHooks(session, family.tokens_behind(parts.base))
     try:
         family.install(parts, session)
         for index, layer in enumerate(parts.encoder_layers):

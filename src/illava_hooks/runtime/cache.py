@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from illava_hooks.errors import PatchStateError
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 
 __all__ = ["MergedLayer", "cache_layer", "check_layers", "is_merged", "physical_lengths"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from illava_hooks.errors import PatchStateError
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 
 __all__ = ["causal_mask", "new_validity", "unwrap_mask"]
 

@@ -12,7 +12,7 @@ from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scoring import ScoreInputs
 from illava_hooks.patchers.language.masks import LayerPlan
 from illava_hooks.patchers.language.run import DecoderPass
-from illava_hooks.runtime.names import CACHE
+from illava_hooks.runtime.releases import CACHE
 from illava_hooks.runtime.session import KEY
 
 __all__ = ["AttentionHook"]
@@ -35,8 +35,8 @@ class AttentionHook:
         return args, kwargs
 
     def _score(self, module: Any, plan: LayerPlan, run: DecoderPass, kwargs: dict[str, Any]) -> None:
-        hidden, (cos, sin) = kwargs["hidden_states"].detach(), kwargs["position_embeddings"]
-        state = run.states[run.ordinal(self.layer_idx)]
+        hidden, state = kwargs["hidden_states"].detach(), run.states[run.ordinal(self.layer_idx)]
+        cos, sin = (table.to(hidden.device) for table in state.rope or ())
         shape = (*hidden.shape[:2], -1, module.head_dim)
         new_key = module.k_proj(hidden).view(shape).transpose(1, 2)
         new_key, _ = apply_rotary_pos_emb(new_key, new_key, cos, sin)

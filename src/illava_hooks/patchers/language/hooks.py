@@ -20,7 +20,7 @@ from illava_hooks.patchers.language.run import DecoderPass, plan_layouts
 from illava_hooks.patchers.language.summary import Finish
 from illava_hooks.runtime.cache import cache_layer, check_layers, is_merged, physical_lengths
 from illava_hooks.runtime.masks import new_validity, unwrap_mask
-from illava_hooks.runtime.names import CACHE, cache_of
+from illava_hooks.runtime.releases import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.runtime.report import DecoderShape, EncoderShape
 from illava_hooks.runtime.session import KEY, ForwardState
 
@@ -121,11 +121,12 @@ class DecoderLayerHook:
             return args, kwargs
         ordinal, hidden = run.ordinal(self.layer_idx), args[0]
         if run.states[0].rope is None:
-            run.states[0].rope = _tables(kwargs["position_embeddings"], hidden)
+            run.states[0].rope = _tables(kwargs["position_embeddings"], module.self_attn.config, hidden)
         if self.layer_idx in run.layers:
             hidden = run.merge(self.layer_idx, hidden)
         rope = run.states[ordinal].rope or ()
-        kwargs["position_embeddings"] = tuple(table.to(hidden.device) for table in rope)
+        given = kwargs["position_embeddings"]
+        kwargs["position_embeddings"] = tuple(as_given(table.to(hidden.device), given[0]) for table in rope)
         # Gaps in positions look like packed sequences to flash attention.
         kwargs["position_ids"] = None
         if self.layer_idx + 1 in run.layers:
@@ -137,9 +138,9 @@ class DecoderLayerHook:
         return (hidden, *args[1:]), kwargs
 
 
-def _tables(tables: tuple[Tensor, ...], hidden: Tensor) -> tuple[Tensor, ...]:
+def _tables(tables: tuple[Tensor, ...], config: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     """RoPE tables with one row per sample."""
-    return tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
+    return tuple(table.expand(hidden.shape[0], -1, -1) for table in compose_tables(tables, config))
 
 
 def restore_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from illava_hooks.patchers.language.run import DecoderPass
 from illava_hooks.runtime.cache import MergedLayer, cache_layer
 from illava_hooks.runtime.masks import causal_mask, new_validity, unwrap_mask
-from illava_hooks.runtime.names import cache_of
+from illava_hooks.runtime.releases import cache_of
 from illava_hooks.runtime.session import KEY
 
 __all__ = ["LayerPlan", "continue_call", "prefill_masks", "remember_padding"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,10 @@ from illava_hooks.patchers.llava_onevision.features import (
 )
 from illava_hooks.patchers.llava_onevision.layers import MergingSiglipEncoderLayer
 from illava_hooks.patchers.llava_onevision.layout import compact_grid, compact_pool, require_square
+from illava_hooks.runtime.releases import newlines_behind_videos
 from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
+from illava_hooks.schedules import Modality
 
 __all__ = ["FAMILY", "LlavaOnevision", "compact_grid", "compact_pool"]
 
@@ -80,6 +83,10 @@ class LlavaOnevision:
         # Stock runs the whole tower, also layers behind the chosen feature layer.
         depth = max(used, vision.num_hidden_layers)
         return EncoderShape(depth, vision.hidden_size, vision.intermediate_size, 1, projector)
+
+    def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
+        """The newline behind a video, in releases that do not count it to the features."""
+        return {"video": newlines_behind_videos(base)}
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``(B, N)`` as they are."""

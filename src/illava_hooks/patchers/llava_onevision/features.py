@@ -16,6 +16,7 @@ from illava_hooks.patchers.llava_onevision.layout import Geometry, compact_grid,
 from illava_hooks.patchers.llava_onevision.tiles import Tiles, front_record, settle_image, settle_video
 from illava_hooks.patchers.vision import hooks
 from illava_hooks.patchers.vision.run import EncoderPass
+from illava_hooks.runtime.releases import pixels_of_videos
 from illava_hooks.runtime.session import KEY, MergeSession
 
 __all__ = ["FeatureMethods", "check_feature_choice", "num_used", "tokens_per_tile"]
@@ -48,7 +49,7 @@ class FeatureMethods:
         if not (self.session.active and not self.session.config.video.is_identity):
             return method(*args, **kwargs)
         call = inspect.signature(method).bind(*args, **kwargs).arguments
-        pixels = call["pixel_values_videos"]
+        pixels = pixels_of_videos(call)
         lengths = [tokens_per_tile(self.base.config)] * (pixels.shape[0] * pixels.shape[1])
         run = EncoderPass(self.session, "video", TRAITS, lengths, len(lengths), pixels.device)
         run.num_videos = pixels.shape[0]
@@ -65,10 +66,7 @@ class FeatureMethods:
             output = method(*args, **{**kwargs, "return_dict": True, KEY: run})
         hooks.expand_output(run, output)
         self.session.note_vision(run.records)
-        if kwargs.get("return_dict") is False:
-            return output.to_tuple()
-        output[KEY] = run.records
-        return output
+        return hooks.handed_out(run, output, kwargs.get("return_dict"), self.base.config)
 
     def _tile_counts(self, sizes: list[tuple[int, ...]], batch_num_images: Any) -> list[int]:
         """Tiles of each image; several images in one sample get their base tile only, as in stock."""

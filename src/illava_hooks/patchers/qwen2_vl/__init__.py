@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from illava_hooks.patchers.qwen2_vl.features import ExpandTower, FeatureMethods
 from illava_hooks.patchers.qwen2_vl.layers import MergingQwen2VLVisionBlock
 from illava_hooks.runtime.report import EncoderShape
 from illava_hooks.runtime.session import MergeSession
+from illava_hooks.schedules import Modality
 
 __all__ = ["FAMILY", "Qwen2VL"]
 
@@ -64,6 +66,10 @@ class Qwen2VL:
             size,
             2 * wide * (wide + vision.hidden_size),
         )
+
+    def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
+        """None."""
+        return {}
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
