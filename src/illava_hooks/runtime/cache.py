@@ -7,6 +7,7 @@ keys, with padding where the samples of a batch kept different numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache as memoize
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.releases import CACHE
 
-__all__ = ["MergedLayer", "cache_layer", "check_layers", "is_merged", "physical_lengths"]
+__all__ = ["MergedLayer", "cache_layer", "check_layers", "check_readable", "is_merged", "physical_lengths"]
 
 
 class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the base class
@@ -169,6 +170,16 @@ def check_layers(cache: Cache | None) -> None:
             raise PatchStateError(
                 f"{CACHE} has a {type(layer).__name__} at layer {layer_idx}; merging needs full-attention "
                 "caches; use DynamicCache or StaticCache"
+            )
+
+
+def check_readable(cache: Any, past: Sequence[int], merging: Iterable[int]) -> None:
+    """Raises ``PatchStateError`` where the layer before a ``merging`` one has no tensor of ``past`` keys to score."""
+    for scored in (layer_idx - 1 for layer_idx in merging):
+        if past[scored] and cache.layers[scored].keys.shape[-2:-1] < (past[scored],):  # quantized layers: often 1-D
+            raise PatchStateError(
+                f"{CACHE} holds a {type(cache.layers[scored]).__name__}, whose keys cannot be read; use DynamicCache "
+                "or StaticCache for turns that bring new images, or merging(model, False) for this call"
             )
 
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scoring import ScoreInputs
 from illava_hooks.patchers.language.masks import LayerPlan
 from illava_hooks.patchers.language.run import DecoderPass
-from illava_hooks.runtime.releases import CACHE
 from illava_hooks.runtime.session import KEY
 
 __all__ = ["AttentionHook"]
@@ -76,11 +74,6 @@ class AttentionHook:
         if not past:
             return new_key, valid
         layer = plan.cache.layers[self.layer_idx]
-        if not isinstance(layer.keys, Tensor) or layer.keys.shape[-2] < past:
-            raise PatchStateError(
-                f"{CACHE} holds a {type(layer).__name__}, whose keys cannot be read; use DynamicCache or "
-                "StaticCache for turns that bring new images"
-            )
         key = torch.cat([layer.keys[..., :past, :].to(new_key.device), new_key], dim=2)
         if valid is None and layer.key_valid is None:
             return key, None

@@ -18,7 +18,7 @@ from illava_hooks.patchers.language.masks import LayerPlan, continue_call, prefi
 from illava_hooks.patchers.language.placement import place
 from illava_hooks.patchers.language.run import DecoderPass, plan_layouts
 from illava_hooks.patchers.language.summary import Finish
-from illava_hooks.runtime.cache import cache_layer, check_layers, is_merged, physical_lengths
+from illava_hooks.runtime.cache import cache_layer, check_layers, check_readable, is_merged, physical_lengths
 from illava_hooks.runtime.masks import new_validity, unwrap_mask
 from illava_hooks.runtime.releases import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.runtime.report import DecoderShape, EncoderShape
@@ -49,6 +49,7 @@ class TextModelHook:
         cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
         check_layers(cache)
         past = physical_lengths(cache, config.num_hidden_layers)
+        check_readable(cache, past, forward.session.config.llm_layers)
         logical = past[0] + (getattr(cache.layers[0], "num_merged", 0) if past[0] else 0)
         static = getattr(cache, "is_compileable", False)
         given = unwrap_mask(kwargs.get("attention_mask"))
