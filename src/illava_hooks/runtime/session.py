@@ -68,7 +68,7 @@ def vision_provenance(records: Sequence[VisualRecord]) -> Provenance:
     return Provenance.of_vision([record.vision for record in records], num_patches)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class ForwardState:
     """One forward of the base model that introduces visual tokens.
 

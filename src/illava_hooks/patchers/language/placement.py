@@ -53,7 +53,7 @@ def place(forward: ForwardState, real: Tensor, text_positions: Tensor | None) ->
         text_positions: ``(B, N)`` positions to be checked for packed sequences, or None.
 
     Raises:
-        PatchStateError: the positions restart, as in packed training sequences.
+        PatchStateError: the positions restart, as in packed training sequences; or nothing is real.
     """
     batch, width = real.shape
     device = real.device
@@ -85,6 +85,11 @@ def place(forward: ForwardState, real: Tensor, text_positions: Tensor | None) ->
         raise PatchStateError(
             "position_ids restart inside a row, as in packed sequences; merging works on one sequence per row; pad "
             "instead of packing, or use merging(model, False)"
+        )
+    if not any(lengths):
+        raise PatchStateError(
+            "attention_mask marks every token of every row as padding; give 1 to real tokens, or use "
+            "merging(model, False)"
         )
     layout = Layout(tuple(lengths), tuple(kept_counts))
     columns = compact(keep, layout.width)

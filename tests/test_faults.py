@@ -1,0 +1,196 @@
+"""Whatever goes wrong inside a call, the next one is right and nothing of the broken one is left behind."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from transformers import DynamicCache, StaticCache
+
+from decode_helpers import BOTH, IMAGE, KINDS, TEXT, patched, single
+from illava_hooks import merging, session_of
+from illava_hooks.patchers import forward, head
+from illava_hooks.patchers.vision import hooks as vision_hooks
+from illava_hooks.runtime import hooks as captures
+from illava_hooks.runtime import session as sessions
+from illava_hooks.runtime.releases import CACHE
+from illava_hooks.runtime.session import ForwardState
+from tiny_models import FAMILIES, Inputs, inputs_for
+
+
+class Failure(RuntimeError):
+    """What the tests raise."""
+
+
+def left_behind() -> dict[str, Any]:
+    """What is still open in this context; nothing when all is well."""
+    found = {
+        "forward": forward.running_forward(),
+        "prompt": head._prompt.get(),
+        "encoder": vision_hooks.current_run.get(),
+        "captured": captures._captured.get(),
+        "switches": sessions._switched.get(),
+        "modes": _get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def open_forwards() -> int:
+    """Forwards whose state is in memory."""
+    gc.collect()
+    return sum(type(thing) is ForwardState for thing in gc.get_objects())
+
+
+@torch.no_grad()
+def answer(model: Any, inputs: Inputs) -> Tensor:
+    """Logits of a forward."""
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def generated(model: Any, inputs: Inputs) -> Tensor:
+    """Logits of two steps."""
+    done = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(done.logits)
+
+
+class RaiseOnce:
+    """A hook that raises in its first call, if it is told what."""
+
+    def __init__(self, error: type[BaseException] | None = None) -> None:
+        self.error, self.calls = error, 0
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        if self.error is not None and self.calls == 1:
+            raise self.error("by the test")
+
+
+def modules_that_run(model: Any, inputs: Inputs) -> dict[str, nn.Module]:
+    """The modules that a generation calls, by name."""
+    counters = {name: RaiseOnce() for name, _ in model.named_modules()}
+    handles = [module.register_forward_pre_hook(counters[name]) for name, module in model.named_modules()]
+    generated(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: module for name, module in model.named_modules() if counters[name].calls}
+
+
+#: Where the error comes, and which; Ctrl-C is no ``Exception``: PyTorch runs no hooks after it.
+PLACES: dict[str, tuple[Callable[[nn.Module, RaiseOnce], Any], type[BaseException]]] = {
+    "before it": (lambda module, hook: module.register_forward_pre_hook(hook), KeyboardInterrupt),
+    "behind it": (lambda module, hook: module.register_forward_hook(hook, prepend=True), Failure),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_in_any_module(family: str, place: str) -> None:
+    """Raised once in each module in turn, the head and the whole model included; in a forward or a generation."""
+    model = patched(family)
+    inputs, (register, error) = single(model, BOTH), PLACES[place]
+    expected = answer(model, inputs)
+    names = modules_that_run(model, inputs)
+    assert len(names) > 60 and "lm_head" in names and "model.language_model.layers.3.mlp" in names
+    for name, module in names.items():
+        hook = RaiseOnce(error)
+        handle = register(module, hook)
+        with pytest.raises(error, match="by the test"):
+            answer(model, inputs) if len(name) % 2 else generated(model, inputs)
+        handle.remove()
+        assert not left_behind(), name
+        assert torch.equal(answer(model, inputs), expected), name
+    assert open_forwards() == 0
+
+
+#: Functions of the library, each named as the module that calls it sees it.
+INSIDE = [
+    "patchers.vision.run.apply_merge",
+    "patchers.vision.run.build_plan",
+    "patchers.vision.run.segment_scores",
+    "patchers.vision.run.take_kept",
+    "patchers.vision.hooks.scatter_back",
+    "patchers.vision.hooks.expand_output",
+    "patchers.language.run.apply_merge",
+    "patchers.language.run.build_plan",
+    "patchers.language.run.scatter_back",
+    "patchers.language.run.checked_scores",
+    "patchers.language.hooks.place",
+    "patchers.language.hooks.prefill_masks",
+    "patchers.language.hooks.cache_layer",
+    "patchers.language.summary.kv_bytes",
+    "patchers.forward.named_arguments",
+    "patchers.head.named_arguments",
+]
+
+
+@pytest.fixture
+def at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type], RaiseOnce]]:
+    """Makes the function named by the parameter raise once."""
+    module_name, name = request.param.rsplit(".", 1)
+    module = importlib.import_module(f"illava_hooks.{module_name}")
+    original = getattr(module, name)
+
+    def arm(error: type[BaseException]) -> RaiseOnce:
+        hook = RaiseOnce(error)
+
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            hook()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, instead)
+        return hook
+
+    yield arm
+
+
+@pytest.mark.parametrize("at", INSIDE, indirect=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_in_the_merging_itself(family: str, at: Callable[[type], RaiseOnce]) -> None:
+    """Memory runs out at the merge, or somebody presses Ctrl-C there."""
+    model = patched(family, track=True)
+    inputs = inputs_for(model, KINDS["ragged"])
+    expected, alone = generated(model, inputs), answer(model, single(model, IMAGE))
+    session = session_of(model)
+    assert session is not None
+    report = session.report
+    for error, call in ((torch.OutOfMemoryError, answer), (KeyboardInterrupt, generated)):
+        hook = at(error)
+        with pytest.raises(error, match="by the test"):
+            call(model, inputs)
+        assert hook.calls == 1 and not left_behind()
+        assert session.report == report, "of the last forward that ended"
+        assert torch.equal(answer(model, single(model, IMAGE)), alone)
+        with merging(model, False):
+            stock = answer(model, single(model, TEXT))
+        assert torch.equal(answer(model, single(model, TEXT)), stock)
+    assert torch.equal(generated(model, inputs), expected)
+    assert open_forwards() == 0
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_a_broken_call_can_be_reset(family: str, static: bool) -> None:
+    """Layers in front of the error hold keys already, and the one with the error has announced its own."""
+    model = patched(family)
+    inputs, config = inputs_for(model, KINDS["ragged"]), model.config.text_config
+
+    def empty() -> Any:
+        return StaticCache(config=config, max_cache_len=500) if static else DynamicCache(config=config)
+
+    expected = answer(model, {**inputs, CACHE: empty()})
+    for layer in model.model.language_model.layers:
+        cache = empty()
+        handle = layer.self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
+        with pytest.raises(Failure):
+            answer(model, {**inputs, CACHE: cache})
+        handle.remove()
+        cache.reset()
+        assert torch.equal(answer(model, {**inputs, CACHE: cache}), expected)
+        assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1]
