@@ -76,8 +76,19 @@ def benches() -> dict[str, Command]:
         "default": ("OMP_NUM_THREADS=1", "--fresh --rounds 2"),
         "returning": ("OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=262144", "--rounds 1"),
     }
-    sweep = "bench --shape llava-onevision-0.5b --sweep tiles --rounds 1 --new-tokens 9 --json"
-    found = {"sweep tiles": Command(sweep, "sweep-tiles.json", "OMP_NUM_THREADS=1")}
+    sweeps = {
+        "tiles": "llava-onevision-0.5b --new-tokens 9",
+        "frames": "llava-onevision-0.5b --new-tokens 3",
+        "patches": "qwen2-vl-2b --new-tokens 9",
+        "new": "llava-onevision-0.5b",
+        "methods": "llava-onevision-0.5b --new-tokens 9",
+    }
+    found = {
+        f"sweep {axis}": Command(
+            f"bench --shape {shape} --sweep {axis} --rounds 1 --json", f"sweep-{axis}.json", "OMP_NUM_THREADS=1"
+        )
+        for axis, shape in sweeps.items()
+    }
     for shape, size in (("llava-onevision-0.5b", "--tiles 3"), ("qwen2-vl-2b", "--patches 4096")):
         for way, (environment, options) in ways.items():
             arguments = f"bench --shape {shape} {size} {options} --new-tokens 17 --json"

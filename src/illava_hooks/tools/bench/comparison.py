@@ -49,20 +49,23 @@ class Comparison:
     share: float
 
 
-def compare(model: Any, load: Workload, settings: dict[str, Any], rounds: int, label: str = "") -> Comparison:
+def compare(
+    model: Any, load: Workload, settings: dict[str, Any], rounds: int, label: str = "", warm_up: bool = True
+) -> Comparison:
     """Alternates in this process.
 
     Args:
         model: an unpatched model; unpatched afterwards.
         load: what it is given.
         settings: arguments of ``patch``.
-        rounds: runs of each kind, after a warm-up.
+        rounds: runs of each kind.
         label: of the comparison.
+        warm_up: whether a run of each kind comes first that does not count.
     """
     inputs = build_workload(model, load)
     session = patch(model, **settings)
     try:
-        plain, merged = measure_alternating(model, inputs, rounds, load.new)
+        plain, merged = measure_alternating(model, inputs, rounds, load.new, warm_up)
         return Comparison(label, plain, merged, session.report, merge_share(model, inputs))
     finally:
         unpatch(model)
@@ -108,7 +111,7 @@ def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
 def sweep(
     model: Any, axis: str, load: Workload, settings: dict[str, Any], rounds: int, told: Callable[[str], None]
 ) -> Iterator[Comparison]:
-    """One comparison for every value of an axis.
+    """One comparison for every value of an axis; the first one warms the process up for all.
 
     Args:
         model: an unpatched model.
@@ -123,14 +126,14 @@ def sweep(
     """
     if axis not in SWEEPS:
         raise InputError(f"sweep is {axis!r}; choose one of {list(SWEEPS)}")
-    for value in SWEEPS[axis]:
+    for number, value in enumerate(SWEEPS[axis]):
         label = str(value) if axis == "methods" else f"{value} {axis}"
         told(label)
         if axis == "methods":
-            yield compare(model, load, {**settings, "method": value}, rounds, label)
+            yield compare(model, load, {**settings, "method": value}, rounds, label, not number)
         else:
             size: Any = value
-            yield compare(model, replace(load, **{axis: size}), settings, rounds, label)
+            yield compare(model, replace(load, **{axis: size}), settings, rounds, label, not number)
 
 
 def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:

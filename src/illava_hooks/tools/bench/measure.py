@@ -119,15 +119,15 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
 
 
 def measure_alternating(
-    model: Any, inputs: Mapping[str, Tensor], rounds: int, new_tokens: int
+    model: Any, inputs: Mapping[str, Tensor], rounds: int, new_tokens: int, warm_up: bool = True
 ) -> tuple[list[Measurement], list[Measurement]]:
-    """Runs without and with merging in turn, after one warm-up each.
+    """Runs without and with merging in turn, after one warm-up each unless the process is warm already.
 
     Returns:
         Measurements without, and with merging.
     """
     runs: dict[bool, list[Measurement]] = {False: [], True: []}
-    for number in range(rounds + 1):
+    for number in range(int(not warm_up), rounds + 1):
         for merged in (False, True):
             found = measure(model, inputs, merged, new_tokens)
             if number:
