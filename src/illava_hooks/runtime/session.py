@@ -52,7 +52,7 @@ class VisualRecord:
         vision: by encoder layer, seats and weights after its merge, if tracked.
     """
 
-    modality: Modality
+    modality: Modality = field(compare=False)  # torch.testing can compare all but strings
     num_tokens: int
     keep: Tensor | None = None
     holder: Tensor | None = None

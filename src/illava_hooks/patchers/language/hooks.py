@@ -71,7 +71,7 @@ class TextModelHook:
         masks = prefill_masks(config, run, compact_embeds, cache, past)
         kwargs["attention_mask"] = {"full_attention": masks[0]}
         finish = Finish(forward.session, self.shapes, run, placed, embeds.element_size())
-        kwargs[KEY] = LayerPlan(masks, run, cache, tuple(past), width, placed.tail, finish)
+        kwargs[KEY] = LayerPlan(masks, run, cache, tuple(past), width, placed.tail, finish, embeds)
         return kwargs
 
 
@@ -153,10 +153,14 @@ def restore_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     last = len(run.layouts) - 1
     output.last_hidden_state = run.expand(output.last_hidden_state, last)
     if output.hidden_states is not None:
-        depth = len(output.hidden_states) - 1
-        output.hidden_states = tuple(
-            None if hidden is None else run.expand(hidden, last if index == depth else run.ordinal(max(0, index - 1)))
-            for index, hidden in enumerate(output.hidden_states)
+        first, *behind = output.hidden_states
+        ordinals = [*map(run.ordinal, range(len(behind) - 1)), last]
+        output.hidden_states = (
+            None if first is None else plan.embeds,  # gradients reach it, as in stock
+            *(
+                None if hidden is None else run.expand(hidden, ordinal)
+                for hidden, ordinal in zip(behind, ordinals, strict=True)
+            ),
         )
     if plan.finish is not None:
         plan.finish()

@@ -30,6 +30,7 @@ class LayerPlan:
         logical: logical tokens of this call.
         tail: trailing text tokens.
         finish: stores report and provenance.
+        embeds: ``(B, N, C)``, what the text model was given: its first hidden state.
     """
 
     masks: list[Any]
@@ -39,6 +40,7 @@ class LayerPlan:
     logical: int = 0
     tail: int = 0
     finish: Callable[[], None] | None = None
+    embeds: Tensor | None = None
 
 
 def remember_padding(cache: Any, attention_mask: Any, past: list[int]) -> None:

@@ -54,10 +54,7 @@ class FeatureMethods:
             run.records.append(_record(run, shown, first, first + time, size))
             first += time
         self.session.note_vision(run.records)
-        if kwargs.get("return_dict") is False:
-            return output.to_tuple()
-        output[KEY] = run.records
-        return output
+        return hooks.handed_out(run, output, kwargs.get("return_dict"), self.base.config)
 
 
 class ExpandTower:

@@ -17,7 +17,7 @@ from illava_hooks.patchers.vision.run import EncoderPass
 from illava_hooks.patchers.vision.scores import LayerAttention
 from illava_hooks.runtime.session import KEY
 
-__all__ = ["EncoderLayerHook", "EncoderStep", "current_run", "expand_output", "running"]
+__all__ = ["EncoderLayerHook", "EncoderStep", "current_run", "expand_output", "handed_out", "running"]
 
 #: The run of the vision encoder that this thread is in; the feature methods have no other way to hand it over.
 current_run: ContextVar[EncoderPass | None] = ContextVar("illava_encoder", default=None)
@@ -90,6 +90,14 @@ def expand_output(run: EncoderPass, output: Any) -> None:
             None if hidden is None else _expand(run, hidden, run.ordinal(index))
             for index, hidden in enumerate(output.hidden_states)
         )
+
+
+def handed_out(run: EncoderPass, output: Any, return_dict: bool | None, config: Any) -> Any:
+    """A feature output with its records; or the tuple that stock returns, where call or configuration say so."""
+    if not (config.return_dict if return_dict is None else return_dict):
+        return output.to_tuple()
+    output[KEY] = run.records
+    return output
 
 
 def _expand(run: EncoderPass, hidden: Tensor, ordinal: int) -> Tensor:

@@ -1,0 +1,63 @@
+"""Outputs as other code reads them: by the configuration, compared with each other, with gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from decode_helpers import BOTH, RAGGED, patched, single
+from helpers import RECORDS, feature_outputs
+from illava_hooks import merging
+from tiny_models import FAMILIES, FIRST_TEXT_ID, inputs_for
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("caller", ["inside", "around"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tuples_are_returned_where_stock_returns_them(
+    family: str, caller: str, configured: bool, asked: bool | None
+) -> None:
+    model = patched(family)
+    inputs = single(model, BOTH)
+    called = model.model if caller == "inside" else model
+    model.config.return_dict = configured
+    options = {} if asked is None else {"return_dict": asked}
+    with torch.no_grad():
+        found = feature_outputs(called, inputs, **options)
+        with merging(model, False):
+            expected = feature_outputs(called, inputs, **options)
+    assert set(found) == {"image", "video"}
+    for kind, output in found.items():
+        assert type(output) is type(expected[kind])
+        if isinstance(output, tuple):
+            assert len(output) == len(expected[kind])
+        else:
+            assert set(output) == {*expected[kind], RECORDS}
+
+
+@pytest.mark.parametrize("track", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_outputs_compare(family: str, track: bool) -> None:
+    model = patched(family, track=track)
+    inputs = single(model, BOTH)
+    with torch.no_grad():
+        first, second = (feature_outputs(model, inputs) for _ in range(2))
+        other = feature_outputs(model, {**inputs, "pixel_values": -inputs["pixel_values"]})
+    for kind in ("image", "video"):
+        torch.testing.assert_close(dict(first[kind]), dict(second[kind]), atol=0, rtol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(first["image"][RECORDS], other["image"][RECORDS])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_the_first_hidden_state(family: str) -> None:
+    model = patched(family)
+    inputs = inputs_for(model, RAGGED)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    output = model(**inputs, output_hidden_states=True)
+    first = output.hidden_states[0]
+    text = inputs["input_ids"] >= FIRST_TEXT_ID
+    torch.testing.assert_close(first[text], embeds[text], atol=0, rtol=0)
+    (gradient,) = torch.autograd.grad(output.logits[:, -1].sum(), first)
+    assert gradient[text].abs().amax(-1).min() > 0
