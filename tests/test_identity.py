@@ -28,6 +28,7 @@ from helpers import (
     prompt,
 )
 from illava_hooks import METHODS, merging, patch, unpatch
+from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 BACK_ENDS = ("sdpa", "eager")
@@ -122,7 +123,7 @@ def test_merging_would_be_seen(family: str, kind: str) -> None:
     assert session.report.kept_fraction < 0.6
     for name in ("forward.logits", "generate.logits.0", "generate 2.logits.0", "generate static.logits.0"):
         assert_differ(ours[name], theirs[name])
-    cached = "forward.past_key_values.3.keys"
+    cached = f"forward.{CACHE}.3.keys"
     assert ours[cached].shape[-2] < theirs[cached].shape[-2]
 
 
