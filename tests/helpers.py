@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import Cache
 
@@ -33,6 +36,16 @@ RECORDS = "illava_state"
 
 #: Older releases put the rope deltas of the last prompt into every output, also of a prompt without images.
 LEFT_OVER = "rope_deltas"
+
+
+def before(release: str) -> bool:
+    """Whether the installed transformers is older."""
+    return Version(transformers.__version__) < Version(release)
+
+
+#: Whether forwards take the outputs of feature methods.
+TAKES_READY_FEATURES = not before("5.18")
+needs_ready_features = pytest.mark.skipif(not TAKES_READY_FEATURES, reason="this release takes no ready-made features")
 
 Found = dict[str, Tensor]
 
@@ -85,16 +98,23 @@ def generate(model: Any, inputs: Inputs, **kwargs: Any) -> Found:
     return dict(tensors_of(out, " ".join(["generate", *map(str, kwargs.values())])))
 
 
-def feature_outputs(model: Any, inputs: Inputs, **kwargs: Any) -> dict[str, Any]:
-    """What the feature methods return, by modality."""
+def feature_arguments(model: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """What the feature methods take, by modality; up to 5.17 LLaVA-OneVision's frames are `pixel_values`."""
     arguments = {
         "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
+    found = {kind: {n: inputs[n] for n in names if n in inputs} for kind, names in arguments.items()}
+    if "pixel_values_videos" in inputs and not TAKES_READY_FEATURES and model.config.model_type == "llava_onevision":
+        found["video"] = {"pixel_values": inputs["pixel_values_videos"]}
+    return {kind: named for kind, named in found.items() if arguments[kind][0] in inputs}
+
+
+def feature_outputs(model: Any, inputs: Inputs, **kwargs: Any) -> dict[str, Any]:
+    """What the feature methods return, by modality."""
     return {
-        kind: getattr(model, f"get_{kind}_features")(**{n: inputs[n] for n in names if n in inputs}, **kwargs)
-        for kind, names in arguments.items()
-        if names[0] in inputs
+        kind: getattr(model, f"get_{kind}_features")(**named, **kwargs)
+        for kind, named in feature_arguments(model, inputs).items()
     }
 
 

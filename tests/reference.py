@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -630,7 +631,7 @@ def _qwen_visuals(model: Any, inputs: dict[str, Tensor], settings: ReferenceSett
 def _qwen_visual(model: Any, kind: str, pixels: Tensor, grid: Tensor, settings: ReferenceSettings) -> Visual:
     visual = model.model.visual
     hidden = visual.patch_embed(pixels)
-    angles = visual.rotary_pos_emb(hidden, _patch_places(grid.tolist(), visual.spatial_merge_size))
+    angles = _patch_angles(visual, hidden, _patch_places(grid.tolist(), visual.spatial_merge_size))
     slices, length = int(grid[0]), int(grid[1] * grid[2])
     segments = []
     for part in range(slices):
@@ -781,7 +782,7 @@ def reference_forward(
     length = inputs["input_ids"].shape[1]
     tokens = _language_tokens(model, inputs["input_ids"][0], visuals)
     positions = _positions(model, inputs)
-    cos, sin = (table[0] for table in language.rotary_emb(tokens.hidden, positions))
+    cos, sin = _rotary(language, tokens.hidden, positions)
     query_place = length - 1 if query is None else query
     kept, caches = [], []
     merges: dict[int, list[Merge]] = {}
@@ -832,7 +833,7 @@ def reference_generate(
     for step in range(max_new_tokens - 1):
         hidden = language.embed_tokens(torch.tensor([ids[-1]], device=inputs["input_ids"].device))
         position = torch.tensor(prefill.next_position, device=hidden.device).view(-1, 1, 1) + step
-        cos, sin = (table[0] for table in language.rotary_emb(hidden, _as_axes(position)))
+        cos, sin = _rotary(language, hidden, _as_axes(position))
         for index, layer in enumerate(language.layers):
             hidden, _, _, caches[index] = _decoder_layer(layer, hidden, cos, sin, caches[index])
         logits.append(model.lm_head(language.norm(hidden))[0])
@@ -912,6 +913,25 @@ def _positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).expand(3, 1, -1)
     names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
     return model.model.get_rope_index(inputs["input_ids"], **{n: inputs[n] for n in names if n in inputs})[0]
+
+
+def _rotary(language: Any, hidden: Tensor, positions: Tensor) -> list[Tensor]:
+    """Cosines and sines (L, D); old releases give the three axes apart, each dimension belongs to one."""
+    tables = language.rotary_emb(hidden, positions)
+    if tables[0].dim() == 3:
+        return [table[0] for table in tables]
+    sections = language.config.rope_parameters["mrope_section"]
+    axis = [number for number, size in enumerate(sections) for _ in range(size)] * 2
+    return [torch.stack([table[a, 0, :, d] for d, a in enumerate(axis)], -1) for table in tables]
+
+
+def _patch_angles(visual: Any, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the patches; old releases give the angles themselves."""
+    if "x" in signature(visual.rotary_pos_emb.forward).parameters:
+        cos, sin = visual.rotary_pos_emb(hidden, places)
+        return cos, sin
+    angles = visual.rotary_pos_emb(places).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 def _as_axes(position: Tensor) -> Tensor:

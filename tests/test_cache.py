@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from decode_helpers import IMAGES, KINDS, RAGGED, SETTINGS, next_positions, patched, single
-from helpers import assert_says
+from helpers import assert_says, before
 from illava_hooks import PatchStateError, merging, patch, unpatch
 from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
@@ -103,7 +103,8 @@ def test_a_copy_can_do_what_the_original_can(how: str) -> None:
     with pytest.raises(PatchStateError, match="^cannot crop 300 tokens"):
         twin.crop(-300)
     twin.reset()
-    assert twin.get_seq_length() == 0 and cache.get_seq_length() > 0
+    left = 0 if not before("5.18") else twin.layers[0].keys.shape[2]  # stock zeroed the keys, which stayed
+    assert twin.get_seq_length() == left and cache.get_seq_length() > left
 
 
 def test_a_cache_travels_to_another_process(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
-from helpers import needs_ready_features
+from helpers import before, needs_ready_features
 from illava_hooks import PatchStateError, merging, session_of
 from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
@@ -174,6 +174,8 @@ def test_prompt_lookup_equals_greedy(family: str, kind: str) -> None:
 @pytest.mark.parametrize("samples", ["image", "ragged"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_sequences_score_as_forward_says(family: str, samples: str) -> None:
+    if samples == "ragged" and before("5.19"):
+        pytest.skip("stock: the images of a sample are repeated one by one, and no longer fit the placeholders")
     model = patched(family)
     inputs = inputs_for(model, KINDS[samples])
     torch.manual_seed(3)
@@ -319,6 +321,7 @@ def test_crop_takes_text_only(family: str) -> None:
     cache.crop(-10)
 
 
+@pytest.mark.skipif(before("5.18"), reason="stock: reset zeroes the keys of a dynamic cache, which stay")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reset_cache_starts_again(family: str) -> None:
     model, plain = patched(family), tiny_model(family)

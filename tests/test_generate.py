@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next_positions, patched, single
-from helpers import assert_differ, feature_outputs, needs_ready_features
+from helpers import assert_differ, before, feature_outputs, needs_ready_features
 from illava_hooks import merging
 from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
@@ -203,6 +203,8 @@ def test_assisted_decoding_is_greedy_decoding(family: str, who: str, kind: str) 
     """Candidates come in threes and are taken or cropped away; nothing merges for their sake."""
     if (family, who) == ("qwen2_vl", "a text model"):
         pytest.skip("stock: a text model does not take the mm_token_type_ids that generate hands on")
+    if who == "a text model" and before("5.18"):
+        pytest.skip("stock: generate hands pixels on to the assistant")
     model, assistant = patched(family), ASSISTANTS[who](family)
     inputs = inputs_for(model, KINDS[kind])
     expected = generated(model, inputs, new_tokens=12)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reference as ref
-from helpers import feature_outputs
+from helpers import TAKES_READY_FEATURES, feature_outputs
 from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
@@ -349,8 +349,11 @@ def test_library_features_keep_their_length(family: str, case: str, rule: str) -
         expected = ref.vision_stage(model, inputs, settings)
         patch(model, **SETTINGS, method=_library_method(rule))
         features = _features(model, inputs)
+    behind = int(
+        family == "llava_onevision" and case == "video" and not TAKES_READY_FEATURES
+    )  # the newline comes later
     for ours, theirs in zip(features, expected, strict=True):
-        _assert_close(ours, theirs.values, TOLERANCE)
+        _assert_close(ours, theirs.values[: len(theirs.values) - behind], TOLERANCE)
 
 
 def _check_forward(
