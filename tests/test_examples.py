@@ -152,8 +152,8 @@ def test_the_video_is_a_film() -> None:
     assert min(np.abs(a - b).mean() for a, b in zip(frames[:-1].astype(float), frames[1:], strict=True)) > 1
 
 
-def test_ceiling_prints_the_table_of_the_readme() -> None:
+def test_ceiling_prints_the_table_of_the_docs() -> None:
     rows = run("ceiling.py").splitlines()
     assert len(rows) == 8
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    assert all(row in readme for row in rows)
+    page = (EXAMPLES.parent / "docs" / "how-it-works.md").read_text()
+    assert all(row in page for row in rows)
