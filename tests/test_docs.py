@@ -1,0 +1,83 @@
+"""Every code block of the pages runs, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from illava_hooks.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    found = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line.split("  #")[0] for line in found if line.startswith("illava-hooks")]
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES if blocks(page, "python")])
+def test_python(page: str) -> None:
+    """The blocks of a page run one after the other in one namespace."""
+    names: dict[str, Any] = {"__name__": page}
+    for number, block in enumerate(blocks(ROOT / "docs" / page, "python")):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if " demo" not in c])
+def test_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_items_of_the_json_block_are_read(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from illava_hooks.tools.datasets import read_items
+
+    (block,) = blocks(ROOT / "docs" / "evaluation.md", "json")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "own.jsonl").write_text(block)
+    (item,) = read_items(tmp_path / "own.jsonl")
+    assert item.question == json.loads(block)["question"]
+
+
+def test_all_languages_are_tested() -> None:
+    known = {"python", "bash", "json", ""}
+    used = {word for page in PAGES for word in re.findall(r"^```(\w*)\n(?:.*?)^```", page.read_text(), re.M | re.S)}
+    assert used <= known
+
+
+def test_bash_blocks_hold_nothing_else() -> None:
+    """What a test cannot run (it installs or serves) stands in words or is named here."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line]
+    others = [line for line in lines if not line.startswith(("illava-hooks", "#"))]
+    allowed = ("make ", "pip install", "lmms-eval ", "python -m illava_hooks.integrations", "  ", "accelerate launch")
+    assert [line for line in others if not line.startswith(allowed)] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the docs extra")
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not re.findall(r"^WARNING", done.stderr, re.M), done.stdout + done.stderr
+    pages = [file.read_text() for file in (tmp_path / "site").rglob("*.html")]
+    assert len(pages) >= len(PAGES)
+    fetched = {
+        url for text in pages for url in re.findall(r'<(?:script|link|img)[^>]+?(?:src|href)="(https?:[^"]+)"', text)
+    }
+    assert fetched == set(), "the site needs no other host"
