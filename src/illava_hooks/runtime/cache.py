@@ -7,8 +7,6 @@ keys, with padding where the samples of a batch kept different numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -18,7 +16,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.releases import CACHE
 
-__all__ = ["MergedLayer", "cache_layer", "check_layers", "check_readable", "is_merged", "physical_lengths"]
+__all__ = ["MergedLayer", "cache_layer", "check_layers", "is_merged", "physical_lengths"]
+
+
+_merged_classes: dict[type, type] = {}
 
 
 class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the base class
@@ -147,10 +148,12 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             self.key_valid = self.key_valid[indices]
 
 
-@memoize
 def _merged_class(stock: type) -> type:
     """A subclass of a cache layer's class; ``_layer_type`` None keeps it out of transformers' registries."""
-    return type(f"Merged{stock.__name__}", (MergedLayer, stock), {"_layer_type": None, "__module__": __name__})
+    if stock not in _merged_classes:  # torch.compile warns of functools.cache
+        parts = {"_layer_type": None, "__module__": __name__}
+        _merged_classes[stock] = type(f"Merged{stock.__name__}", (MergedLayer, stock), parts)
+    return _merged_classes[stock]
 
 
 def _restore(stock: type, state: dict[str, Any]) -> MergedLayer:
@@ -173,16 +176,6 @@ def check_layers(cache: Cache | None) -> None:
             )
 
 
-def check_readable(cache: Any, past: Sequence[int], merging: Iterable[int]) -> None:
-    """Raises ``PatchStateError`` where the layer before a ``merging`` one has no tensor of ``past`` keys to score."""
-    for scored in (layer_idx - 1 for layer_idx in merging):
-        if past[scored] and cache.layers[scored].keys.shape[-2:-1] < (past[scored],):  # quantized layers: often 1-D
-            raise PatchStateError(
-                f"{CACHE} holds a {type(cache.layers[scored]).__name__}, whose keys cannot be read; use DynamicCache "
-                "or StaticCache for turns that bring new images, or merging(model, False) for this call"
-            )
-
-
 def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
     """The cache's layer, turned into one that can hold merged tokens."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
@@ -190,7 +183,7 @@ def cache_layer(cache: Cache, layer_idx: int) -> MergedLayer:
     layer: Any = cache.layers[layer_idx]
     if isinstance(layer, MergedLayer):
         return layer
-    layer.__class__ = _merged_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
+    layer.__class__ = _merged_class(type(layer))
     merged: MergedLayer = layer
     others = (other.shared for other in cache.layers if isinstance(other, MergedLayer) and other is not layer)
     merged.shared = next(others, {})

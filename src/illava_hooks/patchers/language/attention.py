@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scoring import ScoreInputs
 from illava_hooks.patchers.language.masks import LayerPlan
 from illava_hooks.patchers.language.run import DecoderPass
+from illava_hooks.runtime.releases import CACHE
 from illava_hooks.runtime.session import KEY
 
-__all__ = ["AttentionHook"]
+__all__ = ["AttentionHook", "check_readable"]
 
 
 class AttentionHook:
@@ -78,3 +81,13 @@ class AttentionHook:
         if valid is None and layer.key_valid is None:
             return key, None
         return key, layer.validity(key.shape[2], len(key), key.device)
+
+
+def check_readable(cache: Any, past: Sequence[int], merging: Iterable[int]) -> None:
+    """Raises ``PatchStateError`` where the layer before a ``merging`` one has no tensor of ``past`` keys to score."""
+    for scored in (layer_idx - 1 for layer_idx in merging):
+        if past[scored] and cache.layers[scored].keys.shape[-2:-1] < (past[scored],):  # quantized layers: often 1-D
+            raise PatchStateError(
+                f"{CACHE} holds a {type(cache.layers[scored]).__name__}, whose keys cannot be read; use DynamicCache "
+                "or StaticCache for turns that bring new images, or merging(model, False) for this call"
+            )

@@ -14,11 +14,12 @@ from transformers import DynamicCache
 
 from illava_hooks.methods import find_score
 from illava_hooks.patchers.base import Family
+from illava_hooks.patchers.language.attention import check_readable
 from illava_hooks.patchers.language.masks import LayerPlan, continue_call, prefill_masks, remember_padding
 from illava_hooks.patchers.language.placement import place
 from illava_hooks.patchers.language.run import DecoderPass, plan_layouts
 from illava_hooks.patchers.language.summary import Finish
-from illava_hooks.runtime.cache import cache_layer, check_layers, check_readable, is_merged, physical_lengths
+from illava_hooks.runtime.cache import cache_layer, check_layers, is_merged, physical_lengths
 from illava_hooks.runtime.masks import new_validity, unwrap_mask
 from illava_hooks.runtime.releases import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.runtime.report import DecoderShape, EncoderShape
