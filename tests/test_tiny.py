@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from helpers import TAKES_READY_FEATURES
 from illava_hooks import patch, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.tiny.questions import QUESTION_KINDS, ask_clip, ask_pair, ask_scene, vocabulary
@@ -168,6 +169,8 @@ class TestRecipe:
     @pytest.mark.parametrize("what", ["image", "pair", "clip"])
     def test_packed_questions_are_answered_as_alone(self, family: str, what: str, recipe: None) -> None:
         """Ten questions behind one picture give the logits that each gives in a prompt of its own."""
+        if (family, what) == ("llava_onevision", "clip") and not TAKES_READY_FEATURES:
+            pytest.skip("the recipe counts on features of videos that hold the newline")
         import batches
         import learn
 
