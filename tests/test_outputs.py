@@ -61,3 +61,20 @@ def test_gradients_reach_the_first_hidden_state(family: str) -> None:
     torch.testing.assert_close(first[text], embeds[text], atol=0, rtol=0)
     (gradient,) = torch.autograd.grad(output.logits[:, -1].sum(), first)
     assert gradient[text].abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("caller", ["inside", "around"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_outputs_of_a_forward_keep_the_order_of_their_parts(family: str, caller: str) -> None:
+    """From 5.24 on a forward returns them; as tuples they are told apart by their order alone."""
+    model = patched(family)
+    inputs = single(model, BOTH)
+    called = model.model if caller == "inside" else model
+    with torch.no_grad():
+        found = called(**inputs, output_hidden_states=True)
+        with merging(model, False):
+            expected = called(**inputs, output_hidden_states=True)
+    parts = [
+        {k: list(v) for k, v in out.items() if k in ("image_outputs", "video_outputs")} for out in (found, expected)
+    ]
+    assert {k: [name for name in names if name != RECORDS] for k, names in parts[0].items()} == parts[1]
