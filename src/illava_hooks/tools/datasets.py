@@ -103,7 +103,7 @@ def easy_vqa_items(count: int | None = None) -> list[Item]:
     for text, answer, image in questions[:count]:
         if image not in pictures:
             with Image.open(folder / "images" / f"{image}.png") as file:
-                pictures[image] = np.asarray(file.convert("RGB"))
+                pictures[image] = np.array(file.convert("RGB"))  # a copy: torch warns of memory that is read-only
         items.append(Item("easy-VQA", (pictures[image],), False, text, answer))
     return items
 
@@ -139,7 +139,7 @@ def read_items(file: Path, num_frames: int = 32) -> list[Item]:
         if found[0].kind == "video":
             items.append(Item(kind, (found[0].frames,), True, question, answer))
         else:
-            pictures = tuple(np.asarray(image) for media in found for image in media.images)
+            pictures = tuple(np.array(image) for media in found for image in media.images)
             items.append(Item(kind, pictures, False, question, answer))
     if not items:
         raise InputError(f"items {str(file)!r} is empty; write one JSON object a line")
