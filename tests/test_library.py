@@ -19,11 +19,12 @@ PACKAGE = ROOT / "src" / "illava_hooks"
 
 #: The floor of each part of the package; a part is a module or a folder directly under the package.
 FLOORS = {
-    "__init__": 9,
-    "__main__": 9,
-    "cli": 8,
+    "__init__": 10,
+    "__main__": 10,
+    "cli": 9,
+    "demo": 8,
+    "integrations": 8,
     "tools": 7,
-    "integrations": 7,
     "api": 6,
     "patchers": 5,
     "runtime": 4,
