@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz lint format quickstart wheel-test
+.PHONY: demo test fuzz hf-tests lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -19,6 +19,9 @@ test: $(SETUP)  ## all tests, with the examples as smoke tests
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
+
+hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--write fills docs/COMPATIBILITY.md
+	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m transformers_suite.run --workers $(WORKERS) $(HF_TESTS)
 
 .venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv

@@ -1,0 +1,1 @@
+"""transformers' own model tests on stock and patched models; ``make hf-tests``."""

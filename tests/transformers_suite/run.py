@@ -1,0 +1,162 @@
+"""Runs transformers' own model tests on stock and patched models, and compares what becomes of each test.
+
+``PYTHONPATH=tests python -m transformers_suite.run`` tests the transformers that is installed, or the one in front of
+it on ``PYTHONPATH``. The first run of a version downloads its source distribution into ``build/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers_suite.expected import DIFFERENT
+from transformers_suite.modes import MODES
+from transformers_suite.outcomes import Outcomes
+from transformers_suite.sdist import unpack
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "transformers-suite"
+PAGE = ROOT / "docs" / "COMPATIBILITY.md"
+FAMILIES = {"LlavaOnevision": "LLaVA-OneVision", "Qwen2VL": "Qwen2-VL"}
+
+#: Names of the runs in tables.
+TITLES = {
+    "stock": "unpatched",
+    "identity": "patched, nothing to remove",
+    "idle": "patched, a share too small to remove anything",
+    "merging": "patched, merging",
+}
+
+
+def main() -> int:
+    """Runs, prints, writes; 1 where anything surprises."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--workers", default="2", help="processes that share the tests of a run")
+    parser.add_argument("--write", action="store_true", help=f"fill this version's table in {PAGE.name}")
+    options = parser.parse_args()
+    release, began = version("transformers"), time.monotonic()
+    runs = {mode: run(mode, release, options.workers) for mode in MODES}
+    lines = table(runs)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{time.monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU"
+    print(f"\ntransformers {release}, torch {version('torch')}: {took}", *lines, sep="\n")
+    if options.write:
+        write(release, lines)
+    found = surprises(runs)
+    print("", *(found or ["no surprises"]), sep="\n")
+    return int(bool(found))
+
+
+def run(mode: str, release: str, workers: str) -> Outcomes:
+    """One run of the suite in a process of its own.
+
+    Raises:
+        SystemExit: pytest could not run.
+    """
+    tests = unpack(release, BUILD)
+    report = tests / f"{mode}.json"
+    report.unlink(missing_ok=True)
+    paths = [str(tests), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_SUITE_MODE": mode,
+        "HF_SUITE_REPORT": str(report),
+    }
+    # transformers' tests warn and mark as they like; what a failure looks like is for those who run it alone.
+    options = ["-o", "addopts=", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--disable-warnings"]
+    options += ["-p", "transformers_suite.outcomes", "-n", workers, "-q", "--tb=no", "--no-header", "--no-summary"]
+    print(f"{TITLES[mode]}: ", end="", flush=True)
+    suite = str(ROOT / "tests" / "transformers_suite" / "suite.py")
+    command = [sys.executable, "-m", "pytest", *options, suite]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not report.exists():
+        raise SystemExit(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    print(done.stdout.strip().rpartition("\n")[2], flush=True)
+    outcomes: Outcomes = json.loads(report.read_text())
+    return outcomes
+
+
+def surprises(runs: dict[str, Outcomes]) -> list[str]:
+    """One line for everything that is not as it should be."""
+    stock, found = runs["stock"], []
+    for mode, outcomes in runs.items():
+        for name in sorted({*stock, *outcomes}):
+            before, after = (run.get(name, {"outcome": "missing", "message": ""}) for run in (stock, outcomes))
+            wanted = before["outcome"]
+            if mode == "merging" and name in DIFFERENT and wanted == "passed":
+                wanted = "failed"
+            if after["outcome"] != wanted:
+                message = str(after["message"]).partition("\n")[0][:200]
+                found.append(f"{mode}: {name} should be {wanted}, is {after['outcome']}: {message}")
+        for family in FAMILIES:
+            patched, merged = (count(outcomes, family, what) for what in ("patched", "merged"))
+            if (patched > 0) != (mode != "stock") or (merged > 0) != (mode == "merging"):
+                found.append(f"{mode}: {patched} models of {family} were patched, {merged} merged")
+    return found + [f"expected.py names {name}, which no test is called" for name in sorted({*DIFFERENT} - {*stock})]
+
+
+def count(outcomes: Outcomes, family: str, what: str) -> int:
+    """Tests of a family with an outcome; or its models that were patched, or that merged."""
+    own = [test for name, test in outcomes.items() if name.startswith(f"{family}::")]
+    if what in ("patched", "merged"):
+        return sum(test[what] for test in own)
+    return sum(test["outcome"] == what for test in own)
+
+
+def table(runs: dict[str, Outcomes]) -> list[str]:
+    """Counts of each run, and the failures with their reasons, in Markdown."""
+    columns = ("passed", "failed", "skipped", "patched", "merged")
+    lines = ["| family | run | passed | failed | skipped | models patched | models that merged |", "|---" * 7 + "|"]
+    for family, title in FAMILIES.items():
+        for mode, outcomes in runs.items():
+            counts = [str(count(outcomes, family, what)) for what in columns]
+            lines.append(f"| {' | '.join([title, TITLES[mode], *counts])} |")
+    failed: dict[str, list[str]] = {}
+    for mode, outcomes in runs.items():
+        for name, test in sorted(outcomes.items()):
+            if test["outcome"] == "failed":
+                failed.setdefault(name, []).append(TITLES[mode])
+    lines += [""] + [f"- `{name}` ({'; '.join(where)}): {_reason(name, where)}." for name, where in failed.items()]
+    skipped = [test["message"] for test in runs["stock"].values() if test["outcome"] == "skipped"]
+    absent = sum("requires" in message for message in skipped)
+    lines.append(
+        f"- Of the {len(skipped)} that are skipped, {absent} want a GPU or a package that is not installed, and "
+        f"{len(skipped) - absent} do not apply to these models; transformers skips them itself."
+    )
+    return lines
+
+
+def _reason(name: str, where: list[str]) -> str:
+    return "fails without the patch" if TITLES["stock"] in where else DIFFERENT.get(name, "unexplained")
+
+
+def write(release: str, lines: list[str]) -> None:
+    """Puts a version's table between its marker and the next end.
+
+    Raises:
+        SystemExit: the page has no place for the version.
+    """
+    marker = f"<!-- hf-tests {release} -->"
+    filled = "\n".join([f"transformers {release}, torch {version('torch')}:", "", *lines])
+    text, found = re.subn(
+        rf"({re.escape(marker)}\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{filled}\n{match[2]}",
+        PAGE.read_text(),
+        flags=re.DOTALL,
+    )
+    if not found:
+        raise SystemExit(f"{PAGE} has no {marker} ... <!-- end -->")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
