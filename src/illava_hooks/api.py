@@ -79,7 +79,7 @@ def unpatch(model: Any) -> None:
     """
     session = session_of(model)
     if session is not None:
-        session.hooks.remove()
+        session.hooks.remove(session.root)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from contextvars import ContextVar, Token
 from typing import Any, get_args
 from weakref import ReferenceType, ref
 
+from transformers.utils.generic import ModelOutput
+
 from illava_hooks.errors import PatchStateError
 from illava_hooks.runtime.session import KEY, ForwardState, MergeSession, VisualRecord
 from illava_hooks.schedules import Modality
@@ -49,6 +51,31 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def with_stock_keys(output: Any) -> Any:
+    """An output of a forward whose feature outputs carry their records as an attribute, no longer as a key.
+
+    A key that no class declares is in the way where outputs are taken apart and put together again: pytrees, DDP.
+    """
+    if isinstance(output, tuple):
+        return tuple(map(_with_stock_keys, output))
+    if isinstance(output, ModelOutput):
+        for name, part in list(output.items()):
+            if (plain := _with_stock_keys(part)) is not part:
+                output[name] = plain
+    return output
+
+
+def _with_stock_keys(part: Any) -> Any:
+    if not (isinstance(part, ModelOutput) and KEY in part):
+        return part
+    plain = type(part)()
+    for name, value in part.items():
+        if name != KEY:
+            plain[name] = value  # in the order of stock: tuples have no names
+    setattr(plain, KEY, part[KEY])
+    return plain
+
+
 class BaseModelHooks:
     """Around the base model: collects what the text model must know about visual tokens."""
 
@@ -69,12 +96,13 @@ class BaseModelHooks:
         forward.token = _forward.set(ref(forward))
         return (), {**named, KEY: forward}
 
-    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Closes the state, also after an exception."""
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Closes the state, also after an exception; feature outputs inside the output get their stock keys back."""
         forward: ForwardState | None = kwargs.get(KEY)
         if forward is not None and isinstance(forward.token, Token):
             _forward.reset(forward.token)
             forward.token = None
+        return with_stock_keys(output)
 
     def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_*_features``: remembers the records for the forward that asked."""
@@ -102,7 +130,7 @@ class BaseModelHooks:
         Raises:
             PatchStateError: features and records do not fit each other.
         """
-        known: list[VisualRecord] | None = output.get(KEY)
+        known: list[VisualRecord] | None = getattr(output, KEY, None)
         lengths = [len(feature) + self.behind.get(modality, 0) for feature in output.pooler_output]
         if known is None:
             return [VisualRecord(modality, length) for length in lengths]

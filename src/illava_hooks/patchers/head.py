@@ -77,7 +77,7 @@ class TopModelHooks:
         """Around ``_expand_multimodal_outputs``: records follow their features to beams and return sequences."""
         call = inspect.signature(method).bind(*args, **kwargs)
         outputs = call.arguments["mm_encoder_output"]
-        known = {m: out[KEY] for m, out in outputs.items() if out is not None and KEY in out}
+        known = {m: records for m, out in outputs.items() if (records := getattr(out, KEY, None)) is not None}
         shadow = {m: _Shadow(outputs[m].pooler_output) for m in known}
         result = method(*args, **kwargs)
         call.arguments["mm_encoder_output"] = shadow

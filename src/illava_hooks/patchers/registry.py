@@ -32,12 +32,19 @@ def unwrapped(model: Any) -> Any:
             inner = find()
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             inner = compiled
+        elif isinstance(sharded := getattr(model, "_fsdp_wrapped_module", None), nn.Module):
+            inner = sharded
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             inner = model.module
         if inner is model:
             break
         model = inner
     return model
+
+
+def _inside_fsdp(module: Any) -> Any:
+    """The part of a model that FSDP wrapped."""
+    return getattr(module, "_fsdp_wrapped_module", module)
 
 
 def find_family(model: Any) -> Family:
@@ -65,13 +72,13 @@ def locate(family: Family, model: Any) -> ModelParts:
     import transformers
 
     try:
-        base = model.model if hasattr(model, "lm_head") else model
+        base = _inside_fsdp(model.model) if hasattr(model, "lm_head") else model
         parts = ModelParts(
             top=model if base is not model else None,
             base=base,
-            encoder_layers=family.encoder_layers(base),
-            text_model=base.language_model,
-            decoder_layers=base.language_model.layers,
+            encoder_layers=[_inside_fsdp(layer) for layer in family.encoder_layers(base)],
+            text_model=_inside_fsdp(base.language_model),
+            decoder_layers=[_inside_fsdp(layer) for layer in base.language_model.layers],
         )
         for layer in parts.decoder_layers:
             attention: Any = layer.self_attn

@@ -18,6 +18,8 @@ __all__ = ["CaptureOutput", "HookSet", "MethodWrapper", "capture"]
 
 _captured: ContextVar[dict[int, Tensor | None] | None] = ContextVar("illava_captured", default=None)
 _lock = Lock()
+#: What every class gets anew; ``forward`` from the ``__init_subclass__`` that wraps it for checkpointing.
+_PER_CLASS = ("__dict__", "__weakref__", "forward")
 
 
 class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
@@ -83,7 +85,7 @@ class HookSet:
         """Starts with no change."""
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
-        self._classes: list[tuple[nn.Module, type]] = []
+        self._classes: list[tuple[nn.Module, type, type, type]] = []
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Adds a forward pre-hook that sees keyword arguments."""
@@ -113,14 +115,18 @@ class HookSet:
         self.swap(owner, name, MethodWrapper(getattr(owner, name), around))
 
     def swap_class(self, module: nn.Module, new: type) -> None:
-        """Gives ``module`` a subclass of its class, also where accelerate keeps the old ``forward``."""
-        old = type(module)
-        self._classes.append((module, old))
-        _rebind_forward(module, old, new)
-        module.__class__ = new
+        """Gives ``module`` a subclass of its class, also where accelerate keeps the old ``forward``.
 
-    def remove(self) -> None:
-        """Undoes every change. Safe to call twice."""
+        Where a tool made a subclass of its own of the stock class, it is made anew of ``new``.
+        """
+        old, stock = type(module), new.__bases__[-1]
+        made = _on_top_of(old, stock, new)
+        self._classes.append((module, old, made, new))
+        _rebind_forward(module, old, made)
+        module.__class__ = made
+
+    def remove(self, root: nn.Module | None = None) -> None:
+        """Undoes every change, and what copied our hooks inside of ``root``. Safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
         while self._attributes:
@@ -130,9 +136,25 @@ class HookSet:
             else:
                 vars(owner).pop(name, None)
         while self._classes:
-            module, old = self._classes.pop()
-            _rebind_forward(module, type(module), old)
-            module.__class__ = old
+            module, old, made, new = self._classes.pop()
+            now = type(module)
+            back = old if now is made else _on_top_of(now, new, new.__bases__[-1])
+            _rebind_forward(module, now, back)
+            module.__class__ = back
+        for module in () if root is None else root.modules():  # quantization gives its modules the hooks of ours
+            for key, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, CaptureOutput):
+                    del module._forward_hooks[key]
+
+
+def _on_top_of(kind: type, base: type, other: type) -> type:
+    """``kind`` with ``other`` in place of ``base``: ``fully_shard`` makes a subclass of what it finds."""
+    if not issubclass(kind, base):
+        return kind
+    if kind is base:
+        return other
+    bases = tuple(_on_top_of(parent, base, other) for parent in kind.__bases__)
+    return type(kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in _PER_CLASS})
 
 
 def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
