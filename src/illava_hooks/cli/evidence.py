@@ -22,12 +22,15 @@ from illava_hooks.cli.options import (
     Preset,
     VitLayers,
     VitR,
+    check_target,
     friendly,
     merge_settings,
 )
 from illava_hooks.errors import InputError
 
 __all__ = ["bench", "evaluate"]
+
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".webp")
 
 
 @friendly
@@ -68,6 +71,9 @@ def bench(
 
     if (shape is None) == (model is None):
         raise InputError("give one of --shape (random weights) and --model (a folder or a hub name)")
+    check_target("--plot", plot)
+    if plot is not None and plot.suffix.lower() not in ("", *_PICTURES):
+        raise InputError(f"--plot is {str(plot)!r}; end it with one of {', '.join(_PICTURES)}")
     if fresh and sweep:
         raise InputError("give one of --fresh and --sweep")
     load = tool.Workload(tiles, images, frames, patches, batch, text, new_tokens)
@@ -136,6 +142,7 @@ def evaluate(
     from illava_hooks.tools.loading import load_model, parse_number, quiet
 
     quiet()
+    check_target("--output", output)
     # The published layout needs a square number of survivors, which few budgets leave.
     free = [name for name, method in METHODS.items() if method.layout == "aligned"]
     names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*free, *CONTROLS])]

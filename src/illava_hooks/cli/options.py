@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from illava_hooks.errors import IllavaHooksError
+from illava_hooks.errors import IllavaHooksError, InputError
 
 Input = Annotated[
     Path | None,
@@ -43,10 +43,25 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except OSError as error:  # of files to write: a folder that is not there, a full disk
+            if kwargs.get("debug") or isinstance(error, BrokenPipeError):
+                raise
+            print(f"error: {error}; give a file that can be written", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
     return run
+
+
+def check_target(option: str, file: Path | None) -> None:
+    """Tells before the work, not after it, that its result could not be written.
+
+    Raises:
+        InputError: there is no such folder, or the file is a folder.
+    """
+    if file is not None and (not file.parent.is_dir() or file.is_dir()):
+        raise InputError(f"{option} is {str(file)!r}, where no file can be; give a file in a folder that exists")
 
 
 def merge_settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,11 +143,14 @@ def visualize(
 ) -> None:
     """Draw which patches are left after every merging layer."""
     settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output is {str(output)!r}, which is a file; give a folder")
     network, processor, media, _, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.tools.draw import merge_maps, save_maps
 
     maps = merge_maps(network, processor, inputs, **settings, method=method, preset=preset)
-    for file in save_maps(maps, output, Path(media.names[0]).stem if path is None else path.stem, colours):
+    named = media.names[0] if path is None else os.path.abspath(path)  # "." has no name of its own
+    for file in save_maps(maps, output, Path(named).stem, colours):
         print(file)
 
 

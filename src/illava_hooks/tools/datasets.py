@@ -113,7 +113,7 @@ def read_items(file: Path, num_frames: int = 32) -> list[Item]:
 
     Args:
         file: JSON lines with ``image`` (a path, a list of paths or a folder) or ``video``, ``question``, ``answer``
-            and, if you like, ``kind``; paths are relative to the file.
+            and, if you like, ``kind``; paths are relative to the file, and may be absolute or lead out of its folder.
         num_frames: frames taken of a video.
 
     Raises:
@@ -128,14 +128,13 @@ def read_items(file: Path, num_frames: int = 32) -> list[Item]:
         try:
             row = json.loads(line)
             visual = row.get("image") or row["video"]
+            paths = [file.parent / path for path in ([visual] if isinstance(visual, str) else visual)]
             question, answer, kind = str(row["question"]), str(row["answer"]), str(row.get("kind", file.stem))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{file.name}, line {number} is no item ({error!r}); write image or video, question and answer as JSON"
             ) from error
-        found = [
-            load_media(file.parent / path, num_frames) for path in ([visual] if isinstance(visual, str) else visual)
-        ]
+        found = [load_media(path, num_frames) for path in paths]
         if found[0].kind == "video":
             items.append(Item(kind, (found[0].frames,), True, question, answer))
         else:
@@ -165,7 +164,10 @@ def load_items(name: str, count: int) -> list[Item]:
     if count < 1:
         raise InputError(f"questions is {count}; give 1 or more")
     if name in SUITES:
-        return SUITES[name](count)
+        found = SUITES[name](count)
+        if not found:
+            raise InputError(f"questions is {count}, too few for all kinds; give {len(QUESTION_KINDS)} or more")
+        return found
     if not Path(name).exists():
         raise InputError(f"items is {name!r}; choose one of {list(SUITES)} or give a file with JSON lines")
     return read_items(Path(name))[:count]

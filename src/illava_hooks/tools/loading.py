@@ -51,13 +51,15 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     target = find_device(device)
+    numbers = find_dtype(dtype, target)
     source = str(tiny.folder(EMBEDDED[name])) if name in EMBEDDED else name
     try:
         if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             raise OSError("there is no such folder")  # and no such hub name, so the network need not be asked
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=find_dtype(dtype, target))
-        processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, ImportError) as error:
+        # Nobody is asked whether code that comes with a checkpoint may run: it may not.
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=numbers, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception as error:  # damaged and hostile files raise whatever trips their readers
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"model {name!r} cannot be loaded ({reason}); give one of {list(EMBEDDED)}, a folder with a checkpoint, "
@@ -160,9 +162,14 @@ def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu
     count = 1 if media.kind == "video" else len(media.images)
     message = {"role": "user", "content": [*[{"type": media.kind}] * count, {"type": "text", "text": question}]}
     given = {"videos": [media.frames]} if media.kind == "video" else {"images": [list(media.images)]}
+    from jinja2 import TemplateError
+
     try:
         text = processor.apply_chat_template([message], add_generation_prompt=True)
         inputs = processor(text=[text], return_tensors="pt", **given)
+    except TemplateError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the chat template of the model cannot be used ({reason}); give another model") from error
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(

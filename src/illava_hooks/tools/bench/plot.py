@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ def axes(width: float, height: float) -> tuple[Any, Any]:
 
 def save(figure: Any, file: Path) -> None:
     """Writes a picture completely or not at all."""
-    part = file.with_name(f".{file.name}")
-    figure.savefig(part, dpi=120, format=file.suffix.lstrip(".") or "png")
-    part.replace(file)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, dpi=120, format=file.suffix.lstrip(".") or "png")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def plot_comparisons(comparisons: Sequence[Comparison], file: Path) -> None:

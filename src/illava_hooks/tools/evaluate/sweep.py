@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from illava_hooks.api import patch, unpatch
+from illava_hooks.errors import InputError
 from illava_hooks.patchers.registry import find_family
 from illava_hooks.schedules import PRESETS, preset_name
 from illava_hooks.tools.datasets import Item
@@ -156,12 +157,19 @@ def _append(file: Path | None, row: Row) -> None:
 
 
 def read_rows(file: Path | None) -> list[Row]:
-    """The rows that a sweep wrote; none where there is no file."""
+    """The rows that a sweep wrote; none where there is no file.
+
+    Raises:
+        InputError: the file holds something else.
+    """
     if file is None or not file.exists():
         return []
     rows = []
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        right = [hit == "1" for hit in row["right"]]
-        rows.append(Row(**{**row, "accuracy_interval": tuple(row["accuracy_interval"]), "right": right}))
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            right = [hit == "1" for hit in row["right"]]
+            rows.append(Row(**{**row, "accuracy_interval": tuple(row["accuracy_interval"]), "right": right}))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{file.name}, line {number} is no row of an evaluation; give a new file") from error
     return rows
