@@ -13,15 +13,22 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
+from fuzz_oracles import check_provenance, check_report, check_widths
 from helpers import prompt
-from illava_hooks import METHODS, patch, unpatch
+from illava_hooks import METHODS, Method, patch, unpatch
+from illava_hooks.merge.rules import RULES
+from illava_hooks.methods import ENCODER_SCORES, LLM_SCORES
+from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
 
 CASES = int(os.environ.get("ILLAVA_FUZZ_CASES", "150")) // 2
-#: Rules that give every token exactly one place; the others lose tokens or share them out.
-ONE_PLACE = ("illava", "nearest", "diverse", "tome")
-_MODELS: dict[str, Any] = {}
+#: In float64 rounding does not decide who is kept: a batch can be compared with its samples.
+DTYPES = (torch.float64, torch.float64, torch.float32, torch.bfloat16)
+STEPS = 2
+_MODELS: dict[tuple[str, torch.dtype], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class Case:
     vit_r: int | float
     llm_layers: tuple[int, ...]
     llm_ratio: float
-    method: str
+    method: str | Method
+    dtype: torch.dtype
+    cache: str
 
 
 def layers(first: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -45,97 +54,124 @@ def layers(first: int) -> st.SearchStrategy[tuple[int, ...]]:
 @st.composite
 def sample_of(draw: st.DrawFn, frames: int) -> Sample:
     """Text with some images, sometimes a video."""
-    side = st.integers(3, 12).map(lambda n: 8 * n)
+    side = st.integers(1, 12).map(lambda n: 8 * n)
     images = draw(st.lists(st.tuples(side, side), max_size=3))
     videos = (frames,) if draw(st.integers(0, 3)) == 0 else ()
-    text = tuple(draw(st.integers(1, 9)) for _ in range(len(images) + len(videos) + 1))
+    text = tuple(draw(st.integers(0, 9)) for _ in range(len(images) + len(videos))) + (draw(st.integers(1, 9)),)
     order = "".join(draw(st.permutations("i" * len(images) + "v" * len(videos))))
-    return Sample(draw(st.integers(0, 9)), tuple(images), videos, text, order)
+    video_size = (8 * draw(st.integers(1, 5)), 8 * draw(st.integers(1, 5)))
+    return Sample(draw(st.integers(0, 9)), tuple(images), videos, text, order, video_size)
+
+
+def methods() -> st.SearchStrategy[str | Method]:
+    """A name, or one of the 192 other choices of scores, rule and weighing."""
+    own = st.builds(
+        lambda encoder, language, rule, proportional: Method("own", encoder, language, rule, "aligned", proportional),
+        st.sampled_from(ENCODER_SCORES),
+        st.sampled_from(LLM_SCORES),
+        st.sampled_from(sorted(RULES)),
+        st.booleans(),
+    )
+    return st.one_of(st.sampled_from(sorted(METHODS)), own)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Any case that `patch` accepts."""
-    frames = 2 * draw(st.integers(1, 3))
+    frames = draw(st.integers(1, 6))
     samples = tuple(draw(st.lists(sample_of(frames), min_size=1, max_size=3)))
-    vit_layers = draw(layers(0))
+    vit_layers, method = draw(layers(0)), draw(methods())
     most = 63 // max(1, len(vit_layers))
+    vit_r = draw(st.one_of(st.integers(0, most), st.floats(0.01, 0.9)))
+    if method == "illava-reference":  # survivors of a tile must form a square there
+        vit_layers, vit_r = vit_layers[:1], 64 - draw(st.integers(1, 8)) ** 2
     return Case(
         samples,
         draw(st.sampled_from(["left", "right"])),
         vit_layers,
-        draw(st.one_of(st.integers(0, most), st.floats(0.01, 0.9))),
+        vit_r,
         draw(layers(1)),
         draw(st.floats(0.05, 1.0)),
-        draw(st.sampled_from(sorted(set(METHODS) - {"illava-reference"}))),
+        method,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(["dynamic", "static", "none"])),
     )
 
 
-def model_of(family: str) -> Any:
-    """The family's model in float64, in which rounding does not decide who is kept."""
-    if family not in _MODELS:
-        _MODELS[family] = tiny_model(family, dtype=torch.float64)
-    return _MODELS[family]
+def model_of(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """The family's model."""
+    if (family, dtype) not in _MODELS:
+        _MODELS[family, dtype] = tiny_model(family, dtype=dtype)
+    return _MODELS[family, dtype]
 
 
-def double(inputs: Inputs) -> Inputs:
-    """Pixels in float64."""
-    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+def batch_of(model: Any, samples: Any, side: Any = "left") -> Inputs:
+    """A batch with pixels in the model's dtype."""
+    inputs = inputs_for(model, list(samples), side=side)
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def cache_of(model: Any, kind: str, length: int) -> dict[str, Any]:
+    """The arguments that choose a cache."""
+    config = model.config.text_config
+    if kind == "static":
+        return {CACHE: StaticCache(config=config, max_cache_len=length + STEPS)}
+    return {"use_cache": False} if kind == "none" else {CACHE: DynamicCache(config=config)}
+
+
+def next_steps(model: Any, inputs: Inputs, cache: str) -> Tensor:
+    """Logits of some steps of a generation, ``(B, steps, V)``."""
+    kinds: dict[str, dict[str, Any]] = {"none": {"use_cache": False}, "static": {"cache_implementation": "static"}}
+    wanted: dict[str, Any] = {"max_new_tokens": STEPS, "return_dict_in_generate": True, "output_logits": True}
+    return torch.stack(model.generate(**inputs, **wanted, **kinds.get(cache, {})).logits, 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=CASES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_promises(family: str, case: Case) -> None:
-    model = model_of(family)
-    inputs = double(inputs_for(model, list(case.samples), side=case.side))  # type: ignore[arg-type]
+    model = model_of(family, case.dtype)
+    inputs = batch_of(model, case.samples, case.side)
+    width, real = inputs["input_ids"].shape[1], inputs["attention_mask"].bool()
     with torch.no_grad():
-        stock = model(**inputs, use_cache=True)
+        stock = model(**inputs, output_hidden_states=True)
         session = patch(
             model, case.vit_layers, case.vit_r, case.llm_layers, case.llm_ratio, method=case.method, track=True
         )
         try:
-            merged = model(**inputs, use_cache=True)
-            assert merged.logits.shape == stock.logits.shape
-            assert merged.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length()
-            real = inputs["attention_mask"].bool()
-            assert merged.logits[real].isfinite().all()
-            visual = [sample for sample in case.samples if sample.images or sample.videos]
-            if visual and not session.config.image.is_identity:
-                check_cache(session.report, merged.past_key_values)
-                check_provenance(session.provenance, case.method)
-            for row, sample in enumerate(case.samples if len(case.samples) > 1 else ()):
-                alone = model(**double(inputs_for(model, [sample]))).logits[0]
-                mine = merged.logits[row, real_positions(inputs, row)]
-                torch.testing.assert_close(mine, alone, atol=1e-4, rtol=1e-4)
+            merged = model(**inputs, **cache_of(model, case.cache, width), output_hidden_states=True)
+            assert merged.logits.shape == stock.logits.shape and merged.logits[real].isfinite().all()
+            for ours, theirs in zip(merged.hidden_states, stock.hidden_states, strict=True):
+                assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours[real].isfinite().all()
+            cache = merged.past_key_values
+            assert (cache is None) == (case.cache == "none")
+            assert cache is None or int(cache.get_seq_length()) == width
+            if any(sample.kinds for sample in case.samples) and not session.config.image.is_identity:
+                check_report(model, session, case.samples, real)
+                check_widths(session.report, cache, width + STEPS)
+                check_provenance(model, session)
+            if case.dtype is torch.float64:
+                check_rows(model, case, inputs, merged.logits)
         finally:
             unpatch(model)
 
 
-def check_cache(report: Any, cache: Any) -> None:
-    """Every cache layer is as wide as the longest row at that layer."""
-    widths = [layer.keys.shape[2] for layer in cache.layers]
-    assert widths == [max(lengths) for lengths in report.sequence_tokens]
-
-
-def check_provenance(provenance: Any, method: str) -> None:
-    """Shares sum to 1 and, where the rule loses none, every patch has one place."""
-    for (stage, _), found in provenance.merges.items():
-        for image in found.images:
-            shares = image.weights.to_dense()
-            assert len(image.seats.unique()) == len(image.seats) == len(shares)
-            sums = shares.sum(1)
-            text = sums < 1e-6  # newlines
-            assert method in ("illava-v2",) or stage == "language" or not text.any()
-            if stage == "vision":
-                torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
-                if method in ONE_PLACE:
-                    assert ((shares > 0).sum(0) == 1).all()
+def check_rows(model: Any, case: Case, inputs: Inputs, logits: Tensor) -> None:
+    """Every sample of the batch answers as it does alone, in a forward and in a generation."""
+    alone = [batch_of(model, [sample]) for sample in case.samples]
+    for row, single in enumerate(alone if len(alone) > 1 else []):
+        expected = model(**single).logits[0]
+        torch.testing.assert_close(logits[row, real_positions(inputs, row)], expected, atol=1e-4, rtol=1e-4)
+    if case.side == "left":  # generation wants the prompts to end together
+        found = next_steps(model, inputs, case.cache)
+        for row, single in enumerate(alone):
+            expected = next_steps(model, single, "dynamic")[0]
+            torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_only_prompt_is_untouched() -> None:
     model = model_of("qwen2_vl")
-    inputs = double(prompt(model, "text"))
+    inputs = {n: v.double() if v.is_floating_point() else v for n, v in prompt(model, "text").items()}
     with torch.no_grad():
         stock = model(**inputs).logits
         patch(model, [1], 0.5, [1], 0.5)
