@@ -2,6 +2,8 @@
 
 ``lmms-eval --model qwen2_vl_illava --model_args pretrained=...,vit_layers=12-13-14-15,vit_r=0.16,llm_layers=6-7-8,
 llm_ratio=0.90,method=illava --tasks ...`` measures a merged model; ``llava_onevision_illava`` is the other one.
+What the harness's own classes (``qwen2_vl``, ``llava_hf``) can do, these can do. LLaVA-OneVision takes one prompt at a
+time there, and videos only with ``--force_simple``.
 """
 
 from __future__ import annotations
