@@ -8,7 +8,7 @@ from typing import Any
 
 from illava_hooks import MergeSession, PatchStateError, patch
 
-__all__ = ["MODES", "patch_when_constructed"]
+__all__ = ["MODES", "merged", "patch_when_constructed"]
 
 #: Settings of each run by family; None: the stock model.
 MODES: dict[str, dict[str, dict[str, Any]] | None] = {
