@@ -340,7 +340,7 @@ class TestImporting:
             import illava_hooks
             by_package = changed(before, snapshot())
 
-            optional = tuple(f"illava_hooks.{part}" for part in ("cli", "tools", "integrations", "__main__"))
+            optional = tuple(f"illava_hooks.{part}" for part in ("cli", "demo", "tools", "integrations", "__main__"))
             modules = [m.name for m in pkgutil.walk_packages(illava_hooks.__path__, "illava_hooks.")]
             modules = [name for name in modules if not name.startswith(optional)]
             for name in modules:

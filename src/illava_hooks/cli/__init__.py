@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from illava_hooks.cli.evidence import bench, evaluate
+from illava_hooks.cli.page import demo
 from illava_hooks.cli.pictures import ask, info, visualize
 
 __all__ = ["app"]
@@ -15,5 +16,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside, measure.",
 )
-for command in (ask, visualize, info, bench, evaluate):
+for command in (ask, visualize, info, bench, evaluate, demo):
     app.command()(command)

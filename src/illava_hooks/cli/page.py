@@ -1,0 +1,39 @@
+"""The command ``demo``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from illava_hooks.cli.options import Debug, Device, Dtype, Frames, Model, friendly
+
+__all__ = ["demo"]
+
+
+@friendly
+def demo(
+    model: Model = "tiny",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine sees it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page.")] = False,
+    max_file_size: Annotated[int, typer.Option(min=1, help="Largest file that can be uploaded, in MB.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+    frames: Frames = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Serve a page that compares answers with and without merging, and shows what is merged."""
+    from illava_hooks.demo.engine import Engine
+    from illava_hooks.demo.handlers import gradio
+    from illava_hooks.demo.serve import serve
+    from illava_hooks.tools.loading import load_model, quiet
+
+    gradio()  # missing, it is told before a large model is loaded
+    quiet()
+    engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)
+    engine.warm_up()
+    serve(engine, host, port, max_file_size, browser, lambda line: print(line, flush=True))

@@ -1,0 +1,128 @@
+"""From what a visitor gives (files, texts) to media and settings, and back to words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from illava_hooks.config import MergeConfig
+from illava_hooks.errors import IllavaHooksError, InputError
+from illava_hooks.patchers.registry import find_family
+from illava_hooks.schedules import MergeSchedule
+from illava_hooks.tools.loading import parse_layers, parse_number
+from illava_hooks.tools.media import Media, load_media
+
+__all__ = ["FIELDS", "SIDES", "describe", "limits_of", "media_of", "question_of", "settings_of"]
+
+MAX_FILES, MAX_QUESTION = 16, 2000
+
+#: The four numbers, as ``patch`` calls them.
+FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio")
+
+#: What the switch says, and the sides that it asks for.
+SIDES = {"Side by side": (False, True), "Merging on": (True,), "Merging off": (False,)}
+
+
+def media_of(files: Sequence[str] | None, frames: int) -> Media:
+    """Reads uploaded files: images, all in one prompt, or one video.
+
+    Raises:
+        InputError: there is none, or one cannot be read; the message has the file's name, not its folder.
+    """
+    if not files:
+        raise InputError("there is no picture yet; upload one, or choose an example")
+    if len(files) > MAX_FILES:
+        raise InputError(f"these are {len(files)} files; give at most {MAX_FILES}")
+    found = [_read(Path(file), frames) for file in files]
+    if len(found) == 1:
+        return found[0]
+    videos = [media.names[0] for media in found if media.kind == "video"]
+    if videos:
+        raise InputError(f"{videos[0]!r} is a video or an animation, which comes alone; remove it or all others")
+    names = tuple(name for media in found for name in media.names)
+    return Media("image", names, tuple(image for media in found for image in media.images))
+
+
+def _read(file: Path, frames: int) -> Media:
+    try:
+        return load_media(file, frames)
+    except InputError as error:
+        raise InputError(str(error).replace(f"{file.parent}{os.sep}", "")) from error
+
+
+def question_of(text: str | None, default: str) -> str:
+    """The question without space around it, or the default.
+
+    Raises:
+        InputError: it is too long.
+    """
+    question = (text or "").strip() or default
+    if len(question) > MAX_QUESTION:
+        raise InputError(f"the question has {len(question)} characters; give at most {MAX_QUESTION}")
+    return question
+
+
+def settings_of(method: str, preset: str, numbers: Sequence[str | None]) -> dict[str, Any]:
+    """Arguments of ``patch``; an empty field leaves its number to the preset, "none" is no layer.
+
+    Args:
+        method: a name in ``METHODS``.
+        preset: "auto", "image" or "video".
+        numbers: what stands in the fields of ``FIELDS``.
+
+    Raises:
+        InputError: a field holds no number.
+    """
+    values: dict[str, Any] = {"method": method, "preset": preset}
+    for name, given in zip(FIELDS, numbers, strict=True):
+        text = (given or "").strip()
+        if not text:
+            continue
+        if name.endswith("layers"):
+            values[name] = [] if text.lower() == "none" else parse_layers(text, name)
+        else:
+            values[name] = parse_number(text, name)
+    return values
+
+
+def limits_of(model: Any) -> dict[str, str]:
+    """What a model allows in each of ``FIELDS``, in words."""
+    limits = find_family(model).limits(model)
+    tile = limits.tokens_per_tile
+    of_tile = f", of the {tile} patches of a tile or frame" if tile else ", of the patches of an image or frame"
+    return {
+        "vit_layers": f"Encoder layers that merge, of 0 to {limits.vit_depth - 1}; 3-4, or none.",
+        "vit_r": f"Removed in each{of_tile}: a count, or a fraction such as 0.16.",
+        "llm_layers": f"Decoder layers that merge, of 1 to {limits.llm_depth - 1}; 2, or none.",
+        "llm_ratio": "Fraction of the visual tokens kept in each, above 0, at most 1.",
+    }
+
+
+def describe(model: Any, method: str, preset: str, numbers: Sequence[str | None]) -> tuple[str, bool]:
+    """What these settings do, or why they cannot be: the words, and whether they can."""
+    try:
+        values = settings_of(method, preset, numbers)
+        vit_layers, vit_r, llm_layers, llm_ratio = (values.get(name) for name in FIELDS)
+        limits = find_family(model).limits(model)
+        config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, False)
+    except IllavaHooksError as error:
+        return f"{error}.", False
+    image, video = _words(config.image), _words(config.video)
+    return (f"{image}." if image == video else f"Images: {image}. Videos: {video}."), True
+
+
+def _words(schedule: MergeSchedule) -> str:
+    parts = []
+    if schedule.merges_in_encoder:
+        amount = f"{schedule.vit_r:.0%}" if isinstance(schedule.vit_r, float) else str(schedule.vit_r)
+        parts.append(f"{_layers('encoder', schedule.vit_layers)} {amount} of the patches")
+    if schedule.merges_in_llm:
+        parts.append(f"{_layers('decoder', schedule.llm_layers, 'keep')} {schedule.llm_ratio:.0%} of the tokens")
+    return "; ".join(parts) or "nothing is removed"
+
+
+def _layers(stage: str, layers: Sequence[int], verb: str = "remove") -> str:
+    several = len(layers) > 1
+    return f"{stage} layer{'s' * several} {', '.join(map(str, layers))} {'each ' * several}{verb}{'s' * (not several)}"

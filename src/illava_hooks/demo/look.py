@@ -1,0 +1,42 @@
+"""How the page looks: system fonts and a few rules; nothing comes from another host."""
+
+from __future__ import annotations
+
+__all__ = ["CSS", "FONTS", "MONO", "READABLE"]
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "Consolas", "monospace"]
+
+#: The theme's own grey is hard to read on white.
+READABLE = {
+    f"{name}_text_color{kind}{dark}": f"*neutral_{300 if dark else 600}"
+    for name, kind in (("body", "_subdued"), ("block_info", ""))
+    for dark in ("", "_dark")
+}
+
+CSS = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+#title h1 { font-size: 1.35rem; margin: 0 0 .15rem; }
+#title p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+#examples { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; }
+#examples button { min-width: 0; height: 2.4rem; white-space: nowrap; }
+#notes:not(:has(.note)), #costs:not(:has(table)) { display: none; }
+.note { border-radius: 6px; padding: .55rem .75rem; border-left: 4px solid var(--primary-500);
+  background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+.note.failed { border-left-color: #dc2626; }
+table.costs { width: 100%; margin: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table.costs, table.costs * { border: 0 !important; }
+table.costs :is(th, td) { padding: .38rem .55rem; text-align: right; font-weight: 400; vertical-align: top; }
+table.costs tr { border-bottom: 1px solid var(--border-color-primary) !important; }
+table.costs :is(th[scope=row], thead td) { text-align: left; color: var(--body-text-color-subdued); }
+table.costs thead th { font-weight: 600; }
+#preview { max-height: 9.5rem; }
+#preview .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+#map { gap: .75rem; }
+#map-caption textarea { font-variant-numeric: tabular-nums; }
+@media (max-width: 640px) {
+  #examples { grid-template-columns: repeat(2, 1fr); }
+  table.costs { font-size: .86rem; }
+  table.costs :is(th, td) { padding: .3rem; }
+}
+"""

@@ -1,0 +1,297 @@
+"""The demo page without a browser: what it reads, answers and shows, that requests take turns, that nothing leaks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from demo_server import Server, call, fetch, serving, upload
+from illava_hooks import session_of, tiny
+from illava_hooks.cli import app
+from illava_hooks.demo import forms, view
+from illava_hooks.demo.engine import Engine, Progress, Request
+from illava_hooks.errors import InputError, MergeConfigError
+from illava_hooks.tools.ask import answer
+from illava_hooks.tools.draw import draw, merge_maps
+from illava_hooks.tools.loading import build_inputs
+from illava_hooks.tools.media import load_media
+
+HAS_GRADIO = importlib.util.find_spec("gradio") is not None
+needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is in the demo extra")
+SCENE, QUESTION = str(tiny.media("scene.png")), "how many triangles are there ?"
+NONE = ("", "", "", "")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("tiny", *tiny.load("llava_onevision"))
+
+
+def last(engine: Engine, request: Request) -> Progress:
+    *_, final = engine.run(request)
+    return final
+
+
+class TestForms:
+    def test_files_are_one_prompt(self) -> None:
+        pair = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
+        media = forms.media_of(pair, 8)
+        assert (media.kind, media.names, len(media.images)) == ("image", ("first.png", "second.png"), 2)
+        assert forms.media_of([str(tiny.media("clip.gif"))], 3).kind == "video"
+
+    def test_what_cannot_be_read_is_told_by_its_name(self, tmp_path: Path) -> None:
+        broken = tmp_path / "holiday.png"
+        broken.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
+        with pytest.raises(InputError, match="^'holiday.png': cannot be read") as told:
+            forms.media_of([str(broken)], 8)
+        assert str(tmp_path) not in str(told.value)
+        for files, why in (
+            (None, "no picture yet"),
+            ([SCENE] * 17, "17 files"),
+            ([SCENE, str(tiny.media("clip.gif"))], "'clip.gif' is a video"),
+        ):
+            with pytest.raises(InputError, match=why):
+                forms.media_of(files, 8)
+
+    def test_fields(self) -> None:
+        assert forms.settings_of("tome", "video", NONE) == {"method": "tome", "preset": "video"}
+        assert forms.settings_of("tome", "auto", ("3-4", "0.25", " none ", "")) == {
+            "method": "tome", "preset": "auto", "vit_layers": [3, 4], "vit_r": 0.25, "llm_layers": [],
+        }  # fmt: skip
+        with pytest.raises(InputError, match="vit_r is 'many'"):
+            forms.settings_of("tome", "auto", ("", "many", "", ""))
+        assert forms.question_of("  ", "what ?") == "what ?"
+        with pytest.raises(InputError, match="2001 characters"):
+            forms.question_of("x" * 2001, "")
+
+    def test_settings_in_words(self, engine: Engine) -> None:
+        words, good = forms.describe(engine.model, "illava", "image", NONE)
+        assert good
+        assert words == "encoder layers 3, 4 each remove 16 of the patches; decoder layer 2 keeps 70% of the tokens."
+        words, good = forms.describe(engine.model, "illava", "auto", ("none", "", "none", ""))
+        assert good and words == "nothing is removed."
+        words, good = forms.describe(engine.model, "illava", "auto", ("8", "", "", ""))
+        assert not good and "allows 0..7" in words
+        assert "of 0 to 7" in forms.limits_of(engine.model)["vit_layers"]
+        assert "64 patches of a tile" in forms.limits_of(engine.model)["vit_r"]
+
+
+class TestEngine:
+    def test_answers_are_those_of_the_tools(self, engine: Engine) -> None:
+        media = load_media(SCENE)
+        found = list(engine.run(Request(media, QUESTION)))
+        assert [one.finished for one in found].index(True) == len(found) - 1
+        final, inputs = found[-1], build_inputs(engine.processor, media, QUESTION)
+        alone = answer(engine.model, engine.processor, inputs, merge=False)
+        assert session_of(engine.model) is None
+        assert final.answers[False].text == alone.text == final.texts[False] == "2"
+        assert final.answers[False].report is None and not final.answers[False].merged
+        report = final.answers[True].report
+        assert report is not None and report.visuals[0].vision_tokens[-1] == 160
+        maps = merge_maps(engine.model, engine.processor, inputs)
+        assert [(m.stage, m.layer, m.kept, m.total) for m in final.maps] == [
+            (m.stage, m.layer, m.kept, m.total) for m in maps
+        ]
+        assert all((a.keepers == b.keepers).all() for a, b in zip(final.maps, maps, strict=True))
+
+    def test_text_streams(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        def slow(model: Any, processor: Any, inputs: Any, merge: bool, most: int, show: Any) -> Any:
+            for piece in ("one ", "two ", "three"):
+                show(piece)
+                time.sleep(0.05)
+            return answer(model, processor, inputs, merge, most)
+
+        monkeypatch.setattr("illava_hooks.demo.engine.answer", slow)
+        seen = [one.texts for one in engine.run(Request(load_media(SCENE), QUESTION, (True,)))]
+        assert seen[:3] == [{True: "one "}, {True: "one two "}, {True: "one two three"}]
+
+    @pytest.mark.parametrize("sides", [(True,), (False,)])
+    def test_one_side(self, engine: Engine, sides: tuple[bool, ...]) -> None:
+        final = last(engine, Request(load_media(SCENE), QUESTION, sides))
+        assert tuple(final.answers) == sides and bool(final.maps) == sides[0]
+
+    def test_settings_that_remove_nothing(self, engine: Engine) -> None:
+        final = last(engine, Request(load_media(SCENE), QUESTION, settings={"vit_r": 0, "llm_ratio": 1.0}))
+        assert final.notes == ("These settings remove nothing.",) and final.maps == ()
+        assert final.texts[True] == final.texts[False]
+
+    def test_without_a_map_the_answers_stay(self, engine: Engine) -> None:
+        settings = {"method": "illava-reference", "vit_layers": [3], "vit_r": 15}  # 49 patches are left
+        final = last(engine, Request(load_media(SCENE), QUESTION, settings=settings))
+        assert set(final.answers) == {False, True} and "There is no map: method is" in final.notes[0]
+
+    def test_unknown_words_are_told(self, engine: Engine) -> None:
+        final = last(engine, Request(load_media(SCENE), "is there a zebra ?", (False,)))
+        assert final.notes == ("This model does not know the words zebra.",)
+
+    def test_an_error_leaves_the_model_as_it_was(self, engine: Engine) -> None:
+        with pytest.raises(MergeConfigError, match="vit_layers contains 99"):
+            last(engine, Request(load_media(SCENE), QUESTION, settings={"vit_layers": [99]}))
+        assert session_of(engine.model) is None
+        assert last(engine, Request(load_media(SCENE), QUESTION)).texts[False] == "2"
+
+    def test_too_little_memory_is_told(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("illava_hooks.demo.engine.answer", full)
+        with pytest.raises(InputError, match="too little memory"):
+            last(engine, Request(load_media(SCENE), QUESTION))
+
+    def test_requests_take_turns(self, engine: Engine) -> None:
+        """Each gets the report of its own settings, whoever asks at the same time."""
+        wanted = [{"vit_r": amount, "vit_layers": [3], "llm_layers": []} for amount in (4, 8, 12, 20)]
+        found: dict[int, Progress] = {}
+
+        def ask(number: int) -> None:
+            found[number] = last(engine, Request(load_media(SCENE), QUESTION, (True,), wanted[number]))
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(wanted))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        reports = [found[number].answers[True].report for number in range(len(wanted))]
+        left = [report.visuals[0].vision_tokens[-1] for report in reports if report is not None]
+        assert left == [5 * (64 - one["vit_r"]) for one in wanted]
+        assert [one.maps[0].kept for one in (found[n] for n in range(4))] == left
+
+    def test_who_goes_away_stops_the_generation(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown = []
+
+        def endless(model: Any, processor: Any, inputs: Any, merge: bool, most: int, show: Any) -> Any:
+            for number in range(10_000):
+                shown.append(number)
+                show("word ")
+                time.sleep(0.01)
+
+        monkeypatch.setattr("illava_hooks.demo.engine.answer", endless)
+        stream = engine.run(Request(load_media(SCENE), QUESTION))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        monkeypatch.undo()
+        assert last(engine, Request(load_media(SCENE), QUESTION)).texts[False] == "2"
+        assert len(shown) < 5_000 and session_of(engine.model) is None
+
+    @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl"])
+    def test_warm_up_leaves_no_trace(self, name: str) -> None:
+        engine = Engine(name, *tiny.load(name))
+        engine.warm_up()
+        assert session_of(engine.model) is None
+
+    def test_a_closed_engine_answers_no_more(self) -> None:
+        engine = Engine("tiny", *tiny.load("llava_onevision"))
+        engine.close()
+        with pytest.raises(Exception, match="the page is closing"):
+            last(engine, Request(load_media(SCENE), QUESTION))
+
+
+class TestView:
+    def test_costs(self, engine: Engine) -> None:
+        final = last(engine, Request(load_media(SCENE), QUESTION))
+        html = view.costs(final.answers, engine.model)
+        cells = re.findall(r"<td>([^<]*)</td>", html)
+        report = final.answers[True].report
+        assert report is not None
+        assert "320 → 240 → 160" in cells and "176 → 123" in cells and "336" in cells
+        assert [f"{n / 1e6:.3f} MB" for n in reversed(report.kv_bytes)] == cells[-4:-2]
+        assert view.kv_bytes_of(engine.model, report.prompt_tokens[0]) == report.kv_bytes[1]
+        assert view.costs({}, engine.model) == ""
+
+    def test_costs_of_one_side(self, engine: Engine) -> None:
+        final = last(engine, Request(load_media(SCENE), QUESTION, (False,)))
+        html = view.costs(final.answers, engine.model)
+        assert "without merging" in html and ">with merging" not in html and "0.799 MB" in html
+
+    def test_notes_are_text(self) -> None:
+        html = view.note(("<script>alert(1)</script>",), failed=True)
+        assert "<script>" not in html and 'role="alert"' in html
+        assert view.note(()) == ""
+
+    @pytest.mark.parametrize("names", [("scene.png",), ("pair/first.png", "pair/second.png"), ("clip.gif",)])
+    def test_pictures_of_the_slider(self, engine: Engine, names: tuple[str, ...]) -> None:
+        media = forms.media_of([str(tiny.media(name)) for name in names], 8)
+        maps = last(engine, Request(media, QUESTION, (True,))).maps
+        seen = [view.picture(maps, step) for step in range(len(view.steps(maps)) + 1)]
+        assert len(seen) == 4
+        values = [torch.tensor(list(one.convert("L").tobytes())).float().mean() for one in seen if one is not None]
+        assert len(values) == 4 and values[0] > values[1] > values[2]
+        coloured = view.picture(maps, 2, colours=True)
+        assert coloured is not None and coloured.tobytes() != seen[2].tobytes()  # type: ignore[union-attr]
+        captions = [view.caption(maps, step) for step in range(4)]
+        here = [m for m in maps if (m.stage, m.layer) == view.steps(maps)[0]]
+        kept, total = sum(m.kept for m in here), sum(m.total for m in here)
+        assert captions[0] == "The input, as the model sees it." and f"{kept} of {total} patches" in captions[1]
+
+    def test_one_image_is_drawn_as_the_tool_does(self, engine: Engine) -> None:
+        maps = last(engine, Request(load_media(SCENE), QUESTION, (True,))).maps
+        found = view.picture(maps, 3)
+        assert found is not None and found.tobytes() == draw(maps[2])[0].tobytes()
+        assert view.picture((), 0) is None and view.caption((), 0) == ""
+
+
+class TestTheCommand:
+    @pytest.mark.skipif(HAS_GRADIO, reason="gradio is installed")
+    def test_without_gradio_one_line_says_how_to_get_it(self) -> None:
+        result = CliRunner().invoke(app, ["demo"])
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert "pip install 'illava-hooks[demo]'" in result.stderr
+
+    @pytest.mark.parametrize("version", [None, "5.49.1"])
+    def test_an_absent_or_old_gradio(self, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        old = None if version is None else type(sys)("gradio")
+        if old is not None:
+            old.__version__ = version  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "gradio", old)
+        result = CliRunner().invoke(app, ["demo", "--model", "nowhere"])
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert "gradio" in result.stderr and "pip install 'illava-hooks[demo]'" in result.stderr
+
+
+def test_only_loopback_is_local() -> None:
+    from illava_hooks.demo.serve import is_local
+
+    assert all(map(is_local, ("127.0.0.1", "localhost", "::1", "[::1]", "127.0.0.2")))
+    assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.2", "example.org", "")))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--max-file-size", "1") as running:
+        yield running
+
+
+@needs_gradio
+class TestThePage:
+    def ask(self, url: str, files: list[str], *numbers: str, sides: str = "Side by side") -> list[Any]:
+        """What a question brings in the end."""
+        paths = [upload(url, Path(file).name, Path(file).read_bytes())[1][0] for file in files]
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
+        events = call(url, "ask", [data, QUESTION, sides, "illava", "auto", *(numbers or NONE)])
+        assert events[-2]["msg"] == "process_completed" and events[-2]["success"], events[-2]
+        print(json.dumps(events)[:3000])
+        found: list[Any] = events[-2]["output"]["data"]
+        return found
+
+    def test_ask(self, server: Server) -> None:
+        notes, plain, merged, table, *_ = self.ask(server.url, [SCENE])
+        assert (notes, plain, merged) == ("", "2", "2")
+        assert "320 → 240 → 160" in table
+
+    def test_headers(self, server: Server) -> None:
+        status, headers, body = fetch(server.url)
+        assert status == 200 and b"gradio" in body
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert fetch(server.url, {"Host": "example.org"})[0] == 400
+        assert fetch(server.url, {"Host": "localhost:1"})[0] == 200
