@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers import needs_ready_features
 from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.errors import InputError
@@ -156,6 +157,7 @@ class TestSweep:
 
 
 class TestBench:
+    @needs_ready_features
     @pytest.mark.parametrize("shape", ["llava-onevision-0.5b", "qwen2-vl-2b"])
     @pytest.mark.parametrize("kind", ["tiles", "images", "frames"])
     def test_workloads_run_and_merge(self, shape: str, kind: str) -> None:
@@ -190,6 +192,7 @@ class TestBench:
             rel=0.04,
         )
 
+    @needs_ready_features
     def test_patched_model_is_measured_in_turn(self) -> None:
         model = build_shape("qwen2-vl-2b", narrow=True)
         inputs = build_workload(model, Workload(patches=256, text=20))
@@ -237,6 +240,7 @@ class TestBench:
         assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.0)], merged=True) == pytest.approx(0)
         assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.3)], merged=True) == pytest.approx(0.1)
 
+    @needs_ready_features
     def test_command(self, tmp_path: Path) -> None:
         plot = tmp_path / "plot.png"
         arguments = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
@@ -251,6 +255,7 @@ class TestBench:
         assert CliRunner().invoke(app, ["bench"]).exit_code == 2
         assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
 
+    @needs_ready_features
     def test_fresh_processes(self) -> None:
         arguments = "bench --shape qwen2-vl-2b --narrow --patches 256 --rounds 1 --new-tokens 1 --fresh --json".split()
         body = json.loads(CliRunner().invoke(app, arguments).stdout)
@@ -259,6 +264,7 @@ class TestBench:
         # Only a fresh process has a peak that earlier runs did not leave room for.
         assert all(body[kind]["runs"][0]["encoder"]["peak_bytes"] > 0 for kind in ("unpatched", "merged"))
 
+    @needs_ready_features
     def test_sweeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(comparison.SWEEPS, "patches", (64, 256))
         arguments = "bench --shape qwen2-vl-2b --narrow --rounds 1 --new-tokens 2 --sweep patches".split()

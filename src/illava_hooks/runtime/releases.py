@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
-__all__ = ["CACHE", "as_given", "cache_of", "compose_tables", "newlines_behind_videos", "pixels_of_videos"]
+__all__ = [
+    "CACHE",
+    "as_given",
+    "cache_of",
+    "compose_tables",
+    "newlines_behind_videos",
+    "pixels_of_videos",
+    "takes_ready_features",
+]
 
 #: What forwards and mask functions call the cache: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -40,7 +48,12 @@ def as_given(table: Tensor, given: Tensor) -> Tensor:
 
 def newlines_behind_videos(base: Any) -> int:
     """Tokens that a LLaVA-OneVision puts behind a video's features in its forward: up to 5.17 the newline."""
-    return int("mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters)
+    return int(not takes_ready_features(base))
+
+
+def takes_ready_features(model: Any) -> bool:
+    """Whether a model's forward takes the outputs of its feature methods, as from 5.18 on."""
+    return "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
 
 
 def pixels_of_videos(call: Mapping[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.errors import InputError
+from illava_hooks.runtime.releases import takes_ready_features
 
 __all__ = ["Workload", "build_workload"]
 
@@ -43,8 +44,12 @@ def build_workload(model: Any, load: Workload, seed: int = 0) -> dict[str, Tenso
     """Inputs of ``model.forward``.
 
     Raises:
-        InputError: a number is out of range.
+        InputError: a number is out of range, or the release of transformers cannot run the stages apart.
     """
+    if not takes_ready_features(model):
+        raise InputError(
+            "this transformers takes no ready-made features, so stages cannot be timed apart; use 5.18 or newer"
+        )
     for name in ("tiles", "images", "patches", "batch", "text", "new"):
         if getattr(load, name) < 1:
             raise InputError(f"{name} is {getattr(load, name)}; give 1 or more")
