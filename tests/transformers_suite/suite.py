@@ -6,9 +6,11 @@ import os
 import unittest
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import pytest
+from transformers import LlavaOnevisionModel
 
 from illava_hooks import MergeSession
 from transformers_suite.modes import MODES, merged, patch_when_constructed
@@ -62,6 +64,12 @@ class LlavaOnevision(Suite, unittest.TestCase):
     skip_test_video_features_output_shape = True
     test_all_params_have_gradient = False  # the tower's last norm stands behind the chosen features
     additional_model_inputs = ["pixel_values", "image_sizes", "pixel_values_videos"]
+
+    def _video_features_prepare_config_and_inputs(self) -> Any:
+        config, inputs = super()._video_features_prepare_config_and_inputs()
+        if "pixel_values_videos" not in signature(LlavaOnevisionModel.get_video_features).parameters:  # up to 5.17
+            inputs["pixel_values"] = inputs.pop("pixel_values_videos")
+        return config, inputs
 
 
 class Qwen2VL(Suite, unittest.TestCase):
