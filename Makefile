@@ -8,14 +8,14 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test fuzz hf-tests lint format quickstart wheel-test
+.PHONY: demo docs test fuzz hf-tests test-integrations lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
 	$(PYTHON) -m illava_hooks visualize --question "how many triangles are there ?" --output merge-pictures
 
 test: $(SETUP)  ## all tests, with the examples as smoke tests
-	$(PYTHON) -m pytest -n $(WORKERS)
+	$(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
