@@ -28,6 +28,26 @@ hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The harnesses need versions of their own, and each another one of antlr4.
+LMMS := build/lmms-eval
+VLMEVAL := build/vlmevalkit
+OTHERS := $(PYTHON) -m pytest tests/integrations
+
+test-integrations: $(SETUP) $(LMMS)/ready $(VLMEVAL)/ready  ## lmms-eval and VLMEvalKit as they are score as `evaluate` does
+	ILLAVA_LMMS_PYTHON=$(abspath $(LMMS))/bin/python ILLAVA_VLMEVAL_PYTHON=$(abspath $(VLMEVAL))/bin/python $(OTHERS)
+
+$(LMMS)/ready: pyproject.toml constraints.txt
+	python3 -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . lmms-eval==0.7.3 decord
+	touch $@
+
+$(VLMEVAL)/ready: pyproject.toml constraints.txt
+	python3 -m venv $(VLMEVAL)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > 		"$$($(VLMEVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ms-vlmeval==0.0.20
+	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt datasets decord jieba 		json_repair levenshtein math-verify nltk num2words openai opencv-python-headless pandas portalocker pylatexenc 		qwen-vl-utils requests rouge sty tabulate termcolor timeout-decorator validators
+	touch $@
+
 docs: $(SETUP)  ## the site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 

@@ -152,7 +152,7 @@ def _family(model_path: str, family: str | None) -> str:
         from transformers import AutoConfig
 
         try:
-            family = AutoConfig.from_pretrained(model_path).model_type
+            family = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise InputError(
                 f"model_path is {model_path!r}, whose configuration cannot be read; give a folder with a model, a hub "
