@@ -93,7 +93,7 @@ def upload(url: str, name: str, content: bytes) -> tuple[int, Any]:
     body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
     kind = {"Content-Type": f"multipart/form-data; boundary={edge}"}
     status, _, answered = fetch(f"{url}gradio_api/upload", kind, body)
-    return status, json.loads(answered)
+    return status, json.loads(answered) if status == 200 else answered.decode()
 
 
 def call(url: str, name: str, data: list[Any]) -> list[dict[str, Any]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +88,7 @@ class TestForms:
         words, good = forms.describe(engine.model, "illava", "auto", ("8", "", "", ""))
         assert not good and "allows 0..7" in words
         assert "of 0 to 7" in forms.limits_of(engine.model)["vit_layers"]
-        assert "64 patches of a tile" in forms.limits_of(engine.model)["vit_r"]
+        assert "a tile has 64" in forms.limits_of(engine.model)["vit_r"]
 
 
 class TestEngine:
@@ -151,7 +155,8 @@ class TestEngine:
 
     def test_requests_take_turns(self, engine: Engine) -> None:
         """Each gets the report of its own settings, whoever asks at the same time."""
-        wanted = [{"vit_r": amount, "vit_layers": [3], "llm_layers": []} for amount in (4, 8, 12, 20)]
+        amounts = (4, 8, 12, 20)
+        wanted: list[dict[str, Any]] = [{"vit_r": one, "vit_layers": [3], "llm_layers": []} for one in amounts]
         found: dict[int, Progress] = {}
 
         def ask(number: int) -> None:
@@ -164,7 +169,7 @@ class TestEngine:
             thread.join()
         reports = [found[number].answers[True].report for number in range(len(wanted))]
         left = [report.visuals[0].vision_tokens[-1] for report in reports if report is not None]
-        assert left == [5 * (64 - one["vit_r"]) for one in wanted]
+        assert left == [5 * (64 - one) for one in amounts]
         assert [one.maps[0].kept for one in (found[n] for n in range(4))] == left
 
     def test_who_goes_away_stops_the_generation(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,15 +253,18 @@ class TestTheCommand:
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
         assert "pip install 'illava-hooks[demo]'" in result.stderr
 
-    @pytest.mark.parametrize("version", [None, "5.49.1"])
-    def test_an_absent_or_old_gradio(self, version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-        old = None if version is None else type(sys)("gradio")
-        if old is not None:
-            old.__version__ = version  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "gradio", old)
+    @pytest.mark.parametrize("found", [None, "5.49.1"])
+    def test_an_absent_or_old_gradio(self, found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        def version(name: str) -> str:
+            if found is None:
+                raise PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr("illava_hooks.demo.handlers.version", version)
+        monkeypatch.setitem(sys.modules, "gradio", None)  # what stands before the page needs none of it
         result = CliRunner().invoke(app, ["demo", "--model", "nowhere"])
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
-        assert "gradio" in result.stderr and "pip install 'illava-hooks[demo]'" in result.stderr
+        assert "needs gradio" in result.stderr and "pip install 'illava-hooks[demo]'" in result.stderr
 
 
 def test_only_loopback_is_local() -> None:
@@ -274,24 +282,109 @@ def server() -> Iterator[Server]:
 
 @needs_gradio
 class TestThePage:
-    def ask(self, url: str, files: list[str], *numbers: str, sides: str = "Side by side") -> list[Any]:
-        """What a question brings in the end."""
+    def ask(self, url: str, files: list[Any], *numbers: str, sides: str = "Side by side", **given: str) -> list[Any]:
+        """What a question brings in the end; files are uploaded before."""
         paths = [upload(url, Path(file).name, Path(file).read_bytes())[1][0] for file in files]
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
-        events = call(url, "ask", [data, QUESTION, sides, "illava", "auto", *(numbers or NONE)])
+        chosen = {"question": QUESTION, "sides": sides, "method": "illava", "preset": "auto"} | given
+        events = call(url, "ask", [data, *chosen.values(), *(numbers or NONE)])
         assert events[-2]["msg"] == "process_completed" and events[-2]["success"], events[-2]
-        print(json.dumps(events)[:3000])
         found: list[Any] = events[-2]["output"]["data"]
         return found
 
-    def test_ask(self, server: Server) -> None:
+    def test_both_answers(self, server: Server) -> None:
         notes, plain, merged, table, *_ = self.ask(server.url, [SCENE])
         assert (notes, plain, merged) == ("", "2", "2")
         assert "320 → 240 → 160" in table
 
-    def test_headers(self, server: Server) -> None:
+    @pytest.mark.parametrize(("sides", "answers"), [("On", ("", "2")), ("Off", ("2", ""))])
+    def test_the_switch(self, server: Server, sides: str, answers: tuple[str, str]) -> None:
+        assert tuple(self.ask(server.url, [SCENE], sides=sides)[1:3]) == answers
+
+    def test_settings_arrive(self, server: Server) -> None:
+        found = self.ask(server.url, [SCENE], "1-5", "8", "2-4", "0.5", sides="On", method="nearest")
+        assert "320 → 280 → 240" in found[3]
+
+    def test_two_images_and_a_clip(self, server: Server) -> None:
+        pair = [tiny.media(f"pair/{name}.png") for name in ("first", "second")]
+        assert self.ask(server.url, pair, question="how many circles are in the second image ?")[1] == "1"
+        clip = self.ask(server.url, [tiny.media("clip.gif")], question="which way does the circle move ?")
+        assert clip[1] == "left" and "512 → 384 → 256" in clip[3]
+
+    @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(99), b"no picture at all"])
+    def test_a_broken_file_is_told(self, server: Server, content: bytes, tmp_path: Path) -> None:
+        broken = tmp_path / "holiday.png"
+        broken.write_bytes(content)
+        notes, *others = self.ask(server.url, [broken])
+        assert 'role="alert"' in notes and "holiday.png" in notes and str(server.folder) not in notes
+        assert not any(others[:3])
+        assert self.ask(server.url, [SCENE])[1] == "2"
+
+    def test_wrong_settings_and_no_file_are_told(self, server: Server) -> None:
+        assert "allows 0..7" in self.ask(server.url, [SCENE], "9", "", "", "")[0]
+        assert "llm_ratio is &#x27;half&#x27;" in self.ask(server.url, [SCENE], "", "", "", "half")[0]
+        assert "no picture yet" in self.ask(server.url, [])[0]
+
+    def test_large_uploads_are_refused(self, server: Server) -> None:
+        status, said = upload(server.url, "film.mp4", bytes(2**20 + 1))
+        assert status == 413 and "exceeded maximum allowed size of 1048576 bytes" in said
+        assert upload(server.url, "film.mp4", bytes(2**20 - 1))[0] == 200
+
+    @pytest.mark.parametrize("path", [__file__, "/etc/hostname", "../../../../etc/hostname"])
+    def test_other_files_are_not_read(self, server: Server, path: str) -> None:
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        events = call(server.url, "ask", [[file], QUESTION, "Off", "illava", "auto", *NONE])
+        assert not events[-2]["success"]
+        assert fetch(f"{server.url}gradio_api/file={path}")[0] in (403, 404)
+
+    def test_other_hosts_are_not_asked_for_files(self, server: Server) -> None:
+        file = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
+        events = call(server.url, "ask", [[file], QUESTION, "Off", "illava", "auto", *NONE])
+        assert events[-2]["output"]["error"] == "only uploaded files are read"
+        assert server.hosts() == []
+
+    def test_names_and_origins(self, server: Server) -> None:
         status, headers, body = fetch(server.url)
         assert status == 200 and b"gradio" in body
         assert "default-src 'self'" in headers["content-security-policy"]
         assert fetch(server.url, {"Host": "example.org"})[0] == 400
         assert fetch(server.url, {"Host": "localhost:1"})[0] == 200
+        allowed = fetch(server.url, {"Origin": "http://example.org"})[1]["access-control-allow-origin"]
+        assert allowed is None
+
+    def test_nothing_in_the_page_comes_from_elsewhere(self, server: Server) -> None:
+        body = fetch(server.url)[2].decode()
+        assert re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["'](?:https?:)?//[^"']+""", body) == []
+        theme = fetch(f"{server.url}theme.css")[2].decode()
+        assert re.findall(r"@import|url\((?!['\"]?data:)", theme) == []
+        config = json.loads(fetch(f"{server.url}config")[2])
+        assert config["stylesheets"] == [] and not config["analytics_enabled"]
+
+    def test_it_listens_on_one_address(self, server: Server) -> None:
+        port = int(server.url.rstrip("/").rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=5):
+            pass
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+
+    def test_a_port_that_is_taken_is_told(self, server: Server) -> None:
+        port = server.url.rstrip("/").rpartition(":")[2]
+        command = [sys.executable, "-m", "illava_hooks", "demo", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: nothing can be served at 127.0.0.1:{port}")
+        assert done.stderr.count("\n") == 1
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_nothing_stays(self, number: signal.Signals, status: int) -> None:
+        with serving() as other:
+            self.ask(other.url, [SCENE])
+            assert list(other.folder.rglob("scene.png"))
+            assert other.stop(number) == status
+            assert list(other.folder.iterdir()) == [] and other.hosts() == []
+            assert sorted(path.name for path in other.folder.parent.iterdir()) == ["log", "tmp"]
+            assert (other.folder.parent / "log").read_text() == ""
+
+    def test_no_other_host_was_called(self, server: Server) -> None:
+        """The last test of the class: all others are behind it."""
+        assert server.hosts() == []

@@ -28,11 +28,11 @@ def demo(
 ) -> None:
     """Serve a page that compares answers with and without merging, and shows what is merged."""
     from illava_hooks.demo.engine import Engine
-    from illava_hooks.demo.handlers import gradio
+    from illava_hooks.demo.handlers import check_gradio
     from illava_hooks.demo.serve import serve
     from illava_hooks.tools.loading import load_model, quiet
 
-    gradio()  # missing, it is told before a large model is loaded
+    check_gradio()  # missing, it is told before a large model is loaded
     quiet()
     engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)
     engine.warm_up()

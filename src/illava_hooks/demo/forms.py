@@ -22,7 +22,7 @@ MAX_FILES, MAX_QUESTION = 16, 2000
 FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio")
 
 #: What the switch says, and the sides that it asks for.
-SIDES = {"Side by side": (False, True), "Merging on": (True,), "Merging off": (False,)}
+SIDES = {"Side by side": (False, True), "On": (True,), "Off": (False,)}
 
 
 def media_of(files: Sequence[str] | None, frames: int) -> Media:
@@ -91,12 +91,11 @@ def limits_of(model: Any) -> dict[str, str]:
     """What a model allows in each of ``FIELDS``, in words."""
     limits = find_family(model).limits(model)
     tile = limits.tokens_per_tile
-    of_tile = f", of the {tile} patches of a tile or frame" if tile else ", of the patches of an image or frame"
     return {
-        "vit_layers": f"Encoder layers that merge, of 0 to {limits.vit_depth - 1}; 3-4, or none.",
-        "vit_r": f"Removed in each{of_tile}: a count, or a fraction such as 0.16.",
-        "llm_layers": f"Decoder layers that merge, of 1 to {limits.llm_depth - 1}; 2, or none.",
-        "llm_ratio": "Fraction of the visual tokens kept in each, above 0, at most 1.",
+        "vit_layers": f"Encoder layers that merge, of 0 to {limits.vit_depth - 1}; or none.",
+        "vit_r": f"Removed in each: a count{f' (a tile has {tile})' if tile else ''}, or a fraction.",
+        "llm_layers": f"Decoder layers that merge, of 1 to {limits.llm_depth - 1}; or none.",
+        "llm_ratio": "Fraction of the tokens kept in each, up to 1.",
     }
 
 

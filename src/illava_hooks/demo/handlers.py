@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from illava_hooks.demo.engine import Engine, Progress, Request
@@ -13,25 +14,37 @@ from illava_hooks.demo.view import caption, costs, note, picture, steps
 from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.loading import default_question
 
-__all__ = ["Handlers", "gradio"]
+__all__ = ["Handlers", "check_gradio", "gradio"]
 
+CURE = "pip install 'illava-hooks[demo]'"
 THUMB = 256  # pixels of a preview's longer side
+
+
+def check_gradio() -> None:
+    """Looks for gradio without importing it, which makes a folder for its files.
+
+    Raises:
+        InputError: it is not installed, or another major version is.
+    """
+    try:
+        found = version("gradio")
+    except PackageNotFoundError:
+        raise InputError(f"the demo page needs gradio, which is not installed; {CURE}") from None
+    if not found.startswith("6."):
+        raise InputError(f"the demo page needs gradio 6, and {found} is installed; {CURE}")
 
 
 def gradio() -> Any:
     """The module.
 
     Raises:
-        InputError: it is not installed, or another major version is.
+        InputError: it cannot be imported.
     """
-    cure = "pip install 'illava-hooks[demo]'"
+    check_gradio()
     try:
-        found = import_module("gradio")
+        return import_module("gradio")
     except ImportError as error:
-        raise InputError(f"the demo page needs gradio ({error}); {cure}") from error
-    if not found.__version__.startswith("6."):
-        raise InputError(f"the demo page needs gradio 6, and {found.__version__} is installed; {cure}")
-    return found
+        raise InputError(f"gradio cannot be imported ({error}); {CURE}") from error
 
 
 class Handlers:

@@ -30,7 +30,7 @@ table.costs :is(th, td) { padding: .38rem .55rem; text-align: right; font-weight
 table.costs tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 table.costs :is(th[scope=row], thead td) { text-align: left; color: var(--body-text-color-subdued); }
 table.costs thead th { font-weight: 600; }
-#preview { max-height: 9.5rem; }
+#preview :is(.gallery-container, .grid-wrap) { min-height: 0; height: auto; max-height: 9.5rem; }
 #preview .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 #map { gap: .75rem; }
 #map-caption textarea { font-variant-numeric: tabular-nums; }

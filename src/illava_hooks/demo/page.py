@@ -85,6 +85,7 @@ class Page:
         kinds = ["image", "video", ".avif", ".mkv", ".mjpeg"]
         label = "Images, or one video"
         files = gr.File(label=label, file_count="multiple", file_types=kinds, height=150, elem_id="files")
+        self._read_no_addresses(files)
         with gr.Row(elem_id="examples"):
             icons = [str(tiny.media(names[0])) for names, _ in EXAMPLES.values()]
             examples = [gr.Button(n, icon=i, size="sm") for n, i in zip(EXAMPLES, icons, strict=True)]
@@ -100,7 +101,7 @@ class Page:
             max_length=MAX_QUESTION,
             elem_id="question",
         )
-        sides = gr.Radio(list(SIDES), value="Side by side", label="Answers", elem_id="sides")
+        sides = gr.Radio(list(SIDES), value="Side by side", label="Merging", elem_id="sides")
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Accordion("Settings of merging", open=False, elem_id="settings"):
             with gr.Row():
@@ -112,7 +113,7 @@ class Page:
             numbers = []
             for pair in (FIELDS[:2], FIELDS[2:]):
                 with gr.Row():
-                    looks = {"placeholder": "from the preset", "max_length": 200, "min_width": 150}
+                    looks = {"placeholder": "by the preset", "max_length": 200, "min_width": 150}
                     numbers += [gr.Textbox(label=name, info=limits[name], elem_id=name, **looks) for name in pair]
             says = gr.HTML(self.handlers.describe("illava", "auto", *[""] * len(FIELDS)), elem_id="says")
         given = [method, preset, *numbers]
@@ -121,6 +122,17 @@ class Page:
             concurrency_limit=None, show_progress="hidden", api_visibility="private", trigger_mode="always_last",
         )  # fmt: skip
         return [files, question, sides, *given], ask, examples, files, preview
+
+    def _read_no_addresses(self, files: Any) -> None:
+        """Where a request names an address instead of an uploaded file, gradio would download it."""
+        stock = files.async_move_resource_to_block_cache
+
+        async def moved(path: Any) -> Any:
+            if "://" in str(path):
+                raise self.gr.Error("only uploaded files are read", print_exception=False)
+            return await stock(path)
+
+        files.async_move_resource_to_block_cache = moved
 
     def _question(self, known: str) -> str:
         """Of an example: other models than the embedded ones get their default question."""

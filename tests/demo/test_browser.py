@@ -1,0 +1,257 @@
+"""The demo page in a real browser, headless: what a visitor sees, and that nothing comes from another host.
+
+Pictures of the page at the widths of a desktop and a phone are left in `build/demo-screenshots`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo_server import Server, serving
+from illava_hooks import tiny
+
+SHOTS = Path(__file__).parents[2] / "build" / "demo-screenshots"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
+MISSING += [] if CHROMIUM else ["chromium"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+DESKTOP, PHONE = (1280, 900), (390, 844)
+SCENE = str(tiny.media("scene.png"))
+PAIR = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
+WAIT_MS = 60_000
+
+
+class Visitor:
+    """One browser window of its own, that notes what it loads and what goes wrong."""
+
+    def __init__(self, browser: Any, url: str, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
+        self.context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self.page: Any = self.context.new_page()
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.set_default_timeout(WAIT_MS)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
+        self.page.goto(url)
+        self.page.wait_for_selector("#ask")
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+    def upload(self, *files: str | Path) -> None:
+        self.page.set_input_files("#files input[type=file]", [str(file) for file in files])
+        for file in files:  # the page cuts long names
+            self.page.locator("#files .file-preview", has_text=Path(file).stem[:6]).wait_for()
+
+    def ask(self, question: str | None = None) -> None:
+        if question is not None:
+            self.page.fill("#question textarea", question)
+        self.page.click("#ask")
+
+    def text(self, place: str) -> str:
+        found: str = self.page.input_value(f"#{place} textarea")
+        return found
+
+    def wait_for(self, place: str, text: str) -> None:
+        """Until a text box holds a text."""
+        self.page.wait_for_function(
+            "([place, text]) => document.querySelector(`#${place} textarea`)?.value.includes(text)", arg=[place, text]
+        )
+
+    def map_source(self) -> str:
+        """The address of the picture, which names its content."""
+        found: str = self.page.get_attribute("#map-picture img", "src")
+        return found
+
+    def slide(self, key: str) -> str:
+        """Moves the slider by a key; the address of the picture that comes."""
+        before = self.map_source()
+        self.page.focus("#step input[type=range]")
+        self.page.keyboard.press(key)
+        self.page.wait_for_function(
+            "before => document.querySelector('#map-picture img').getAttribute('src') !== before", arg=before
+        )
+        return self.map_source()
+
+    def overflow(self) -> int:
+        """Pixels by which the page is wider than the window."""
+        found: int = self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        return found
+
+    def shoot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.wait_for_timeout(600)  # until the last picture is painted
+        self.page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+
+    def leave(self) -> None:
+        """Closes the window; nothing may have come from elsewhere, and nothing may have failed."""
+        self.context.close()
+        others = [url for url in self.requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
+        assert self.requests and others == []
+        assert self.errors == []
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--max-file-size", "1") as running:
+        yield running
+        assert running.hosts() == []
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
+
+    nothing_else = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", nothing_else])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visitor(browser: Any, server: Server) -> Iterator[Visitor]:
+    one = Visitor(browser, server.url)
+    yield one
+    one.leave()
+
+
+def test_upload_and_ask(visitor: Visitor) -> None:
+    visitor.upload(SCENE)
+    visitor.page.wait_for_selector("#preview img")
+    visitor.ask("how many triangles are there ?")
+    visitor.page.wait_for_selector("#map-picture img")
+    assert (visitor.text("plain"), visitor.text("merged")) == ("2", "2")
+    table = visitor.page.inner_text("#costs table")
+    assert "320 → 240 → 160" in table and re.search(r"KV cache\s+0.799 MB\s+0.349 MB", table)
+    assert visitor.text("map-caption") == "Language model, from layer 2: 123 of 336 tokens are left (37%)."
+
+
+def test_the_slider_shows_each_layer(visitor: Visitor) -> None:
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.page.wait_for_selector("#map-picture img")
+    seen = [visitor.map_source()]
+    for words in ("after layer 4: 160 of 320 patches", "after layer 3: 240 of 320 patches", "The input"):
+        seen.append(visitor.slide("ArrowLeft"))
+        visitor.wait_for("map-caption", words)
+    assert len(set(seen)) == 4
+    assert visitor.slide("ArrowRight") == seen[2], "the same layer is the same picture"
+    visitor.page.get_by_label("Colour what was merged").check()
+    visitor.page.wait_for_function(
+        "before => document.querySelector('#map-picture img').getAttribute('src') !== before", arg=seen[2]
+    )
+    visitor.shoot("desktop-colours")
+
+
+def test_merging_on_and_off(visitor: Visitor) -> None:
+    visitor.upload(SCENE)
+    visitor.page.get_by_label("Off", exact=True).check()
+    visitor.ask("how many triangles are there ?")
+    visitor.wait_for("plain", "2")
+    visitor.page.wait_for_selector("#costs table")
+    assert visitor.text("merged") == "" and not visitor.page.is_visible("#map-picture")
+    visitor.page.get_by_label("On", exact=True).check()
+    visitor.ask()
+    visitor.wait_for("merged", "2")
+    visitor.page.wait_for_selector("#map-picture img")
+    assert visitor.text("plain") == ""
+
+
+def test_settings(visitor: Visitor) -> None:
+    visitor.upload(SCENE)
+    visitor.page.get_by_text("Settings of merging").click()
+    visitor.page.fill("#vit_layers textarea", "9")
+    visitor.page.wait_for_selector("#says .failed")
+    assert "this model allows 0..7" in visitor.page.inner_text("#says")
+    visitor.shoot("desktop-wrong-setting")
+    visitor.page.fill("#vit_layers textarea", "1-5")
+    visitor.page.fill("#vit_r textarea", "8")
+    visitor.page.fill("#llm_layers textarea", "none")
+    visitor.page.wait_for_function(
+        "() => document.querySelector('#says').innerText.includes('encoder layers 1, 5 each remove 8 of the patches.')"
+    )
+    visitor.page.click("#method input")
+    visitor.page.get_by_role("option", name="tome").click()
+    visitor.ask("how many triangles are there ?")
+    visitor.page.wait_for_selector("#map-picture img")
+    assert "320 → 280 → 240" in visitor.page.inner_text("#costs table")
+    assert visitor.text("map-caption").startswith("Vision encoder, after layer 5: 240 of 320")
+
+
+def test_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
+    broken = tmp_path / "<b>bold<b>.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    visitor.page.set_input_files("#files input[type=file]", str(broken))
+    visitor.page.wait_for_selector("#notes .failed")
+    told = visitor.page.inner_text("#notes")
+    assert "cannot be read as an image or a video" in told and "/" not in told.split(":")[0]
+    visitor.ask("what is this ?")
+    visitor.page.wait_for_timeout(500)
+    visitor.page.wait_for_selector("#notes .failed")
+    visitor.shoot("desktop-broken-file")
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.wait_for("merged", "2")
+    assert visitor.page.query_selector("#notes .failed") is None
+
+
+def test_a_large_file(browser: Any, server: Server, tmp_path: Path) -> None:
+    visitor = Visitor(browser, server.url)
+    (tmp_path / "film.mp4").write_bytes(bytes(2**20 + 1))
+    visitor.page.set_input_files("#files input[type=file]", str(tmp_path / "film.mp4"))
+    visitor.page.get_by_text(re.compile("maximum allowed|exceeds|too large", re.I)).first.wait_for()
+    visitor.shoot("desktop-large-file")
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.wait_for("merged", "2")
+    visitor.errors = [error for error in visitor.errors if "413" not in error]
+    visitor.leave()
+
+
+def test_two_visitors_at_once(browser: Any, server: Server) -> None:
+    """Each sees the answers to the own question, with the own settings."""
+    one, other = Visitor(browser, server.url), Visitor(browser, server.url)
+    one.upload(SCENE)
+    other.upload(*PAIR)
+    other.page.get_by_text("Settings of merging").click()
+    other.page.fill("#vit_layers textarea", "3")
+    for _ in range(3):
+        one.ask("how many triangles are there ?")
+        other.ask("how many circles are in the second image ?")
+        for visitor, answer in ((one, "2"), (other, "1")):
+            visitor.wait_for("merged", answer)
+            visitor.page.wait_for_selector("#map-picture img")
+        assert "320 → 240 → 160" in one.page.inner_text("#costs table")
+        assert "128 → 96" in other.page.inner_text("#costs table")
+        assert "→ 64" not in other.page.inner_text("#costs table")
+    one.leave()
+    other.leave()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("example", ["Scene", "Digits", "Two images", "Clip"])
+def test_examples_fit_the_window(browser: Any, server: Server, size: tuple[int, int], example: str) -> None:
+    scheme = "dark" if example in ("Digits", "Clip") else "light"
+    visitor = Visitor(browser, server.url, size, scheme)
+    name = f"{'phone' if size == PHONE else 'desktop'}-{example.lower().replace(' ', '-')}"
+    assert visitor.overflow() <= 0
+    visitor.page.get_by_role("button", name=example).click()
+    visitor.page.wait_for_selector("#map-picture img")
+    assert visitor.text("plain") and visitor.text("merged")
+    assert visitor.overflow() <= 0
+    visitor.shoot(name)
+    visitor.leave()
