@@ -7,15 +7,20 @@ __all__ = ["CSS", "FONTS", "MONO", "READABLE"]
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
 
-#: The theme's own grey is hard to read on white.
+#: The theme's own grey is hard to read on white, and so is white on its own teal.
 READABLE = {
-    f"{name}_text_color{kind}{dark}": f"*neutral_{300 if dark else 600}"
-    for name, kind in (("body", "_subdued"), ("block_info", ""))
-    for dark in ("", "_dark")
+    f"{name}{dark}": color
+    for name, light, night in (
+        ("body_text_color_subdued", "*neutral_600", "*neutral_300"),
+        ("block_info_text_color", "*neutral_600", "*neutral_300"),
+        ("button_primary_background_fill", "*primary_700", "*primary_700"),
+        ("button_primary_background_fill_hover", "*primary_800", "*primary_800"),
+    )
+    for dark, color in (("", light), ("_dark", night))
 }
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.35rem; margin: 0 0 .15rem; }
 #title p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 #examples { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; }
