@@ -353,7 +353,7 @@ def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> 
     from illava_hooks.patchers import forward, head
     from illava_hooks.patchers.vision import hooks
 
-    assert forward._forward.get() is None and head._prompt.get() is None and hooks.current_run.get() is None
+    assert forward.running_forward() is None and head._prompt.get() is None and hooks.current_run.get() is None
 
 
 def test_every_method_has_a_schedule_it_can_run() -> None:
