@@ -274,6 +274,14 @@ def test_only_loopback_is_local() -> None:
     assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.2", "example.org", "")))
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with serving("--max-file-size", "1") as running:
@@ -367,12 +375,37 @@ class TestThePage:
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.2", port), timeout=5)
 
+    @pytest.mark.slow
     def test_a_port_that_is_taken_is_told(self, server: Server) -> None:
         port = server.url.rstrip("/").rpartition(":")[2]
         command = [sys.executable, "-m", "illava_hooks", "demo", "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 2 and done.stderr.startswith(f"error: nothing can be served at 127.0.0.1:{port}")
         assert done.stderr.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_the_other_family(self) -> None:
+        with serving("--model", "tiny-qwen2-vl") as other:
+            notes, plain, merged, table, *_ = self.ask(other.url, [SCENE], question="what color is the star ?")
+            assert (notes, plain, merged) == ("", "blue", "blue") and "→" in table
+            assert (
+                self.ask(other.url, [tiny.media("clip.gif")], question="which way does the circle move ?")[1] == "left"
+            )
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+    def test_ipv6(self) -> None:
+        with serving("--host", "::1") as other:
+            assert other.url.startswith("http://[::1]:")
+            assert fetch(other.url)[0] == 200
+            assert fetch(other.url, {"Host": "[2001:db8::1]:80"})[0] == 400
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("host", ["203.0.113.7", "nowhere.invalid"])
+    def test_a_host_of_another_machine_is_told(self, host: str) -> None:
+        command = [sys.executable, "-m", "illava_hooks", "demo", "--host", host]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 2 and f"nothing can be served at {host}" in done.stderr.splitlines()[-1]
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -119,13 +119,15 @@ def serving(engine: Engine, host: str = LOCAL, port: int = 0, max_megabytes: int
         gr = gradio()
         page = Page(engine).build()
         page.queue(max_size=64, api_open=False)
-        names = (LOCAL, "localhost", "[::1]", host.lower()) if is_local(host) else None
+        host = host.strip("[]")
+        name = f"[{host}]" if ":" in host else host  # as it stands in an address
+        names = (LOCAL, "localhost", "[::1]", name.lower()) if is_local(host) else None
         try:
             if not port:
-                with socket.create_server((host.strip("[]"), 0), family=_family(host)) as free:
+                with socket.create_server((host, 0), family=_family(host)) as free:
                     port = free.getsockname()[1]
             _, url, _ = page.launch(
-                server_name=host, server_port=port, max_file_size=max_megabytes * 2**20, quiet=True, share=False,
+                server_name=name, server_port=port, max_file_size=max_megabytes * 2**20, quiet=True, share=False,
                 prevent_thread_lock=True, footer_links=[], show_error=True, run_history=False, ssr_mode=False,
                 mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, state_session_capacity=64,
                 allowed_paths=[str(tiny.media("scene.png").parent)], css=CSS,
@@ -136,7 +138,7 @@ def serving(engine: Engine, host: str = LOCAL, port: int = 0, max_megabytes: int
             page.close(verbose=False)
             cure = "give another --port (0: any that is free), or the --host of this machine"
             raise InputError(
-                f"nothing can be served at {host}:{port} ({' '.join(str(error).split())}); {cure}"
+                f"nothing can be served at {name}:{port} ({' '.join(str(error).split())}); {cure}"
             ) from error
         try:
             yield url
