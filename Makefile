@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test fuzz hf-tests test-integrations lint format quickstart wheel-test
+.PHONY: demo docs test fuzz hf-tests test-integrations demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -47,6 +47,11 @@ $(VLMEVAL)/ready: pyproject.toml constraints.txt
 	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ms-vlmeval==0.0.20
 	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt datasets decord jieba 		json_repair levenshtein math-verify nltk num2words openai opencv-python-headless pandas portalocker pylatexenc 		qwen-vl-utils requests rouge sty tabulate termcolor timeout-decorator validators
 	touch $@
+
+demo-test:  ## the demo page, also in a browser (Debian's chromium), in an environment of its own: gradio wants an older pillow
+	python3 -m venv build/demo-env
+	build/demo-env/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]" playwright
+	build/demo-env/bin/python -m pytest tests/test_demo.py tests/demo
 
 docs: $(SETUP)  ## the site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
