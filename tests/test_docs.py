@@ -82,7 +82,7 @@ def test_bash_blocks_hold_nothing_else() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is in the docs extra")
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not re.findall(r"^WARNING", done.stderr, re.M), done.stdout + done.stderr
     pages = [file.read_text() for file in (tmp_path / "site").rglob("*.html")]
