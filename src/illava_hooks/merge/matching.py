@@ -5,8 +5,6 @@ Shapes: ``S`` segments of ``L`` tokens (padded), ``Q`` tokens that look for a ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -47,27 +45,24 @@ def closest_above(features: Tensor, valid: Tensor) -> Tensor:
     return torch.cat(found, 1)
 
 
-def best_match(features: Tensor, tokens: Tensor, allowed: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def best_match(features: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
     """For each of some tokens the most similar one that is allowed, in blocks of rows.
 
     Args:
         features: ``(S, L, D)`` unit vectors.
         tokens: ``(S, Q)`` int64.
-        allowed: gives for some of them, ``(S, q)``, whom each may match: ``(S, q, L)`` or ``(S, 1, L)`` bool.
+        allowed: ``(S, L)`` bool, whom they may match.
 
     Returns:
-        Cosine, ``-inf`` where nobody is allowed, and number of the match, ``(S, Q)`` each; of equals the first.
+        Number of the match, ``(S, Q)``; of equals the first.
     """
     segments, length, _ = features.shape
     rows = max(1, BLOCK_ELEMENTS // (segments * length))
     found = []
     for first in range(0, tokens.shape[1], rows):
-        part = tokens[:, first : first + rows]
-        similarity = take_rows(features, part) @ features.transpose(1, 2)
-        found.append(similarity.masked_fill_(~allowed(part), -torch.inf).max(-1))
-    if not found:
-        return features.new_zeros(tokens.shape), tokens
-    return torch.cat([part.values for part in found], 1), torch.cat([part.indices for part in found], 1)
+        similarity = take_rows(features, tokens[:, first : first + rows]) @ features.transpose(1, 2)
+        found.append(similarity.masked_fill_(~allowed[:, None], -torch.inf).max(-1).indices)
+    return torch.cat(found, 1) if found else tokens
 
 
 def average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor) -> SegmentPlan:

@@ -167,7 +167,7 @@ def bipartite(inputs: RuleInputs) -> SegmentPlan:
 def _fold(inputs: RuleInputs, features: Tensor, kept: Tensor, absorbed: Tensor, used: Tensor) -> SegmentPlan:
     """Averages the ``absorbed`` tokens into the survivors that resemble them most."""
     inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
-    _, anchors = best_match(features, absorbed, lambda _: (kept & inside)[:, None])
+    anchors = best_match(features, absorbed, kept & inside)
     return average(inputs, kept, absorbed, anchors, used)
 
 
