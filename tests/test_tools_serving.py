@@ -5,6 +5,7 @@ The server loads its models itself, through `ModelManager._load_model`: that is 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -40,18 +41,24 @@ class Served:
         """Starts on a free port of this machine; the model is loaded at once."""
         self.family, self.folder = family, str(tiny.folder(family))
         self.sessions: list[MergeSession] = []
-        stock = ModelManager._load_model
+        self.loops: list[asyncio.AbstractEventLoop] = []
+        stock, new_loop = ModelManager._load_model, asyncio.new_event_loop
 
         def load(manager: Any, *args: Any, **kwargs: Any) -> Any:
             model = stock(manager, *args, **kwargs)
             self.sessions.append(patch(model))
             return model
 
+        def loop() -> asyncio.AbstractEventLoop:
+            self.loops.append(new_loop())
+            return self.loops[-1]
+
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(ModelManager, "_load_model", load)
+            monkeypatch.setattr(asyncio, "new_event_loop", loop)
             self.server = Serve(
                 force_model=self.folder,
                 host="127.0.0.1",
@@ -60,10 +67,17 @@ class Served:
                 dtype="float32",
                 non_blocking=True,
             )
-        end = time.monotonic() + 60
-        while not self.server.server.started:
-            assert time.monotonic() < end, "the server did not start"
-            time.sleep(0.05)
+            end = time.monotonic() + 60
+            while not self.server.server.started:
+                assert time.monotonic() < end, "the server did not start"
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Ends the server and closes its event loop, which `kill_server` leaves to the garbage collector."""
+        self.server.kill_server()
+        self.server._thread.join(timeout=60)
+        for loop in self.loops:
+            loop.close()
 
     def ask(self, path: str, body: dict[str, Any]) -> str:
         """The text of an answer."""
@@ -83,7 +97,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """One server for all tests of a family."""
     one = Served(request.param)
     yield one
-    one.server.kill_server()
+    one.stop()
 
 
 def picture() -> str:
