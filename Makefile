@@ -38,7 +38,7 @@ test-integrations: $(SETUP) $(LMMS)/ready $(VLMEVAL)/ready  ## lmms-eval and VLM
 
 $(LMMS)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(LMMS)
-	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . lmms-eval==0.7.3 decord
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . lmms-eval==0.7.3 decord "filelock<4"
 	touch $@
 
 $(VLMEVAL)/ready: pyproject.toml constraints.txt

@@ -136,6 +136,7 @@ def _only_here(others: Path) -> None:
 
 if __name__ == "__main__":
     _only_here(Path(sys.argv.pop(1)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs behind its back ignores Ctrl-C
     from illava_hooks.cli import app
 
     app()

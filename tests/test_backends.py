@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from helpers import needs_any_head_width
 from illava_hooks import patch
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
@@ -97,6 +98,7 @@ def test_flash_attention(family: str, kernel: str, samples: list[Sample], monkey
         assert all(mask is None for mask in flash.masks), "one sample is never padded"
 
 
+@needs_any_head_width
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # fused needs a compiler
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
 def test_flex_attention() -> None:

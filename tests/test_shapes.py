@@ -117,7 +117,7 @@ def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) ->
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert counter.calls == 2, "the layer was not run again for its gradients"
     (plain_loss, plain), (loss, gradients) = found
-    assert torch.equal(loss, plain_loss)
+    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)  # without a graph, other kernels may run
     assert plain.keys() == gradients.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-5)

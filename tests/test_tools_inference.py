@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decode_helpers import IMAGE, RAGGED, SETTINGS, patched, single
-from helpers import Found, assert_differ, assert_near, assert_same, forward
+from helpers import Found, assert_differ, assert_near, assert_same, forward, needs_any_head_width
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -71,8 +71,12 @@ def test_autocast_merges_as_many_and_answers_nearly_the_same(family: str, sample
     with torch.autocast("cpu", torch.bfloat16):
         narrow = generated(model, inputs)
     assert_merged(model, inputs, narrow)
-    assert session_of(model).report.sequence_tokens == report.sequence_tokens
-    assert {name: tensor.shape for name, tensor in narrow.items()} == {name: t.shape for name, t in wide.items()}
+    again = session_of(model).report
+    assert [visual.vision_tokens for visual in again.visuals] == [visual.vision_tokens for visual in report.visuals]
+    for counts, expected in zip(again.sequence_tokens, report.sequence_tokens, strict=True):
+        # LLaVA-OneVision cuts off a tile's padding: how many tokens are cut depends on which ones survived.
+        assert counts == pytest.approx(expected, abs=2 if family == "llava_onevision" else 0)
+    assert narrow["logits"].shape == wide["logits"].shape
     with merging(model, False), torch.autocast("cpu", torch.bfloat16):
         stock = generated(model, inputs)
     rounding = (narrow["logits"][0].float() - wide["logits"][0]).abs().mean()
@@ -146,6 +150,7 @@ def test_a_back_end_for_each_part(family: str) -> None:
     assert_near({"": out.logits}, {"": forward(expected, inputs)["forward.logits"]}, **CLOSE)
 
 
+@needs_any_head_width
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # fused needs a compiler
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
 def test_flex_attention_after_patch() -> None:
