@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
-from helpers import before, needs_ready_features
+from helpers import before, needs_ready_features, needs_tracing
 from illava_hooks import PatchStateError, merging, session_of
 from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
@@ -246,6 +246,7 @@ def test_static_cache(family: str, kind: str) -> None:
         torch.testing.assert_close(ours, expected, **CLOSE)
 
 
+@needs_tracing
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_step_compiles_to_one_graph(family: str) -> None:

@@ -33,6 +33,7 @@ from illava_hooks import (
     patch,
     session_of,
 )
+from illava_hooks.patchers import registry
 from illava_hooks.runtime.releases import CACHE
 from illava_hooks.schedules import MergeSchedule
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
@@ -206,6 +207,17 @@ def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, f"lacks '{CACHE}'", "transformers 5", "use a version")
+    assert session_of(model) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_release_whose_masks_cannot_be_told_not_to_look(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As up to transformers 5.14: there a mask of ones is looked at, which waits for the device."""
+    model = tiny_model(family)
+    monkeypatch.setattr(registry, "create_causal_mask", lambda config, inputs_embeds, attention_mask: None)
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **GOOD)
+    assert_says(caught.value, "lacks 'allow_is_causal_skip'", "transformers 5", "use a version")
     assert session_of(model) is None
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from torch import nn
+from transformers.masking_utils import create_causal_mask
 
 from illava_hooks.config import MergeConfig
 from illava_hooks.errors import UnsupportedModelError
@@ -86,8 +87,12 @@ def locate(family: Family, model: Any) -> ModelParts:
         _ = parts.base.get_image_features, parts.base.get_video_features, parts.base.get_placeholder_mask
         if parts.top is not None:
             _ = parts.top.generate
-        if CACHE not in inspect.signature(type(parts.text_model).forward).parameters:
-            raise AttributeError(name=CACHE)
+        for function, argument in (
+            (type(parts.text_model).forward, CACHE),
+            (create_causal_mask, "allow_is_causal_skip"),
+        ):
+            if argument not in inspect.signature(function).parameters:
+                raise AttributeError(name=argument)
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, which "

@@ -60,7 +60,6 @@ def causal_mask(
         inputs_embeds=embeds,
         attention_mask=key_valid,
         position_ids=None,
-        layer_idx=0,
         # With a mask the skip would look at its values, which synchronises with the host.
         allow_is_causal_skip=key_valid is None,
         **cache,
