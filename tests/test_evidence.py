@@ -16,10 +16,12 @@ from helpers import needs_ready_features
 from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.errors import InputError
+from illava_hooks.runtime.releases import CACHE
 from illava_hooks.tools.bench import (
     SHAPES,
     Comparison,
     Measurement,
+    MergeCost,
     Stage,
     Workload,
     build_shape,
@@ -28,7 +30,7 @@ from illava_hooks.tools.bench import (
     flops_fit,
     measure,
     measure_alternating,
-    merge_share,
+    merge_cost,
     verdict,
 )
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
@@ -168,17 +170,17 @@ class TestBench:
         }[kind]
         model = build_shape(shape, narrow=True)
         inputs = build_workload(model, load)
-        session = patch(model)
-        plain, merged = (measure(model, inputs, on, load.new) for on in (False, True))
+        (plain,), (merged,) = measure_alternating(model, inputs, {}, 1, load.new, warm_up=False)
         assert (plain.merged, merged.merged) == (False, True)
         stages = [getattr(run, name) for run in (plain, merged) for name in ("encoder", "projector", "language")]
         assert min(stage.wall_s for stage in stages) > 0 and min(stage.cpu_s for stage in stages) > 0
         assert plain.decode_s > 0 and plain.cpu_s == pytest.approx(sum(stage.cpu_s for stage in stages[:3]))
-        assert 0 < merge_share(model, inputs) < 1
-        after, before = session.report.kv_bytes
+        cost = merge_cost(model, inputs, {}, steps=2)
+        assert session_of(model) is None and 0 < cost.share < 1 and 0.1 < cost.decoding < 10
+        after, before = cost.report.kv_bytes
         assert (merged.kv_bytes, plain.kv_bytes) == (after, before) and after < before
         visuals = 2 * load.batch if load.images == 2 else load.batch
-        assert len(session.report.visuals) == visuals
+        assert len(cost.report.visuals) == visuals
 
     def test_published_shapes(self) -> None:
         sizes = {}
@@ -196,9 +198,34 @@ class TestBench:
     def test_patched_model_is_measured_in_turn(self) -> None:
         model = build_shape("qwen2-vl-2b", narrow=True)
         inputs = build_workload(model, Workload(patches=256, text=20))
-        patch(model)
-        plain, merged = measure_alternating(model, inputs, rounds=2, new_tokens=1)
+        plain, merged = measure_alternating(model, inputs, {}, rounds=2, new_tokens=1)
         assert [m.merged for m in plain] == [False] * 2 and [m.merged for m in merged] == [True] * 2
+        assert session_of(model) is None and not measure(model, inputs, 1).merged
+        patch(model)
+        assert measure(model, inputs, 1).merged
+
+    @needs_ready_features
+    @pytest.mark.parametrize("shape", ["llava-onevision-0.5b", "qwen2-vl-2b"])
+    def test_decode_steps_read_as_many_keys(self, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = build_shape(shape, narrow=True)
+        inputs = build_workload(model, Workload(tiles=2, patches=256, text=20))
+        seen: list[tuple[bool, int, int]] = []
+        stock = type(model).forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            keys = sum(layer.keys.shape[-2] for layer in kwargs[CACHE].layers if layer.is_initialized)
+            if kwargs["input_ids"].shape[1] == 1:
+                seen.append((session_of(self) is not None, keys, self.lm_head.weight.data_ptr()))
+            return stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(model), "forward", forward)
+        cost = merge_cost(model, inputs, {}, steps=3)
+        assert [merged for merged, _, _ in seen] == [True, False] * 3, "in turn, one of them unpatched"
+        layers = model.config.text_config.num_hidden_layers
+        for (_, ours, weight), (_, theirs, twin) in zip(seen[::2], seen[1::2], strict=True):
+            assert abs(ours - theirs) <= layers / 2 and weight == twin
+        width = cost.report.kv_bytes[0] / seen[0][1]
+        assert width == cost.report.kv_bytes[1] / (layers * inputs["input_ids"].shape[1])
 
     def test_verdict_is_plain(self) -> None:
         def run(prefill: float, decode: float) -> Measurement:
@@ -235,7 +262,7 @@ class TestBench:
         def found(flops: int, seconds: float) -> Comparison:
             run = Measurement(True, Stage(0.0, 0.0), Stage(0.0, 0.0), Stage(seconds, seconds), 0.0, 1)
             report = MergeReport((), (), (), (0, 0), (0, 0), (flops, 2 * flops), (1, 1))
-            return Comparison("", [run], [run], report, 0.0)
+            return Comparison("", [run], [run], MergeCost(report, 0.0, 0.0))
 
         assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.0)], merged=True) == pytest.approx(0)
         assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.3)], merged=True) == pytest.approx(0.1)
@@ -246,12 +273,13 @@ class TestBench:
         arguments = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
         result = CliRunner().invoke(app, [*arguments, "--plot", str(plot)])
         assert result.exit_code == 0, result.output
-        for word in ("encoder", "language model", "KV cache", "Worth it?", "ideal"):
+        for word in ("encoder", "language model", "KV cache", "Worth it?", "ideal", "as many keys"):
             assert word in result.stdout
         with Image.open(plot) as picture:
             assert picture.format == "PNG"
         body = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
         assert body["ideal_ratio"] == pytest.approx(body["flops"]["merged"] / body["flops"]["unpatched"])
+        assert body["decoding_at_equal_kv"] > 0 and 0 < body["merge_share"] < 1
         assert CliRunner().invoke(app, ["bench"]).exit_code == 2
         assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
 

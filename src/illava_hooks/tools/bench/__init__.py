@@ -10,7 +10,7 @@ from illava_hooks.tools.bench.comparison import (
     sweep,
 )
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
-from illava_hooks.tools.bench.overhead import merge_share
+from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.plot import plot_comparisons
 from illava_hooks.tools.bench.shapes import SHAPES, build_shape
 from illava_hooks.tools.bench.table import as_dict, print_sweep, print_table, verdict
@@ -21,6 +21,7 @@ __all__ = [
     "SWEEPS",
     "Comparison",
     "Measurement",
+    "MergeCost",
     "Stage",
     "Workload",
     "as_dict",
@@ -32,7 +33,7 @@ __all__ = [
     "measure",
     "measure_alternating",
     "measure_once",
-    "merge_share",
+    "merge_cost",
     "plot_comparisons",
     "print_sweep",
     "print_table",

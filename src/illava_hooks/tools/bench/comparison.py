@@ -15,7 +15,7 @@ from illava_hooks.errors import InputError
 from illava_hooks.methods import METHODS
 from illava_hooks.runtime.report import MergeReport, VisualReport
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
-from illava_hooks.tools.bench.overhead import merge_share
+from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.workload import Workload, build_workload
 
 __all__ = ["SWEEPS", "Comparison", "compare", "compare_fresh", "flops_fit", "measure_once", "sweep"]
@@ -38,15 +38,18 @@ class Comparison:
         label: what distinguishes it in a sweep.
         plain: runs without merging.
         merged: runs with it.
-        report: of the merged ones.
-        share: of merging itself in the merged prefill.
+        cost: what the merged ones do, and what merging itself takes.
     """
 
     label: str
     plain: list[Measurement]
     merged: list[Measurement]
-    report: MergeReport
-    share: float
+    cost: MergeCost
+
+    @property
+    def report(self) -> MergeReport:
+        """Of the merged runs."""
+        return self.cost.report
 
 
 def compare(
@@ -63,22 +66,19 @@ def compare(
         warm_up: whether a run of each kind comes first that does not count.
     """
     inputs = build_workload(model, load)
-    session = patch(model, **settings)
-    try:
-        plain, merged = measure_alternating(model, inputs, rounds, load.new, warm_up)
-        return Comparison(label, plain, merged, session.report, merge_share(model, inputs))
-    finally:
-        unpatch(model)
+    plain, merged = measure_alternating(model, inputs, settings, rounds, load.new, warm_up)
+    return Comparison(label, plain, merged, merge_cost(model, inputs, settings, load.new - 1))
 
 
 def measure_once(model: Any, load: Workload, settings: dict[str, Any], merged: bool) -> dict[str, Any]:
     """One run without a warm-up, as data: what a fresh process does."""
     inputs = build_workload(model, load)
-    session = patch(model, **settings)
-    body: dict[str, Any] = {"run": asdict(measure(model, inputs, merged, load.new))}
-    if merged:
-        body |= {"report": asdict(session.report), "share": merge_share(model, inputs)}
-    return body
+    if not merged:
+        return {"run": asdict(measure(model, inputs, load.new))}
+    patch(model, **settings)
+    run = measure(model, inputs, load.new)
+    unpatch(model)
+    return {"run": asdict(run), "cost": asdict(merge_cost(model, inputs, settings, load.new - 1))}
 
 
 def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
@@ -102,10 +102,10 @@ def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
             last = json.loads(done.stdout)
             stages: dict[str, Any] = {k: Stage(**v) if isinstance(v, dict) else v for k, v in last["run"].items()}
             found.append(Measurement(**stages))
-    visuals = tuple(VisualReport(**visual) for visual in last["report"].pop("visuals"))
-    return Comparison(
-        "", runs["unpatched"], runs["merged"], MergeReport(visuals=visuals, **last["report"]), last["share"]
-    )
+    cost = last["cost"]
+    report = cost.pop("report")
+    visuals = tuple(VisualReport(**visual) for visual in report.pop("visuals"))
+    return Comparison("", runs["unpatched"], runs["merged"], MergeCost(MergeReport(visuals=visuals, **report), **cost))
 
 
 def sweep(

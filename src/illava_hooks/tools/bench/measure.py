@@ -1,4 +1,4 @@
-"""One prefill and some decode steps, timed stage by stage; alternately without and with merging."""
+"""One prefill and some decode steps, timed stage by stage; alternately unpatched and merging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from illava_hooks.api import merging
+from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.runtime.releases import CACHE
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 
@@ -40,7 +40,7 @@ class Measurement:
     """One run.
 
     Attributes:
-        merged: whether merging was on.
+        merged: whether the model was patched.
         encoder: the vision encoder, without the projector; its peak is that of both.
         projector: the projector or patch merger.
         language: prefill of the language model, from embeddings to the logits of the last position.
@@ -78,13 +78,12 @@ def stage_inputs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[tuple[s
 
 
 @torch.inference_mode()
-def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: int = 8) -> Measurement:
-    """Runs a patched model once.
+def measure(model: Any, inputs: Mapping[str, Tensor], new_tokens: int = 8) -> Measurement:
+    """Runs a model once, as it is: stock or patched.
 
     Args:
-        model: a patched model.
+        model: a model.
         inputs: one batch.
-        merged: whether merging is on.
         new_tokens: how many tokens are decoded, the first one included.
     """
     from transformers import DynamicCache
@@ -95,7 +94,7 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
     calls, text = stage_inputs(model, inputs)
     cache = DynamicCache(config=model.config.get_text_config())
     held = {CACHE: cache}
-    with merging(model, merged), timed(watch, [(projector, "forward")], project):
+    with timed(watch, [(projector, "forward")], project):
         memory, began = Memory(model.device), watch.look()
         features = {kind: method(**arguments) for kind, method, arguments in calls}
         encoded, encoder_peak = watch.look(), memory.peak()
@@ -109,7 +108,7 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
         end = watch.look()
     wall, cpu = sum(p[0] for p in project), sum(p[1] for p in project)
     return Measurement(
-        merged=merged,
+        merged=session_of(model) is not None,
         encoder=Stage(encoded[0] - began[0] - wall, encoded[1] - began[1] - cpu, encoder_peak),
         projector=Stage(wall, cpu),
         language=Stage(done[0] - encoded[0], done[1] - encoded[1], language_peak),
@@ -119,17 +118,33 @@ def measure(model: Any, inputs: Mapping[str, Tensor], merged: bool, new_tokens: 
 
 
 def measure_alternating(
-    model: Any, inputs: Mapping[str, Tensor], rounds: int, new_tokens: int, warm_up: bool = True
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    settings: dict[str, Any],
+    rounds: int,
+    new_tokens: int,
+    warm_up: bool = True,
 ) -> tuple[list[Measurement], list[Measurement]]:
-    """Runs without and with merging in turn, after one warm-up each unless the process is warm already.
+    """Runs a model as it is and patched in turn, after one warm-up each unless the process is warm already.
+
+    Args:
+        model: an unpatched model; unpatched afterwards.
+        inputs: one batch.
+        settings: arguments of ``patch``.
+        rounds: runs of each kind.
+        new_tokens: how many tokens are decoded, the first one included.
+        warm_up: whether a run of each kind comes first that does not count.
 
     Returns:
-        Measurements without, and with merging.
+        Measurements unpatched, and with merging.
     """
-    runs: dict[bool, list[Measurement]] = {False: [], True: []}
-    for number in range(int(not warm_up), rounds + 1):
-        for merged in (False, True):
-            found = measure(model, inputs, merged, new_tokens)
-            if number:
-                runs[merged].append(found)
-    return runs[False], runs[True]
+    plain: list[Measurement] = []
+    merged: list[Measurement] = []
+    for _ in range(rounds + warm_up):
+        plain.append(measure(model, inputs, new_tokens))
+        patch(model, **settings)
+        try:
+            merged.append(measure(model, inputs, new_tokens))
+        finally:
+            unpatch(model)
+    return plain[warm_up:], merged[warm_up:]

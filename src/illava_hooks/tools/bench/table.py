@@ -64,7 +64,8 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         "ideal": _ideal(report),
         "flops": {"merged": report.flops[0], "unpatched": report.flops[1]},
         "ideal_ratio": report.flops[0] / report.flops[1],
-        "merge_share": found.share,
+        "merge_share": found.cost.share,
+        "decoding_at_equal_kv": found.cost.decoding,
         "report": asdict(report),
     }
 
@@ -91,7 +92,9 @@ def print_table(found: Comparison) -> None:
     console.print(table)
     for line in str(found.report).splitlines()[: len(found.report.visuals) + 1]:
         print(line)
-    print(f"merging takes {found.share:.2%} of the merged prefill")
+    print(f"merging takes {found.cost.share:.2%} of the merged prefill")
+    if found.cost.decoding:
+        print(f"a decode step takes {found.cost.decoding:.3f} of an unpatched one that reads as many keys")
 
 
 def print_sweep(comparisons: Sequence[Comparison]) -> None:
@@ -105,7 +108,7 @@ def print_sweep(comparisons: Sequence[Comparison]) -> None:
         slower = f"{after[each][0] / before[each][0]:.3f}" if before[each][0] else ""
         print(
             f"| {found.label} | {before[row][0]:.2f} s | {after[row][0]:.2f} s | {after[row][0] / before[row][0]:.3f} "
-            f"| {found.report.flops[0] / found.report.flops[1]:.3f} | {found.share:.2%} | {slower} "
+            f"| {found.report.flops[0] / found.report.flops[1]:.3f} | {found.cost.share:.2%} | {slower} "
             f"| {after['KV cache'][0] / before['KV cache'][0]:.3f} |"
         )
     apart = " and ".join(f"{flops_fit(comparisons, merged):.0%}" for merged in (False, True))
