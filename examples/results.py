@@ -172,7 +172,10 @@ def speed_table(found: dict[str, Any]) -> list[str]:
         cells = " | ".join(f"{side[row] * factor:.{digits}f} {unit}" for side in (before, after))
         ideal = f"{found['ideal'][row]:.3f}" if row in found["ideal"] else ""
         lines.append(f"| {row} | {cells} | {found['ratio'][row]:.3f} | {ideal} |")
-    return [*lines, "", f"Merging itself: {found['merge_share']:.2%} of the merged prefill."]
+    told = f"Merging itself: {found['merge_share']:.2%} of the merged prefill."
+    if "decoding_at_equal_kv" in found:
+        told += f" A decode step: {found['decoding_at_equal_kv']:.3f} of an unpatched one that reads as many keys."
+    return [*lines, "", told]
 
 
 def sweep_table(found: list[dict[str, Any]]) -> list[str]:
