@@ -120,6 +120,22 @@ class TestSweep:
         assert told == ["unpatched", "random, both, 0.500"] and again[1] == merged
         assert len(file.read_text().splitlines()) == 3
 
+    @pytest.mark.parametrize(
+        ("asked", "told"),
+        [
+            ((["illava", "best"], ["both"], [0.5]), "method is 'best'"),
+            ((["illava"], ["both", "head"], [0.5]), "stage is 'head'"),
+            ((["illava"], ["both"], [0.5, 2.0]), r"kept is 2.0; give a fraction in \(0, 1\]"),
+            ((["downsample"], ["both"], [0.0]), "kept is 0.0"),
+        ],
+    )
+    def test_what_cannot_be_is_told_before_anything_runs(self, asked: Any, told: str) -> None:
+        model, processor = tiny.load("llava_onevision")
+        ran: list[str] = []
+        with pytest.raises(InputError, match=told):
+            sweep(model, processor, scene_items(5), *asked, advance=ran.append)
+        assert ran == []
+
     def test_items_of_your_own(self, tmp_path: Path) -> None:
         for index, item in enumerate(scene_items(5)):
             Image.fromarray(item.pictures[0]).save(tmp_path / f"{index}.png")

@@ -11,7 +11,7 @@ from typing import Any
 from illava_hooks.api import patch, unpatch
 from illava_hooks.errors import InputError
 from illava_hooks.patchers.registry import find_family
-from illava_hooks.schedules import PRESETS, preset_name
+from illava_hooks.schedules import PRESETS, MergeSchedule, preset_name
 from illava_hooks.tools.datasets import Item
 from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled, find_method
 from illava_hooks.tools.evaluate.run import Outcome, run_items
@@ -80,38 +80,55 @@ def sweep(
         batch_size: prompts in a batch.
         max_new_tokens: length of an answer at most.
         advance: told what runs next.
+
+    Raises:
+        InputError: there is no such method or stage, or a fraction is out of range; nothing has run then.
     """
     limits = find_family(model).limits(model)
     preset = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
-    schedule = preset["video" if items[0].video else "image"]
+    planned = _planned(preset["video" if items[0].video else "image"], methods, stages, fractions)
     known = {(row.method, row.stage, row.kept): row for row in read_rows(file)}
     advance("unpatched")
     stock = run_items(model, processor, items, batch_size, max_new_tokens)
     rows = [_row("none", "both", 1.0, 1.0, items, stock, stock)]
     if ("none", "both", 1.0) not in known:
         _append(file, rows[0])
-    for kept in (fraction for fraction in fractions if fraction < 1):
-        for method in methods:
-            for stage in ["both"] if method == "downsample" else stages:
-                row = known.get((method, stage, kept))
-                if row is None:
-                    advance(f"{method}, {stage}, {kept:.3f}")
-                    if method == "downsample":
-                        smaller = downsampled(items, kept)
-                        outcome = run_items(model, processor, smaller, batch_size, max_new_tokens)
-                        row = _row(method, stage, kept, kept, items, outcome, stock)
-                    else:
-                        settings = budget_settings(schedule, stage, kept)
-                        session = patch(model, **settings, method=find_method(method))
-                        try:
-                            outcome = run_items(model, processor, items, batch_size, max_new_tokens)
-                            measured = session.report.kept_fraction
-                        finally:
-                            unpatch(model)
-                        row = _row(method, stage, kept, measured, items, outcome, stock)
-                    _append(file, row)
-                rows.append(row)
+    for (method, stage, kept), settings in planned.items():
+        row = known.get((method, stage, kept))
+        if row is None:
+            advance(f"{method}, {stage}, {kept:.3f}")
+            shown = items if settings else downsampled(items, kept)
+            session = patch(model, **settings) if settings else None
+            try:
+                outcome = run_items(model, processor, shown, batch_size, max_new_tokens)
+                measured = session.report.kept_fraction if session else kept
+            finally:
+                if session:
+                    unpatch(model)
+            row = _row(method, stage, kept, measured, items, outcome, stock)
+            _append(file, row)
+        rows.append(row)
     return rows
+
+
+def _planned(
+    schedule: MergeSchedule, methods: Iterable[str], stages: Iterable[str], fractions: Iterable[float]
+) -> dict[tuple[str, str, float], dict[str, Any] | None]:
+    """Arguments of ``patch`` by method, stage and fraction; None where the pictures are made smaller instead.
+
+    Everything is checked here, before a long run begins.
+    """
+    planned: dict[tuple[str, str, float], dict[str, Any] | None] = {}
+    stages = list(stages)
+    methods = {name: None if name == "downsample" else find_method(name) for name in methods}
+    for kept in fractions:
+        settings = {stage: budget_settings(schedule, stage, kept) for stage in stages}
+        for name, method in methods.items() if kept < 1 else ():
+            if method is None:
+                planned[name, "both", kept] = None
+            else:
+                planned |= {(name, stage, kept): {**settings[stage], "method": method} for stage in stages}
+    return planned
 
 
 def print_rows(rows: Sequence[Row]) -> None:
