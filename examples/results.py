@@ -102,9 +102,9 @@ def evaluations() -> dict[str, Command]:
     small = f"--stages both --kept 0.3333,0.1111 --methods {four}"
     tables = {
         "headline": f"--items scenes --questions 6000 {small}",
-        "scenes": "--items scenes --questions 2000 --stages both --kept 0.3333,0.1111 "
+        "scenes": "--items scenes --questions 2000 --stages both --kept 0.5,0.3333,0.2222,0.1111 "
         f"--methods {all_methods},uniform,downsample",
-        "stages": "--items scenes --questions 1000 --stages encoder,language --kept 0.5,0.3333,0.2222,0.1111 "
+        "stages": "--items scenes --questions 1000 --stages encoder,language,both --kept 0.5,0.3333,0.2222,0.1111 "
         f"--methods {four}",
         **{suite: f"--items {suite} --questions 1000 {small}" for suite in ("pairs", "clips", "easy-vqa")},
     }
@@ -180,18 +180,28 @@ def speed_table(found: dict[str, Any]) -> list[str]:
 
 def sweep_table(found: list[dict[str, Any]]) -> list[str]:
     """How CPU seconds grow, beside the FLOPs: one speed for all rows would be a perfect fit."""
-    lines = [
-        "| | prefill, CPU | merged | ratio | ideal | GFLOP/s | merged | decoding, ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    row = "prefill, CPU"
+    heads = ["prefill, CPU", "merged", "ratio", "ideal", "GFLOP/s", "merged", "decoding, ratio"]
+    lengths = found[0]["label"].endswith(" new")
+    heads += ["whole answer, ratio"] * lengths
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    row, step = "prefill, CPU", "decoding, per token"
     for one in found:
         seconds = {kind: one[kind]["median"][row] for kind in ("unpatched", "merged")}
         cells = [f"{s:.1f} s" for s in seconds.values()]
         cells += [f"{one[ratio][row]:.3f}" for ratio in ("ratio", "ideal")]
         cells += [f"{one['flops'][kind] / s / 1e9:.1f}" for kind, s in seconds.items()]
-        lines.append(f"| {one['label']} | {' | '.join(cells)} | {one['ratio']['decoding, per token']:.3f} |")
+        cells.append(f"{one['ratio'][step]:.3f}" if step in one["ratio"] else "")
+        if lengths:
+            cells.append(f"{answer_s(one, 'merged') / answer_s(one, 'unpatched'):.3f}")
+        lines.append(f"| {one['label']} | {' | '.join(cells)} |")
     return lines
+
+
+def answer_s(one: dict[str, Any], kind: str) -> float:
+    """Wall seconds of an answer, whose length is the label of the sweep over lengths."""
+    found = one[kind]["median"]
+    further = int(one["label"].split()[0]) - 1
+    return float(found["prefill (time to first token)"] + further * found["decoding, per token"])
 
 
 def table_of(command: Command) -> list[str]:
