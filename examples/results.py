@@ -16,13 +16,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from illava_hooks.tools.bench.plot import axes, save
-from illava_hooks.tools.evaluate import Row, read_rows
+from illava_hooks.tools.evaluate import read_rows
+from result_tables import draw_curves, quality_table, speed_table, sweep_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -118,90 +116,6 @@ def evaluations() -> dict[str, Command]:
             command = f"evaluate --model {model} {asked} --output docs/results/{file}"
             found[f"{model} {table}"] = Command(command, file)
     return found
-
-
-def quality_table(rows: Sequence[Row]) -> list[str]:
-    """Accuracy with its interval, loyalty and divergence; differences question by question."""
-    lines = [
-        "| stage | kept | method | accuracy | 95 % interval | to `illava`, paired | `diverse` to it, paired "
-        "| loyalty | KL |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    budgets = {(row.method, row.stage, row.kept): row for row in rows}
-    for row in sorted(rows, key=lambda r: (r.kept < 1, r.stage, -r.kept, -r.accuracy)):
-        illava, diverse = (budgets.get((method, row.stage, row.kept)) for method in ("illava", "diverse"))
-        first, last = row.accuracy_interval
-        lines.append(
-            f"| {row.stage} | {row.kept:.3f} | {row.method} | {row.accuracy:.1%} | {first:.1%} to {last:.1%} "
-            f"| {lead(row, illava)} | {lead(diverse, row)} | {row.loyalty:.1%} | {row.divergence:.3f} |"
-        )
-    return lines
-
-
-def lead(row: Row | None, other: Row | None) -> str:
-    """The paired difference of two rows, if there are two."""
-    if row is None or other is None or row is other:
-        return ""
-    low, high = row.lead(other)
-    return f"{low:+.1%} to {high:+.1%}"
-
-
-def draw_curves(rows: Sequence[Row], file: Path) -> None:
-    """Accuracy over the kept fraction, one line per method, one picture per stage."""
-    stock = [(1.0, row.accuracy) for row in rows if row.method == "none"]
-    merged = [row for row in rows if row.method != "none"]
-    for stage in dict.fromkeys(row.stage for row in merged):
-        figure, plot = axes(7, 4.5)
-        for method in dict.fromkeys(row.method for row in merged if row.stage == stage):
-            found = [(row.kept, row.accuracy) for row in merged if (row.method, row.stage) == (method, stage)]
-            plot.plot(*zip(*sorted(found + stock), strict=True), marker="o", markersize=3, label=method)
-        plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=f"{file.stem}, stage: {stage}")
-        plot.legend(frameon=False, fontsize=8)
-        save(figure, file.with_name(f"{file.stem}-{stage}.png"))
-
-
-def speed_table(found: dict[str, Any]) -> list[str]:
-    """One workload: medians, ratio achieved, ratio of the FLOPs, peaks."""
-    before, after = found["unpatched"]["median"], found["merged"]["median"]
-    seconds = dict.fromkeys(
-        ("prefill, CPU", "encoder, CPU", "language model, CPU", "decoding, per token"), (1, "s", 3)
-    )
-    peaks = ("encoder, peak above weights", "language model, peak above weights", "KV cache")
-    lines = ["| | unpatched | merged | ratio | ideal |", "|---|---|---|---|---|"]
-    for row, (factor, unit, digits) in (seconds | dict.fromkeys(peaks, (1e-6, "MB", 1))).items():
-        cells = " | ".join(f"{side[row] * factor:.{digits}f} {unit}" for side in (before, after))
-        ideal = f"{found['ideal'][row]:.3f}" if row in found["ideal"] else ""
-        lines.append(f"| {row} | {cells} | {found['ratio'][row]:.3f} | {ideal} |")
-    told = f"Merging itself: {found['merge_share']:.2%} of the merged prefill."
-    if "decoding_at_equal_kv" in found:
-        told += f" A decode step: {found['decoding_at_equal_kv']:.3f} of an unpatched one that reads as many keys."
-    return [*lines, "", told]
-
-
-def sweep_table(found: list[dict[str, Any]]) -> list[str]:
-    """How CPU seconds grow, beside the FLOPs: one speed for all rows would be a perfect fit."""
-    heads = ["prefill, CPU", "merged", "ratio", "ideal", "GFLOP/s", "merged", "decoding, ratio"]
-    lengths = found[0]["label"].endswith(" new")
-    heads += ["whole answer, ratio"] * lengths
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
-    row, step = "prefill, CPU", "decoding, per token"
-    for one in found:
-        seconds = {kind: one[kind]["median"][row] for kind in ("unpatched", "merged")}
-        cells = [f"{s:.1f} s" for s in seconds.values()]
-        cells += [f"{one[ratio][row]:.3f}" for ratio in ("ratio", "ideal")]
-        cells += [f"{one['flops'][kind] / s / 1e9:.1f}" for kind, s in seconds.items()]
-        cells.append(f"{one['ratio'][step]:.3f}" if step in one["ratio"] else "")
-        if lengths:
-            cells.append(f"{answer_s(one, 'merged') / answer_s(one, 'unpatched'):.3f}")
-        lines.append(f"| {one['label']} | {' | '.join(cells)} |")
-    return lines
-
-
-def answer_s(one: dict[str, Any], kind: str) -> float:
-    """Wall seconds of an answer, whose length is the label of the sweep over lengths."""
-    found = one[kind]["median"]
-    further = int(one["label"].split()[0]) - 1
-    return float(found["prefill (time to first token)"] + further * found["decoding, per token"])
 
 
 def table_of(command: Command) -> list[str]:
