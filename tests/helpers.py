@@ -47,6 +47,7 @@ def before(release: str) -> bool:
 TAKES_READY_FEATURES = not before("5.18")
 needs_ready_features = pytest.mark.skipif(not TAKES_READY_FEATURES, reason="this release takes no ready-made features")
 
+#: The lowest torch of pyproject.toml lacks what newer ones have, for stock models as well (docs/COMPATIBILITY.md).
 OLD_TORCH = Version(torch.__version__) < Version("2.7")
 needs_any_head_width = pytest.mark.skipif(OLD_TORCH, reason="flex attention of torch 2.6 takes powers of two only")
 needs_tracing = pytest.mark.skipif(OLD_TORCH, reason="stock: torch 2.6 cannot trace transformers' forwards")

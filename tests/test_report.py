@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import needs_ready_features
+from helpers import OLD_TORCH, needs_ready_features
 from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -128,6 +128,8 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
     causal = sum(2 * n * n * width for n in lengths)
     scored = sum(2 * lengths[k - 1] * width * key_width for k in (1, 3)) if merged else 0
     assert language_flops - scored == report.llm_flops[index] + causal, "attention runs over the whole square"
+    attention = sum(n for op, n in language.items() if "attention" in str(op))
+    assert attention == (0 if OLD_TORCH else 2 * causal), "old releases count grouped attention as products"
     blocks = [v for k, v in counts.items() if _is_encoder_layer(k)]
     assert sum(sum(block.values()) for block in blocks) == report.encoder_flops[index]
     projector = counts[next(k for k in counts if k.endswith(("multi_modal_projector", "visual.merger")))]

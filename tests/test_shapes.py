@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, SETTINGS, patched, single
-from helpers import feature_outputs
+from helpers import OLD_TORCH, feature_outputs
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
@@ -117,7 +117,8 @@ def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) ->
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert counter.calls == 2, "the layer was not run again for its gradients"
     (plain_loss, plain), (loss, gradients) = found
-    torch.testing.assert_close(loss, plain_loss, atol=1e-6, rtol=1e-6)  # without a graph, other kernels may run
+    rtol = 1e-6 if OLD_TORCH else 0  # without a graph, old releases run other kernels
+    torch.testing.assert_close(loss, plain_loss, atol=0, rtol=rtol)
     assert plain.keys() == gradients.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from decode_helpers import IMAGE, RAGGED, SETTINGS, patched, single
-from helpers import Found, assert_differ, assert_near, assert_same, forward, needs_any_head_width
+from helpers import OLD_TORCH, Found, assert_differ, assert_near, assert_same, forward, needs_any_head_width
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -73,10 +73,12 @@ def test_autocast_merges_as_many_and_answers_nearly_the_same(family: str, sample
     assert_merged(model, inputs, narrow)
     again = session_of(model).report
     assert [visual.vision_tokens for visual in again.visuals] == [visual.vision_tokens for visual in report.visuals]
+    # LLaVA-OneVision cuts off a tile's padding: how many tokens are cut depends on which ones survived rounding.
+    slack = 2 if OLD_TORCH and family == "llava_onevision" else 0
     for counts, expected in zip(again.sequence_tokens, report.sequence_tokens, strict=True):
-        # LLaVA-OneVision cuts off a tile's padding: how many tokens are cut depends on which ones survived.
-        assert counts == pytest.approx(expected, abs=2 if family == "llava_onevision" else 0)
-    assert narrow["logits"].shape == wide["logits"].shape
+        assert counts == pytest.approx(expected, abs=slack)
+    if not slack:
+        assert {name: found.shape for name, found in narrow.items()} == {name: t.shape for name, t in wide.items()}
     with merging(model, False), torch.autocast("cpu", torch.bfloat16):
         stock = generated(model, inputs)
     rounding = (narrow["logits"][0].float() - wide["logits"][0]).abs().mean()
