@@ -17,7 +17,7 @@ from decode_helpers import SETTINGS, patched
 from illava_hooks import METHODS, Method, merging, patch, session_of
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.rules import RULES
-from illava_hooks.merge.scoring import ScoreInputs, random_scores
+from illava_hooks.merge.scores import ScoreInputs, random_scores
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 #: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from.

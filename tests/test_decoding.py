@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
 from helpers import before, needs_ready_features, needs_tracing
 from illava_hooks import PatchStateError, merging, session_of
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from illava_hooks import MergeConfigError, Method, PatchStateError, patch, session_of, unpatch
 from illava_hooks.errors import InputError
-from illava_hooks.merge.scoring import ScoreInputs
+from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.tools.canvas import GAP, colour_of
 from illava_hooks.tools.draw import MergeMap, _heaviest, draw, merge_maps, save_maps
 

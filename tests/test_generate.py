@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next_positions, patched, single
 from helpers import assert_differ, before, feature_outputs, needs_ready_features
 from illava_hooks import merging
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 import golden as gold
 from illava_hooks import MergeSession, patch, unpatch
 from illava_hooks.patchers import llava_onevision
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 
 LANGUAGE_CASES = ("B1c", "D1", "D2p")
 

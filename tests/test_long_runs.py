@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched
 from helpers import assert_differ
 from illava_hooks import merging, session_of
-from illava_hooks.patchers import forward, head
-from illava_hooks.patchers.vision import hooks as vision_hooks
-from illava_hooks.runtime import hooks as captures
-from illava_hooks.runtime import session as sessions
+from illava_hooks.engine import attention_tap, transport
+from illava_hooks.engine import session as sessions
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for
 
 CALLS = int(os.environ.get("ILLAVA_LONG_CALLS", "60"))
@@ -65,10 +63,10 @@ def hooks_of(model: nn.Module) -> dict[str, int]:
 def context() -> tuple[Any, ...]:
     """What the library has in this context."""
     return (
-        forward.running_forward(),
-        head._prompt.get(),
-        vision_hooks.current_run.get(),
-        captures._captured.get(),
+        transport.running_forward(),
+        transport.current_generation(),
+        transport.in_features(),
+        attention_tap.current_tap(),
         dict(sessions._switched.get()),
     )
 

@@ -11,7 +11,7 @@ from illava_hooks.merge import matching
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RULES
-from illava_hooks.merge.spans import Segments, buckets, compact, scatter_back
+from illava_hooks.merge.segments import Segments, buckets, compact, scatter_back
 
 LENGTHS = (7, 12, 1, 12)
 WIDTH = 6

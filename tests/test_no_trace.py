@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
-from illava_hooks.runtime.hooks import HookSet
+from illava_hooks.engine.hookset import HookSet
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 OTHER: dict[str, Any] = {"vit_layers": [2], "vit_r": 0.5, "llm_layers": [2], "llm_ratio": 0.3}

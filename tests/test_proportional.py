@@ -14,7 +14,7 @@ from helpers import MERGING, prompt
 from illava_hooks import MergeConfigError, Method, patch, unpatch
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
-from illava_hooks.merge.scoring import ScoreInputs, query_lse, received_attention
+from illava_hooks.merge.scores import ScoreInputs, query_lse, received_attention
 from illava_hooks.patchers.vision import listening
 from illava_hooks.patchers.vision.hooks import EncoderStep
 from illava_hooks.patchers.vision.listening import Eavesdropper

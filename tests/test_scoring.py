@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge import scoring
-from illava_hooks.merge.scoring import SCORES, ScoreInputs
+from illava_hooks.merge.scores import SCORES, ScoreInputs
 
 SAMPLES, HEADS, GROUPS, TOKENS, KEYS, WIDTH = 2, 4, 2, 11, 15, 8
 

@@ -13,7 +13,7 @@ import torch
 from decode_helpers import BOTH, IMAGE, KINDS, single
 from helpers import assert_says
 from illava_hooks import MergeConfigError, patch, session_of
-from illava_hooks.schedules import MergeSchedule
+from illava_hooks.config import MergeSchedule
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
 GIVEN = [1, 2]

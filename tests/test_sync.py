@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from illava_hooks import METHODS, merging, patch
-from illava_hooks.merge.scoring import SCORES, ScoreInputs
+from illava_hooks.merge.scores import SCORES, ScoreInputs
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6}

@@ -2,7 +2,8 @@
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
 with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``. Decoder layer:
-``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``. KV bytes: ``2 n d_kv`` values per layer.
+``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes: ``2 n d_kv``
+values per layer.
 """
 
 from __future__ import annotations
@@ -66,15 +67,18 @@ class MergeReport:
         visuals: one entry per image or video, images first.
         sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
         prompt_tokens: real tokens per sample without merging.
+        past_tokens: tokens that the cache stood for before this forward, per sample.
         encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
         projector_flops: projector or patch merger, merged and unmerged.
         llm_flops: prefill of the decoder layers, merged and unmerged.
-        kv_bytes: keys and values of the prompt, merged and unmerged (padding not counted).
+        kv_bytes: keys and values of the prompt and of what was in the cache before it, merged and unmerged (padding
+            of the prompt not counted).
     """
 
     visuals: tuple[VisualReport, ...]
     sequence_tokens: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
+    past_tokens: int
     encoder_flops: tuple[int, int]
     projector_flops: tuple[int, int]
     llm_flops: tuple[int, int]
@@ -139,12 +143,21 @@ def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
     )
 
 
-def llm_flops(shape: DecoderShape, tokens: Sequence[int]) -> int:
-    """Prefill FLOPs of one sample; ``tokens`` holds its length at each decoder layer."""
+def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | None = None) -> int:
+    """Prefill FLOPs of one sample.
+
+    Args:
+        shape: the decoder.
+        tokens: its length at each decoder layer.
+        past: keys of the cache at each layer; None: none.
+    """
     d, f, kv = shape.width, shape.mlp_width, shape.kv_width
-    return sum(4 * n * d * d + 4 * n * d * kv + 2 * n * n * d + 6 * n * d * f for n in tokens)
+    return sum(
+        4 * n * d * d + 4 * n * d * kv + 2 * n * n * d + 4 * n * p * d + 6 * n * d * f
+        for n, p in zip(tokens, past or [0] * len(tokens), strict=True)
+    )
 
 
-def kv_bytes(shape: DecoderShape, tokens: Sequence[int], value_bytes: int) -> int:
-    """Bytes of one sample's keys and values; ``tokens`` holds its length at each decoder layer."""
-    return sum(2 * n * shape.kv_width * value_bytes for n in tokens)
+def kv_bytes(shape: DecoderShape, tokens: Sequence[int], value_bytes: int, past: Sequence[int] | None = None) -> int:
+    """Bytes of one sample's keys and values; ``tokens`` and ``past`` as in ``llm_flops``."""
+    return sum(2 * n * shape.kv_width * value_bytes for n in (*tokens, *(past or ())))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "buckets", "compact", "host_table", "scatter_back"]
+__all__ = ["Segments", "buckets", "host_table", "right_align", "scatter_back"]
 
 
 def host_table(values: Sequence[int], device: torch.device) -> Tensor:
@@ -77,7 +77,7 @@ def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:
     return found
 
 
-def compact(keep_mask: Tensor, num_kept: int) -> Tensor:
+def right_align(keep_mask: Tensor, num_kept: int) -> Tensor:
     """Columns of the kept tokens, ascending and right-aligned.
 
     Args:
@@ -93,12 +93,12 @@ def compact(keep_mask: Tensor, num_kept: int) -> Tensor:
     return order[:, order.shape[1] - num_kept :]
 
 
-def scatter_back(compacted: Tensor, owner: Tensor) -> Tensor:
+def scatter_back(survivors: Tensor, kept_at: Tensor) -> Tensor:
     """Expands ``(B, K, ...)`` survivors so that each position holds the survivor that owns it.
 
     Args:
-        compacted: ``(B, K, ...)``.
-        owner: ``(B, N)`` int64, column of ``compacted`` that position shows.
+        survivors: ``(B, K, ...)``.
+        kept_at: ``(B, N)`` int64, column of ``survivors`` that position shows.
     """
-    index = owner.reshape(*owner.shape, *([1] * (compacted.dim() - 2)))
-    return compacted.gather(1, index.expand(*owner.shape, *compacted.shape[2:]))
+    index = kept_at.reshape(*kept_at.shape, *([1] * (survivors.dim() - 2)))
+    return survivors.gather(1, index.expand(*kept_at.shape, *survivors.shape[2:]))

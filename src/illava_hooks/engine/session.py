@@ -1,27 +1,21 @@
-"""The session of a patched model, and what one forward carries with it."""
+"""The session of a patched model: its settings, its switch, and what its last forward left."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from illava_hooks.config import MergeConfig
+from illava_hooks.engine.hookset import HookSet
+from illava_hooks.engine.provenance import Provenance
+from illava_hooks.engine.report import MergeReport
 from illava_hooks.errors import PatchStateError
-from illava_hooks.runtime.hooks import HookSet
-from illava_hooks.runtime.provenance import Provenance
-from illava_hooks.runtime.report import MergeReport
-from illava_hooks.schedules import Modality
 
-__all__ = ["KEY", "ForwardState", "MergeSession", "VisualRecord", "vision_provenance"]
-
-#: Keyword under which per-forward objects travel through stock ``**kwargs``, and the extra key of feature outputs.
-KEY = "illava_state"
+__all__ = ["MergeSession"]
 
 logger = logging.getLogger("illava_hooks")
 
@@ -35,56 +29,6 @@ class _Switch:
 
 #: By session, the open switches in the order in which they were opened.
 _switched: ContextVar[Mapping[int, tuple[_Switch, ...]]] = ContextVar("illava_switched", default={})  # noqa: B039  # never written to
-
-
-@dataclass(slots=True)
-class VisualRecord:
-    """What the encoder stage learned about one image or video; travels on the feature output.
-
-    Attributes:
-        modality: ``"image"`` or ``"video"``.
-        num_tokens: ``n``, visual tokens that the unpatched language model would get.
-        keep: ``(n,)`` bool over the visual tokens that the language model would get; None: all.
-        holder: ``(n,)`` int64, the kept token that stands for each; None: itself.
-        segments: for each encoder segment its number of patches before, between and after the merges.
-        sources: sparse ``(n, patches)`` weights of the source patches in each visual token, if tracked.
-        layers: the merging layers between which ``segments`` counts.
-        vision: by encoder layer, seats and weights after its merge, if tracked.
-    """
-
-    modality: Modality = field(compare=False)  # torch.testing can compare all but strings
-    num_tokens: int
-    keep: Tensor | None = None
-    holder: Tensor | None = None
-    segments: tuple[tuple[int, ...], ...] = ()
-    layers: tuple[int, ...] = ()
-    sources: Tensor | None = None
-    vision: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-def vision_provenance(records: Sequence[VisualRecord]) -> Provenance:
-    """What the encoder stage did to some images and videos, in their order."""
-    num_patches = [sum(segment[0] for segment in record.segments) for record in records]
-    return Provenance.of_vision([record.vision for record in records], num_patches)
-
-
-@dataclass(slots=True, weakref_slot=True)
-class ForwardState:
-    """One forward of the base model that introduces visual tokens.
-
-    Attributes:
-        session: the session of the model.
-        query: logical column of the scoring query, per sample ``(B,)`` or for all; or ``(B, N)`` bool, which
-            tokens have labels; None: the last real token.
-        placeholders: ``(B, N)`` bool masks by modality.
-        records: the images and videos in prompt order, by modality.
-    """
-
-    session: MergeSession
-    query: Tensor | int | None = None
-    placeholders: dict[Modality, Tensor] = field(default_factory=dict)
-    records: dict[Modality, list[VisualRecord]] = field(default_factory=dict)
-    token: Any = None
 
 
 class MergeSession:
@@ -101,7 +45,7 @@ class MergeSession:
         self.config, self.root = config, root
         self.enabled = True
         self.hooks = HookSet()
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._report: MergeReport | None = None
         self._provenance: Provenance | None = None
 
@@ -150,20 +94,15 @@ class MergeSession:
             raise PatchStateError("no provenance yet: run the model on an image or a video with merging enabled first")
         return self._provenance
 
-    def tell_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
         """Logs a warning the first time that it is said in this session."""
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             logger.warning(message)
 
-    def note_vision(self, records: list[VisualRecord]) -> None:
-        """Stores the provenance of an encoder run, should it be the whole call."""
-        if self.config.track:
-            self._provenance = vision_provenance(records)
-
-    def finish(self, report: MergeReport, provenance: Provenance | None) -> None:
-        """Stores what the last forward did."""
-        self._report, self._provenance = report, provenance
+    def finish(self, report: MergeReport | None, provenance: Provenance | None) -> None:
+        """Stores what the last forward did; without a report, what an encoder run alone did."""
+        self._report, self._provenance = report or self._report, provenance
 
     def __repr__(self) -> str:
         """The switch and the settings."""

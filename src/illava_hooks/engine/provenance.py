@@ -118,6 +118,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return out
 
 
+def selection(rows: Tensor, num_columns: int) -> Tensor:
+    """A sparse matrix that selects ``rows`` ``(n,)``; -1 selects nothing."""
+    rows = rows.cpu()
+    return sparse(torch.arange(len(rows)), rows.clamp_min(0), (rows >= 0).float(), (len(rows), num_columns))
+
+
 def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:
     """Selects rows of a sparse matrix."""
     return torch.index_select(matrix, 0, rows.cpu()).coalesce()
