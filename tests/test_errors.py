@@ -33,10 +33,10 @@ from illava_hooks import (
     patch,
     session_of,
 )
+from illava_hooks.config import MergeSchedule
 from illava_hooks.engine import family as families
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
-from illava_hooks.config import MergeSchedule
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}

@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 import golden as gold
 from illava_hooks import MergeSession, patch, unpatch
-from illava_hooks.patchers import llava_onevision
 from illava_hooks.engine.compat import CACHE
+from illava_hooks.patchers import llava_onevision
 
 LANGUAGE_CASES = ("B1c", "D1", "D2p")
 

@@ -103,11 +103,11 @@ def test_many_generations(family: str, track: bool) -> None:
         call(number)
     call(warm_up - 1)  # the report and what stock keeps are of the same prompt again
     assert hooks_of(model) == hooks
-    assert context() == (None, None, None, None, {})
+    assert context() == (None, None, False, None, {})
     assert live_tensors() == tensors
     assert resident() - memory < SPREAD
     session = session_of(model)
-    assert session is not None and len(session._told) <= 2
+    assert session is not None and len(session._warned) <= 2
 
 
 def logits_of(model: Any, inputs: Inputs) -> Callable[[bool], Tensor]:

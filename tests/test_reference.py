@@ -112,7 +112,7 @@ def test_unmerged_reference_shrinks_big_images_like_the_stock_model() -> None:
 def test_recycle_weighs_the_lowest_most() -> None:
     merge = ref.recycle([0.4, 0.1, 0.3, 0.2, 0.5], 2)
     assert merge.kept == [0, 2, 4]
-    assert merge.holder == [0, 2, 2, 2, 4]
+    assert merge.survivor_of == [0, 2, 2, 2, 4]
     assert _applied(merge, [1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([1, (3 * 2 + 2 * 4 + 1 * 3) / 6, 5])
 
 
@@ -138,7 +138,7 @@ def test_cluster_halves_and_adds_the_most_similar() -> None:
     hidden[3, 0], hidden[0, 0], hidden[0, 1], hidden[1, 2] = 1.0, 2 * math.log(3), 4.0, 8.0
     merge = ref.cluster([0.1, 0.2, 0.9, 0.8], 2, hidden)
     assert merge.kept == [2, 3]
-    assert merge.holder == [3, 3, 2, 3]
+    assert merge.survivor_of == [3, 3, 2, 3]
     # Similarities 2 ln 3 and 0 over sqrt(4): weights 3/4 and 1/4.
     assert _applied(merge, [100.0, 10.0, 7.0, 2.0]) == pytest.approx([7, 0.5 * 2 + 0.375 * 100 + 0.125 * 10])
 
@@ -148,7 +148,7 @@ def test_cluster_takes_five_and_loses_the_rest() -> None:
     merge = ref.cluster([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 6, hidden)
     assert merge.kept == [6, 7]
     assert [token for token, _ in merge.recipe[6]] == [6, 0, 2, 4, 5, 3]
-    assert merge.holder == [6, None, 6, 6, 6, 6, 6, 7]
+    assert merge.survivor_of == [6, None, 6, 6, 6, 6, 6, 7]
     assert merge.holder_or_nearest()[1] == 6
 
 
@@ -163,7 +163,7 @@ def test_nearest_averages_by_size() -> None:
     sizes = [1.0, 2.0, 3.0, 1.0]
     merge = ref.nearest([0.1, 0.2, 0.8, 0.9], 2, keys, sizes)
     assert merge.kept == [2, 3]
-    assert merge.holder == [2, 3, 2, 3]
+    assert merge.survivor_of == [2, 3, 2, 3]
     assert _applied(merge, [10.0, 20.0, 30.0, 40.0]) == pytest.approx([(10 + 90) / 4, (40 + 40) / 3])
     assert merge.new_sizes(sizes) == [4, 3]
 
@@ -180,7 +180,7 @@ def test_bipartite_merges_the_most_similar_pairs() -> None:
     degrees = torch.tensor([0.0, 10.0, 55.0, 90.0, 95.0]) * math.pi / 180
     merge = ref.bipartite(2, torch.stack([degrees.cos(), degrees.sin()], dim=-1), [1.0] * 5)
     assert merge.kept == [1, 2, 3]
-    assert merge.holder == [1, 1, 2, 3, 3]
+    assert merge.survivor_of == [1, 1, 2, 3, 3]
     assert _applied(merge, [1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([1.5, 3, 4.5])
 
 
@@ -192,7 +192,7 @@ def test_bipartite_removes_half_at_most() -> None:
 def test_drop_loses_the_lowest() -> None:
     merge = ref.drop([0.3, 0.1, 0.2, 0.4], 2)
     assert merge.kept == [0, 3]
-    assert merge.holder == [0, None, None, 3]
+    assert merge.survivor_of == [0, None, None, 3]
     assert merge.holder_or_nearest() == [0, 0, 3, 3]
 
 
@@ -243,7 +243,7 @@ def test_cropped_seats_occur_in_the_test_image() -> None:
     inputs = inputs_for(model, [SAMPLES["image"]])
     visual = ref.vision_stage(model, inputs, ref.ReferenceSettings(vit_layers=[1, 2], vit_r=0.25))[0]
     assert any(not segment.visible[seat] for segment in visual.segments for seat in segment.seats)
-    assert all(holder is not None for holder in visual.holder)
+    assert all(holder is not None for holder in visual.survivor_of)
 
 
 # --------------------------------------------------------------- library against reference

@@ -149,7 +149,7 @@ def current_tap() -> AttentionTap | None:
 
 
 def open_tap(tap: AttentionTap) -> None:
-    """Opens a tap for what runs next in this thread or task, until ``close_tap``; for hooks, which have no ``with``."""
+    """Opens a tap for what runs next in this thread or task, until ``close_tap``: hooks have no ``with``."""
     _open.set(ref(tap))
 
 
@@ -252,8 +252,9 @@ class EncoderTap:
         if self.ranks:
             self._heard.append((query.detach(), key.detach()))
         bias = None if self.log_sizes is None else self._bias(self.log_sizes, len(key), key.shape[2])
+        # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
         plain = attention is sdpa_attention_forward and _is_plain(query, key, value, attention_mask, **kwargs)
-        if self.wanted and plain:
+        if self.wanted and plain and not module.training:
             mixed, received = attend_and_receive(query, key, value, self.scale, bias)
             self.received.append(received)
             return mixed.transpose(1, 2), None

@@ -246,9 +246,14 @@ class DecoderLayerHook(Hook):
         if call.cache is not None and kwargs.get(CACHE) is not None:
             self._announce(call, run, hidden.device)
         if run.ranks_for(self.layer_idx):
-            call.tap = AttentionTap(_Ranking(call, run, self.layer_idx))
-            open_tap(call.tap)
+            self._listen(call, run)
         return (hidden, *args[1:]), kwargs
+
+    def _listen(self, call: DecoderCall, run: DecoderRun) -> None:
+        """Opens a tap on the layer's attention, until ``RankingHook``."""
+        past = 0 if call.past is None or call.cache is None else call.past.keys[self.layer_idx]
+        call.tap = AttentionTap(_Ranking(run, self.layer_idx, past, call.valid[self.layer_idx]))
+        open_tap(call.tap)
 
     def _announce(self, call: DecoderCall, run: DecoderRun, device: torch.device) -> None:
         """Tells the layer's cache what the keys to come stand for."""
@@ -277,8 +282,8 @@ class RankingHook(Hook):
 class _Ranking:
     """Listens to the attention in front of a merging layer, and scores what enters that."""
 
-    def __init__(self, call: DecoderCall, run: DecoderRun, layer_idx: int) -> None:
-        self.call, self.run, self.layer_idx = call, run, layer_idx
+    def __init__(self, run: DecoderRun, layer_idx: int, past: int, valid: Tensor | None) -> None:
+        self.run, self.layer_idx, self.past, self.valid = run, layer_idx, past, valid
 
     def attend(
         self, attention: Attention, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
@@ -291,21 +296,20 @@ class _Ranking:
 
     def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
         state = self.run.states[self.run.merges_through(self.layer_idx)].to(query.device)
-        past = 0 if self.call.past is None or self.call.cache is None else self.call.past.keys[self.layer_idx]
-        key = key[:, :, : past + query.shape[2]]  # a static cache gives its whole buffer
-        row, valid = torch.arange(len(query), device=query.device), self.call.valid[self.layer_idx]
+        key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer
+        row = torch.arange(len(query), device=query.device)
         inputs = ScoreInputs(
             key=key,
             query=lambda: query,
             last_query=lambda: query[row, :, state.query],
             positions=state.origins,
-            key_valid=None if valid is None else valid.to(query.device),
+            key_valid=None if self.valid is None else self.valid.to(query.device),
             scale=scale,
             layer_idx=self.layer_idx + 1,
             causal=True,
             last_place=state.query,
         )
-        new = key[:, :, past:].transpose(1, 2).flatten(2).flatten(0, 1)
+        new = key[:, :, self.past :].transpose(1, 2).flatten(2).flatten(0, 1)
         self.run.rank(self.layer_idx + 1, inputs, new)
 
 

@@ -80,6 +80,7 @@ class Family:
         presets: what stands in for numbers that are not given, by modality; empty: ``patch`` asks for them.
         published_llm_score: what the published code ranks by in the language model; None: there is no such code.
         encoder_layer_types: stock classes of encoder layers that the family can change.
+        other_tower: what is said of a tower with layers of another ``{kind}``.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Family:
     presets: Mapping[Modality, MergeSchedule] = {}
     published_llm_score: str | None = None
     encoder_layer_types: tuple[type[nn.Module], ...] = ()
+    other_tower: str = "the vision encoder has {kind} layers, which this family cannot patch; use a stock model"
 
     # ------------------------------------------------------------------ where things are
 
@@ -176,11 +178,7 @@ class Family:
         changed = {0, *changed_layers(config, len(parts.encoder_layers))} if config.vit_layers else {0}
         for layer in (layer for index in sorted(changed) for layer in parts.encoder_layers[index]):
             if not isinstance(layer, self.encoder_layer_types):
-                names = " or ".join(kind.__name__ for kind in self.encoder_layer_types)
-                raise UnsupportedModelError(
-                    f"the vision encoder has {type(layer).__name__} layers; only {names} layers can be patched; use a "
-                    "stock tower of this family"
-                )
+                raise UnsupportedModelError(self.other_tower.format(kind=type(layer).__name__))
         if config.method.is_published and self.published_llm_score is None:
             raise UnsupportedModelError(
                 f"method {config.method.name!r} follows published code, and there is none for {self.name}; use another"

@@ -11,7 +11,7 @@ from typing import Any
 import wrapt
 from torch import nn
 
-__all__ = ["CallForward", "Hook", "HookSet", "MethodWrapper", "foreign_forward", "has_hooks"]
+__all__ = ["CallForward", "Called", "Hook", "HookSet", "MethodWrapper", "foreign_forward", "has_hooks"]
 
 #: Keyword under which a pre-hook tells ``CallForward`` that the module was called, and which module that was.
 CALLED = "illava_called"
@@ -75,6 +75,14 @@ class _Unbound:
         return inspect.signature(self.function)
 
 
+class Called:
+    """Which module was called: a box, since accelerate sends whatever has a ``to`` to another device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Holds the module."""
+        self.module = module
+
+
 class CallForward:
     """In place of a module's ``forward``: called directly, it goes through ``__call__``, where the hooks are.
 
@@ -89,13 +97,13 @@ class CallForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Inside a call the forward that was there before, else the call."""
-        called = kwargs.pop(CALLED, None)
+        called: Called | None = kwargs.pop(CALLED, None)
         if called is None and self.hooks.installed:
             return self.module(*args, **kwargs)
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         # Replicas and copies share this object, but each is called as itself.
-        module = self.module if called is None else called
+        module = self.module if called is None else called.module
         return type(module).forward(module, *args, **kwargs)
 
     def take_out(self) -> None:

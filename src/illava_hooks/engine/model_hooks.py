@@ -17,7 +17,7 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.cache import MergedLayer
 from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
-from illava_hooks.engine.hookset import CALLED, Hook
+from illava_hooks.engine.hookset import CALLED, Called, Hook
 from illava_hooks.engine.records import VisualRecord, attach, records_of, without_records
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
@@ -82,7 +82,7 @@ class BeforeBase(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Before the forward."""
         query: ScoringQuery | None = kwargs.pop(QUERY, None)
-        kwargs = {**kwargs, CALLED: module}
+        kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
         if merges(self.session, named):
             forward = ForwardState(self.session, query or ScoringQuery())
@@ -186,7 +186,7 @@ class BeforeHead(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Before the forward."""
         named = named_arguments(module, args, kwargs)
-        kwargs = {**kwargs, CALLED: module}
+        kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
             kwargs[QUERY] = query = self._query(named)
             if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:

@@ -58,7 +58,8 @@ def _can_run(attention: nn.Module) -> bool:
     """Whether the layer can run by itself: not if its weights are sharded, or nowhere at all."""
     parameters = list(attention.parameters())
     whole = all(type(p.data) is Tensor and p.numel() and p.device.type != "meta" for p in parameters)
-    return bool(parameters) and whole
+    flat = any(isinstance(m, nn.Linear) and m.weight.dim() < 2 for m in attention.modules())  # FSDP's first version
+    return bool(parameters) and whole and not flat
 
 
 def _one_row(text_model: Any, attention: Any) -> tuple[Tensor, Tensor, torch.dtype]:

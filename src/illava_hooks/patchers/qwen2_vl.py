@@ -56,6 +56,7 @@ class Qwen2VL(Family):
     presets = MappingProxyType({"image": _PRESET, "video": _PRESET})
     published_llm_score = "query_lse"
     encoder_layer_types = (Qwen2VLVisionBlock,)
+    other_tower = "visual has {kind} blocks; use a stock Qwen2-VL model"
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""

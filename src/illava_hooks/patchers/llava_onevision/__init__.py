@@ -57,6 +57,7 @@ class LlavaOnevision(Family):
     )
     published_llm_score = "last_query_attention"
     encoder_layer_types = (SiglipEncoderLayer,)
+    other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
 
     def tower(self, base: Any) -> Any:
         """SigLIP."""
