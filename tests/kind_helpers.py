@@ -16,7 +16,9 @@ from illava_hooks import PatchStateError, UnsupportedModelError
 from tiny_models import Inputs
 
 #: What forwards and `generate` of this release call the cache.
-CACHE = "cache" if "cache" in inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters else "past_key_values"
+CACHE = (
+    "cache" if "cache" in inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters else "past_key_values"
+)
 
 TOWERS = {"llava_onevision": "vision_tower", "qwen2_vl": "visual"}
 
