@@ -35,7 +35,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma": ("GemmaConfig", {"head_dim": 12}),
     "Glm4": ("Glm4Config", {"head_dim": 12}),
     "Helium": ("HeliumConfig", {"head_dim": 12}),
-    "StableLm": ("StableLmConfig", {}),
+    "StableLm": ("StableLmConfig", {"num_attention_heads": 6}),
     "Phi3": ("Phi3Config", {"partial_rotary_factor": 1.0}),
     "GPTNeoX": ("GPTNeoXConfig", {}),
     "Qwen2Moe": ("Qwen2MoeConfig", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}),
