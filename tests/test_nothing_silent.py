@@ -261,10 +261,10 @@ def widths(model: Any, inputs: Inputs) -> tuple[list[int], dict[str, Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merge_that_does_not_run_is_missed(family: str, broken: str) -> None:
     """A `PatchStateError` names the part; or the merges ran after all, as many tokens as planned."""
-    model = patched(family)
+    model, whole = patched(family), patched(family)
     inputs = single(model, IMAGE)
-    planned, expected = widths(model, inputs)
-    report = session_of(model).report
+    planned, expected = widths(whole, inputs)
+    report = session_of(whole).report
     breaks, part = BROKEN[broken]
     breaks(model)
     try:
