@@ -386,7 +386,7 @@ PLACES: dict[str, Callable[[Any], list[nn.Module]]] = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("how", ["closure", "partial", "method"])
+@pytest.mark.parametrize("how", ["closure", "method"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forwards_of_instances(family: str, place: str, how: str, order: str) -> None:

@@ -40,10 +40,8 @@ FORMS: dict[str, Form] = {
     "array": lambda n, k: np.arange(n - k, n),
     "slice": lambda n, k: slice(n - k, n),
     "slice from the end": lambda n, k: slice(-k, None),
-    "slice with a step": lambda n, k: slice(n - k, n, 1),
     "negative int": lambda n, k: k - n,
     "mask": lambda n, k: torch.arange(n) >= n - k,
-    "list of bools": lambda n, k: [column >= n - k for column in range(n)],
     "array of bools": lambda n, k: np.arange(n) >= n - k,
 }
 BY_ROW: dict[str, Form] = {
@@ -242,7 +240,7 @@ def check_rows(family: str, batch: str, side: Any, keep: Any, alone_keep: Callab
         torch.testing.assert_close(logits[row][place >= 0], wanted[place[place >= 0]], **PADDED)
 
 
-@pytest.mark.parametrize("keep", [1, 4, 15])
+@pytest.mark.parametrize("keep", [1, 15])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("family", FAMILIES)
