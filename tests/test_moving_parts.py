@@ -142,14 +142,14 @@ def part_names(family: str) -> list[str]:
     return [TOWERS[family], "language_model"]
 
 
-def saved_part(family: str, part: str, dtype: torch.dtype = torch.float64) -> tuple[peft.LoraConfig, Any]:
+def saved_part(model: Any, part: str) -> Any:
     """A wrapper in which a whole part is trained, with weights of its own, and adapters in the other part."""
     other = "fc1" if part == "language_model" else "gate_proj"
     config = peft.LoraConfig(r=4, target_modules=[other], modules_to_save=[part], init_lora_weights=False)
     torch.manual_seed(5)
-    wrapper = peft.get_peft_model(tiny_model(family, dtype=dtype), config).eval()
+    wrapper = peft.get_peft_model(model, config).eval()
     move(wrapper, "default")
-    return config, wrapper
+    return wrapper
 
 
 @torch.no_grad()
@@ -184,17 +184,12 @@ def assert_near_logits(ours: Any, theirs: Any, inputs: Inputs) -> None:
 def test_a_part_that_an_adapter_trains(family: str, index: int, order: str) -> None:
     """The copy that runs is the one that merges: with the adapter, without it, with another one, and folded in."""
     part = part_names(family)[index]
-    _, wrapper = saved_part(family, part)
-    expected = folded(wrapper, family)
+    model = tiny_model(family, dtype=torch.float64)
+    expected = folded(saved_part(tiny_model(family, dtype=torch.float64), part), family)
     if order == "after patch":
-        model = tiny_model(family, dtype=torch.float64)
         patch(model, **SETTINGS[family])
-        config, _ = saved_part(family, part)
-        torch.manual_seed(5)
-        wrapper = peft.get_peft_model(model, config).eval()
-        move(wrapper, "default")
-    else:
-        config = wrapper.peft_config["default"]
+    wrapper = saved_part(model, part)
+    if order == "before patch":
         patch(wrapper, **SETTINGS[family])
     inputs = single(tiny_model(family), IMAGES)
     inputs = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
@@ -205,7 +200,7 @@ def test_a_part_that_an_adapter_trains(family: str, index: int, order: str) -> N
     assert_near_logits(wrapper, expected, inputs)
     assert_differ(forward(expected, inputs)["forward.logits"], forward(plain, inputs)["forward.logits"])
 
-    wrapper.add_adapter("second one", config)
+    wrapper.add_adapter("second one", wrapper.peft_config["default"])
     wrapper.set_adapter("second one")
     move(wrapper.eval(), "second one")
     unpatch(stock := copy.deepcopy(wrapper))
@@ -225,7 +220,7 @@ def test_a_part_that_an_adapter_trains(family: str, index: int, order: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_while_the_adapter_is_off(family: str, index: int) -> None:
     """Then the copy comes back, and merges as well."""
-    _, wrapper = saved_part(family, part_names(family)[index])
+    wrapper = saved_part(tiny_model(family, dtype=torch.float64), part_names(family)[index])
     expected = folded(wrapper, family)
     inputs = single(tiny_model(family), IMAGE)
     inputs = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
