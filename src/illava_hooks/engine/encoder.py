@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
-from illava_hooks.engine.counts import encoder_counts, split_visible
+from illava_hooks.engine.counts import encoder_counts, shown_units
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.session import MergeSession
@@ -292,9 +292,8 @@ class EncoderRun:
             return None
         parts: list[tuple[int, ...]] = []
         for units, shown in zip(self.lengths, visible.counts, strict=True):
-            whole = 0 < shown < units[0]
-            none = (0,) * len(units)
-            parts += split_visible(units, shown) if whole else ((units, none) if shown else (none, units))
+            mine = shown_units(units, shown)
+            parts += [mine, tuple(n - m for n, m in zip(units, mine, strict=True))]
         return parts
 
     def _without_prefix(self, tokens: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from typing import Any
 import wrapt
 from torch import nn
 
-__all__ = ["CallForward", "Called", "Hook", "HookSet", "MethodWrapper", "foreign_forward", "has_hooks"]
+__all__ = [
+    "CallForward",
+    "Called",
+    "Hook",
+    "HookSet",
+    "MethodWrapper",
+    "foreign_forward",
+    "has_hooks",
+    "named_arguments",
+]
 
 #: Keyword under which a pre-hook tells ``CallForward`` that the module was called, and which module that was.
 CALLED = "illava_called"
@@ -26,6 +35,23 @@ class Hook:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """As PyTorch calls a hook with keyword arguments: without ``output`` before the forward, with it behind."""
         raise NotImplementedError
+
+
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by name, to be read.
+
+    A subclass may take ``*args``: then the names are those of the first parent that has some.
+    """
+    if not args:
+        return kwargs
+    for kind in type(module).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(names) >= len(args):
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+    return kwargs
 
 
 class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
@@ -84,22 +110,36 @@ class Called:
 
 
 class CallForward:
-    """In place of a module's ``forward``: called directly, it goes through ``__call__``, where the hooks are.
+    """In place of a module's ``forward``: called directly, it does what the hooks of a call do.
 
     PEFT, sentence-transformers and others call ``model.forward(...)``. Which token scores, and that a forward merges
     at all, is decided in hooks of the call: without this, such a call would merge in one stage only.
     """
 
-    def __init__(self, module: nn.Module, hooks: HookSet) -> None:
-        """Stands in for ``module.forward`` while ``hooks`` are installed."""
-        self.module, self.hooks = module, hooks
-        self.inner = vars(module).get("forward")
+    def __init__(self, module: nn.Module, hooks: HookSet, before: Hook, after: Hook | None) -> None:
+        """Stands in for ``module.forward`` while ``hooks`` are installed; ``before`` and ``after`` are hooks of it."""
+        self.module, self.hooks, self.before, self.after = module, hooks, before, after
+        # Accelerate's own forward calls this one, and puts it back where it was.
+        self.name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.inner = vars(module).get(self.name)
+        self.__doc__ = type(module).forward.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside a call the forward that was there before, else the call."""
+        """The forward that was there before, with the hooks around it where no call has run them."""
         called: Called | None = kwargs.pop(CALLED, None)
-        if called is None and self.hooks.installed:
-            return self.module(*args, **kwargs)
+        if called is not None or not self.hooks.installed:
+            return self._forward(called, args, kwargs)
+        args, kwargs = self.before(self.module, args, kwargs)
+        kwargs.pop(CALLED)
+        output = changed = None
+        try:
+            output = self._forward(None, args, kwargs)
+        finally:
+            if self.after is not None:
+                changed = self.after(self.module, args, kwargs, output)
+        return output if changed is None else changed
+
+    def _forward(self, called: Called | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         # Replicas and copies share this object, but each is called as itself.
@@ -109,13 +149,13 @@ class CallForward:
     def take_out(self) -> None:
         """Puts back what was there, wherever accelerate moved this to; who else holds it gets the stock forward."""
         own = vars(self.module)
-        if own.get("forward") is self:
-            if self.inner is None:
-                del own["forward"]
+        for name in ("forward", "_old_forward"):
+            if own.get(name) is not self:
+                continue
+            if self.inner is None and name == "forward":
+                del own[name]
             else:
-                own["forward"] = self.inner
-        elif own.get("_old_forward") is self:
-            own["_old_forward"] = self.__wrapped__
+                own[name] = self.__wrapped__
 
     @property
     def __wrapped__(self) -> Any:
@@ -148,7 +188,7 @@ class HookSet:
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
         self._classes: list[tuple[nn.Module, type, type, type]] = []
-        self._forwards: list[tuple[nn.Module, CallForward]] = []
+        self._forwards: list[CallForward] = []
 
     def before(self, module: nn.Module, hook: Hook) -> None:
         """Adds a forward pre-hook that sees keyword arguments."""
@@ -168,11 +208,14 @@ class HookSet:
         """Puts ``around(method, *args, **kwargs)`` around a method of one object."""
         self.swap(owner, name, MethodWrapper(getattr(owner, name), around))
 
-    def call_forward(self, module: nn.Module) -> None:
-        """Makes ``module.forward(...)`` the same as ``module(...)``; a pre-hook must mark calls with ``CALLED``."""
-        stand_in = CallForward(module, self)
-        vars(module)["forward"] = stand_in
-        self._forwards.append((module, stand_in))
+    def around_forward(self, module: nn.Module, before: Hook, after: Hook | None = None) -> None:
+        """Adds hooks that also hold for ``module.forward(...)``; ``before`` must mark calls with ``CALLED``."""
+        self.before(module, before)
+        if after is not None:
+            self.after(module, after, always=True)
+        stand_in = CallForward(module, self, before, after)
+        vars(module)[stand_in.name] = stand_in
+        self._forwards.append(stand_in)
 
     def swap_class(self, module: nn.Module, new: type) -> None:
         """Gives ``module`` a subclass of its class, also where accelerate keeps the old ``forward``.
@@ -203,7 +246,7 @@ class HookSet:
             _rebind_forward(module, now, back)
             module.__class__ = back
         while self._forwards:
-            self._forwards.pop()[1].take_out()
+            self._forwards.pop().take_out()
         # Quantization gives its modules the hooks of ours, an adapter added later is a copy of a patched module.
         for module in () if root is None else root.modules():
             _remove_copies(module)
@@ -228,13 +271,12 @@ def _remove_copies(module: nn.Module) -> None:
                 "_forward_hooks_always_called",
             ):
                 getattr(module, flags, {}).pop(key, None)
-    for base in type(module).__mro__:
-        if "swapped_in" in vars(base):
-            old = type(module)
-            back = _on_top_of(old, base, base.__bases__[-1])
-            _rebind_forward(module, old, back)
-            module.__class__ = back
-            break
+    old = type(module)
+    if getattr(old, "swapped_in", False):
+        swapped = next(kind for kind in old.__mro__ if not getattr(kind.__bases__[-1], "swapped_in", False))
+        back = _on_top_of(old, swapped, swapped.__bases__[-1])
+        _rebind_forward(module, old, back)
+        module.__class__ = back
     for name, value in list(vars(module).items()):
         if (restore := getattr(type(value), "stock_of_copy", None)) is not None:
             vars(module)[name] = restore(value)

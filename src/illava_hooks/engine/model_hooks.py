@@ -17,7 +17,7 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.cache import MergedLayer
 from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
-from illava_hooks.engine.hookset import CALLED, Called, Hook
+from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.records import VisualRecord, attach, records_of, without_records
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
@@ -50,23 +50,6 @@ def merges(session: MergeSession, named: Mapping[str, Any]) -> bool:
     """Whether a call merges anything."""
     modalities = carried(named)
     return bool(modalities) and session.active and any(not session.config.schedule(m).is_identity for m in modalities)
-
-
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments by name, to be read.
-
-    A subclass may take ``*args``: then the names are those of the first parent that has some.
-    """
-    if not args:
-        return kwargs
-    for kind in type(module).__mro__:
-        if "forward" not in vars(kind):
-            continue
-        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(names) >= len(args):
-            return {**dict(zip(names, args, strict=False)), **kwargs}
-    return kwargs
 
 
 # ---------------------------------------------------------------------- the base model
