@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from helpers import forward
 from illava_hooks import patch, tiny
@@ -37,6 +39,12 @@ def client(name: str) -> Any:
         if os.environ.get("ILLAVA_CLIENTS"):
             raise
         pytest.skip(f"{error}; `make test-clients` installs it", allow_module_level=True)
+
+
+def assert_release(library: Any) -> None:
+    """`make test-clients` names an older release that is to be tested, such as "peft-0.18.1"."""
+    name, _, release = os.environ.get("ILLAVA_CLIENTS", "").partition("-")
+    assert library.__name__ != name or library.__version__ == release
 
 
 # ------------------------------------------------------------------------------------ answers
@@ -112,3 +120,30 @@ def question(processor: Any, *texts: str, image: Image.Image | None = None) -> I
 def logits_of(model: Any, inputs: Inputs, **kwargs: Any) -> Tensor:
     """Logits of a forward without gradients."""
     return forward(model, inputs, **kwargs)["forward.logits"]
+
+
+class Forced(LogitsProcessor):  # type: ignore[misc]  # untyped in older releases
+    """Makes `generate` write given tokens `(B, T)` behind prompts of a length."""
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.tokens, self.length = tokens, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Forbids all others."""
+        token = self.tokens[:, input_ids.shape[1] - self.length, None]
+        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)
+
+
+def forced_logits(model: Any, inputs: Inputs, tokens: Tensor) -> Tensor:
+    """Logits `(B, T, V)` that a generation has in front of each of given tokens."""
+    done = model.generate(
+        **inputs,
+        max_new_tokens=tokens.shape[1],
+        logits_processor=[Forced(tokens, inputs["input_ids"].shape[1])],
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        eos_token_id=None,
+    )
+    assert torch.equal(done.sequences[:, -tokens.shape[1] :], tokens)
+    return torch.stack(done.logits, 1)

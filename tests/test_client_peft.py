@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import peft
 import pytest
 import torch
 
-from client_helpers import CLOSE, assert_same_gradients, assert_same_prompt, gradients, labelled, with_other_answer
+from client_helpers import (
+    CLOSE,
+    assert_release,
+    assert_same_gradients,
+    assert_same_prompt,
+    gradients,
+    labelled,
+    with_other_answer,
+)
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, patched, single, steps
 from helpers import assert_differ, assert_near, assert_same, forward
 from illava_hooks import merging, patch, session_of, unpatch
@@ -43,7 +50,7 @@ def adapted(family: str, order: str, *, identity: bool, task: str | None = "CAUS
 
 
 def test_this_is_the_release_that_is_asked_for() -> None:
-    assert peft.__version__.startswith(os.environ.get("ILLAVA_PEFT", ""))
+    assert_release(peft)
 
 
 @pytest.mark.parametrize("order", ORDERS)

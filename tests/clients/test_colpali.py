@@ -60,4 +60,3 @@ def test_only_image_vectors() -> None:
     everything = torch.stack([(query[0] @ row[row.abs().sum(-1) > 0].T).amax(-1).sum() for row in found])
     torch.testing.assert_close(scored, everything, **CLOSE)
     assert all(len(row) <= 0.6 * int((full.abs().sum(-1) > 0).sum()) for row, full in zip(few, stock, strict=True))
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
 
-from client_helpers import CLOSE, EMBEDDED, client, embedded, picture
+from client_helpers import CLOSE, EMBEDDED, assert_release, client, embedded, forced_logits, picture
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, tiny
 from tiny_models import FAMILIES
@@ -25,7 +23,6 @@ for name in ("sft_trainer", "dpo_trainer", "grpo_trainer"):
 
 #: Since 1.15 the trainers replace the head's `forward` by one that takes labels and gives log-probabilities.
 TELLS_LABELS = hasattr(client("trl.trainer.utils"), "add_fused_lm_head")
-FIELDS = {field.name: field for field in dataclasses.fields(trl.SFTConfig)}
 LOSSES = ("nll",) if TELLS_LABELS else ("nll", "chunked_nll")
 
 RATE = 1e-3
@@ -33,6 +30,10 @@ ROWS = [
     ("scene.png", "how many triangles are there ?", "3", "red green blue"),
     ("digits.png", "which digit is first ?", "7 2 left", "4"),
 ]
+
+
+def test_this_is_the_release_that_is_asked_for() -> None:
+    assert_release(trl)
 
 
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
@@ -207,30 +208,8 @@ def test_dpo_of_a_reference_that_does_not_merge(family: str, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------ GRPO
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]  # untyped in older releases
-    """Makes `generate` write given tokens `(B, T)`."""
-
-    def __init__(self, tokens: Tensor, start: int) -> None:
-        self.tokens, self.start = tokens, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -math.inf)
-        return forced.scatter(1, self.tokens[:, input_ids.shape[1] - self.start, None], 0.0)
-
-
-def generated(model: PreTrainedModel, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
-    """Log-probabilities `(B, T)` of answers, one step after the other."""
-    done = model.generate(
-        **inputs,
-        max_new_tokens=answers.shape[1],
-        logits_processor=[Forced(answers, inputs["input_ids"].shape[1])],
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-        eos_token_id=None,
-    )
-    assert torch.equal(done.sequences[:, -answers.shape[1] :], answers)
-    return torch.stack(done.logits, 1).log_softmax(-1).gather(-1, answers[..., None])[..., 0]
+def log_probabilities_of(answers: Tensor, logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -268,7 +247,7 @@ def test_grpo(family: str, tmp_path: Path) -> None:
         answers = inputs["input_ids"][:, -steps:]
         per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
         prompt = {name: value[:, :-steps] if name in per_token else value for name, value in inputs.items()}
-        expected = generated(plain, prompt, answers)
+        expected = log_probabilities_of(answers, forced_logits(plain, prompt, answers))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         with merging(plain, False):
-            assert_differ(found, generated(plain, prompt, answers))
+            assert_differ(found, log_probabilities_of(answers, forced_logits(plain, prompt, answers)))
