@@ -18,7 +18,7 @@ from illava_hooks import IllavaHooksError, merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 nnsight = client("nnsight")
-LAYER = r"(layers|blocks)\.\d"
+LAYER = r"(layer |layers\.|blocks\.)\d"
 
 
 def traced(wrapped: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
