@@ -145,6 +145,7 @@ class EncoderRun:
     def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, cut down to the survivors."""
         merges = self.merges_before(layer_idx)
+        self._check_reached(merges)
         return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
 
     def tap(self, layer_idx: int) -> EncoderTap:
@@ -169,7 +170,10 @@ class EncoderRun:
         Raises:
             PatchStateError: some layer was passed by.
         """
-        if len(self.plans) < len(self.layers):
+        self._check_reached(len(self.layers))
+
+    def _check_reached(self, merges: int) -> None:
+        if len(self.plans) < merges:
             layer = self.layers[len(self.plans)]
             raise PatchStateError(
                 f"vision encoder layer {layer} did not merge, vit_layers is {list(self.layers)}; another forward "
@@ -233,6 +237,7 @@ class EncoderRun:
         merges = self.layers.index(layer_idx)
         prefix, units = self._split(hidden)
         # A replay under gradient checkpointing finds the plan of the first run.
+        self._check_reached(merges)
         if len(self.plans) == merges:
             with torch.no_grad():
                 self._decide(merges, units.detach(), tap)

@@ -116,9 +116,9 @@ class CallForward:
     at all, is decided in hooks of the call: without this, such a call would merge in one stage only.
     """
 
-    def __init__(self, module: nn.Module, hooks: HookSet, before: Hook, after: Hook | None) -> None:
-        """Stands in for ``module.forward`` while ``hooks`` are installed; ``before`` and ``after`` are hooks of it."""
-        self.module, self.hooks, self.before, self.after = module, hooks, before, after
+    def __init__(self, module: nn.Module, installed: Installed, before: Hook, after: Hook | None) -> None:
+        """Stands in for ``module.forward`` while hooks are ``installed``; ``before`` and ``after`` are two of them."""
+        self.module, self.installed, self.before, self.after = module, installed, before, after
         # Accelerate's own forward calls this one, and puts it back where it was.
         self.name = "_old_forward" if "_old_forward" in vars(module) else "forward"
         self.inner = vars(module).get(self.name)
@@ -126,24 +126,26 @@ class CallForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that was there before, with the hooks around it where no call has run them."""
+        return self.run(self.module, args, kwargs)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for a copy of the module that shares this object."""
         called: Called | None = kwargs.pop(CALLED, None)
-        if called is not None or not self.hooks.installed:
-            return self._forward(called, args, kwargs)
-        args, kwargs = self.before(self.module, args, kwargs)
-        kwargs.pop(CALLED)
+        if called is not None or not self.installed.now:
+            return self._forward(module if called is None else called.module, args, kwargs)
+        args, kwargs = self.before(module, args, kwargs) or (args, kwargs)
+        kwargs.pop(CALLED, None)
         output = changed = None
         try:
-            output = self._forward(None, args, kwargs)
+            output = self._forward(module, args, kwargs)
         finally:
             if self.after is not None:
-                changed = self.after(self.module, args, kwargs, output)
+                changed = self.after(module, args, kwargs, output)
         return output if changed is None else changed
 
-    def _forward(self, called: Called | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
-        # Replicas and copies share this object, but each is called as itself.
-        module = self.module if called is None else called.module
         return type(module).forward(module, *args, **kwargs)
 
     def take_out(self) -> None:
@@ -163,9 +165,43 @@ class CallForward:
         return MethodType(type(self.module).forward, self.module) if self.inner is None else self.inner
 
     @property
+    def __self__(self) -> nn.Module:
+        """The module, as of a bound method."""
+        return self.module
+
+    @property
+    def __func__(self) -> Any:
+        """For any module: tools read the signature from it, or bind it to a copy."""
+        return _ForwardOfAny(self)
+
+    @property
     def __name__(self) -> str:
         """As stock's."""
         return "forward"
+
+
+class _ForwardOfAny:
+    """A ``CallForward`` that takes the module first, as functions of a class do."""
+
+    def __init__(self, stand_in: CallForward) -> None:
+        self.stand_in = stand_in
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.stand_in.run(module, args, kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.stand_in.module).forward)
+
+
+class Installed:
+    """Whether hooks are; shared by those that outlive them in somebody else's hands."""
+
+    now = True
 
 
 def foreign_forward(module: nn.Module) -> bool:
@@ -184,7 +220,7 @@ class HookSet:
 
     def __init__(self) -> None:
         """Starts with no change."""
-        self.installed = True
+        self.installed = Installed()
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
         self._classes: list[tuple[nn.Module, type, type, type]] = []
@@ -213,7 +249,7 @@ class HookSet:
         self.before(module, before)
         if after is not None:
             self.after(module, after, always=True)
-        stand_in = CallForward(module, self, before, after)
+        stand_in = CallForward(module, self.installed, before, after)
         vars(module)[stand_in.name] = stand_in
         self._forwards.append(stand_in)
 
@@ -230,7 +266,7 @@ class HookSet:
 
     def remove(self, root: nn.Module | None = None) -> None:
         """Undoes every change, and what copied our hooks inside of ``root``. Safe to call twice."""
-        self.installed = False
+        self.installed.now = False
         while self._handles:
             self._handles.pop().remove()
         while self._attributes:
@@ -278,6 +314,8 @@ def _remove_copies(module: nn.Module) -> None:
         _rebind_forward(module, old, back)
         module.__class__ = back
     for name, value in list(vars(module).items()):
+        if isinstance(value, CallForward):
+            value.take_out()
         if (restore := getattr(type(value), "stock_of_copy", None)) is not None:
             vars(module)[name] = restore(value)
 

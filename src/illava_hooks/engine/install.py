@@ -107,7 +107,7 @@ def _refuse_shared(parts: ModelParts) -> None:
     """Raises ``PatchStateError`` where a part is patched already, by way of another model that holds it too."""
     shared: tuple[tuple[str, Iterable[nn.Module]], ...] = (
         ("vision encoder", parts.towers),
-        ("text model", parts.text_models),
+        ("language model", parts.text_models),
         ("base model", [parts.base]),
     )
     for name, modules in shared:

@@ -69,12 +69,21 @@ class BeforeBase(Hook):
         named = named_arguments(module, args, kwargs)
         if merges(self.session, named):
             forward = ForwardState(self.session, query or ScoringQuery())
+            self._warn_of_answers(module, forward.query)
             for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
                 if ready is not None:
                     forward.records[modality] = self.methods.records(modality, ready)
             begin_forward(forward)
             kwargs[FORWARD] = forward
         return args, kwargs
+
+    def _warn_of_answers(self, module: Any, query: ScoringQuery) -> None:
+        if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
+            self.session.warn_once(
+                "a training forward came without labels and logits_to_keep (label smoothing and own losses take the "
+                "labels out): its last token ranks the visual tokens, so an answer may rank those of its own prompt; "
+                "hand labels to the model, or use llm_layers=[] while training"
+            )
 
 
 class AfterBase(Hook):
@@ -171,20 +180,14 @@ class BeforeHead(Hook):
         named = named_arguments(module, args, kwargs)
         kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
-            kwargs[QUERY] = query = self._query(named)
-            if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
-                self.session.warn_once(
-                    "a training forward came without labels and logits_to_keep (label smoothing and own losses take "
-                    "the labels out): its last token ranks the visual tokens, so an answer may rank those of its own "
-                    "prompt; hand labels to the model, or use llm_layers=[] while training"
-                )
+            kwargs[QUERY] = self._query(named)
         return args, kwargs
 
     def _query(self, named: Mapping[str, Any]) -> ScoringQuery:
         """The prompt's last token in a generation without a cache, which sees all of it in each step; else as told."""
         length, generation = _length(named), current_generation()
         if generation is not None and cache_of(named) is None and _began(generation, self.session, named):
-            return ScoringQuery(from_end=length - generation.ids.shape[1] + 1)  # type: ignore[union-attr]
+            return ScoringQuery(column=torch.tensor(generation.ids.shape[1] - 1))  # type: ignore[union-attr]
         return ScoringQuery.of_call(named, length)
 
 

@@ -16,11 +16,11 @@ from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer, change_layers, expand_output, run_features
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
-from illava_hooks.engine.hookset import Hook, named_arguments
+from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.provenance import sparse
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
-from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
@@ -68,8 +68,7 @@ class Qwen2VL(Family):
         session.hooks.wrap(base, "get_image_features", methods.image_features)
         session.hooks.wrap(base, "get_video_features", methods.video_features)
         for tower in parts.towers:
-            session.hooks.before(tower, StartTower(session))
-            session.hooks.after(tower, ExpandTower())
+            session.hooks.around_forward(tower, StartTower(session), ExpandTower())
 
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of the vision tower and the patch merger."""
@@ -171,25 +170,21 @@ def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: i
     return records
 
 
-class StartTower(Hook):
+class StartTower(SessionHook):
     """Hook in front of the vision tower: a call from outside of the feature methods starts a run of its own.
 
     So retrievers merge that call the tower themselves; in a forward that nobody opened, only the encoder does.
     """
 
-    def __init__(self, session: MergeSession) -> None:
-        """Belongs to one session."""
-        self.session = session
-
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves calls alone that bring a run, or are not to merge."""
-        named = named_arguments(module, args, kwargs)
-        grids = named.get("grid_thw")
+        grids = named_arguments(module, args, kwargs).get("grid_thw")
+        kwargs = {**kwargs, CALLED: Called(module)}
         if grids is None or in_features() or not self.session.active:
-            return None
+            return args, kwargs
         modality: Modality = "video" if bool((grids[:, 0] > 1).any()) else "image"
         if self.session.config.schedule(modality).is_identity:
-            return None
+            return args, kwargs
         forward = running_forward()
         if forward is None or forward.session is not self.session:
             self.session.warn_once(
@@ -207,9 +202,9 @@ class ExpandTower(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the output alone when no run travels with the call."""
         run: EncoderRun | None = kwargs.get(ENCODER_RUN)
-        if run is None:
-            return None
         (out,) = output
+        if run is None or out is None:
+            return None
         expand_output(run, out)
         merged = out.pooler_output
         patches = module.spatial_merge_size**2

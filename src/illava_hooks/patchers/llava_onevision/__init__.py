@@ -95,7 +95,7 @@ class LlavaOnevision(Family):
         changed = changed_layers(session.config, len(parts.encoder_layers))
         change_layers(parts.encoder_layers, changed, {SiglipEncoderLayer: MergingSiglipEncoderLayer}, session)
         for tower in parts.towers:
-            session.hooks.before(tower, TowerHook(session))
+            session.hooks.around_forward(tower, TowerHook(session))
         methods = FeatureMethods(parts.base, session)
         session.hooks.wrap(parts.base, "get_image_features", methods.image_features)
         session.hooks.wrap(parts.base, "get_video_features", methods.video_features)
