@@ -33,6 +33,7 @@ from illava_hooks.engine.compat import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.engine.decoder import DecoderRun, plan_counts
 from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.trace import Finish
@@ -90,6 +91,7 @@ class TextModelHook(Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans a prefill on the host
     def _prefill(self, module: Any, forward: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
         embeds, config = kwargs["inputs_embeds"], module.config
+        _check_layers_are_patched(module)
         cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
         check_layers(cache)
         past = past_of(cache, config.num_hidden_layers)
@@ -125,6 +127,21 @@ class TextModelHook(Hook):
             given = torch.arange(past, past + width, device=embeds.device)[None]
         positions = self.family.text_positions(given)
         return positions.expand(*positions.shape[:-2], batch, width).to(embeds.device)
+
+
+def _check_layers_are_patched(module: Any) -> None:
+    """Every layer will see the compact sequence.
+
+    Raises:
+        PatchStateError: one was put in behind ``patch``.
+    """
+    for index, wrapped in enumerate(module.layers):
+        for layer in inside(wrapped):
+            if not any(isinstance(hook, DecoderLayerHook) for hook in layer._forward_pre_hooks.values()):
+                raise PatchStateError(
+                    f"decoder layer {index} ({type(layer).__name__}) was put in behind patch and cannot merge; call "
+                    "patch(model, ...) again after replacing parts of the model"
+                )
 
 
 def _resolve_cache(module: Any, kwargs: dict[str, Any]) -> Any:

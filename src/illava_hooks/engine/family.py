@@ -287,9 +287,13 @@ def _by_index(layers: Sequence[Sequence[nn.Module]]) -> list[list[nn.Module]]:
 
 def _check_language_seams(parts: ModelParts) -> None:
     """Raises ``AttributeError`` with the name of what the language stage needs and a release does not have."""
-    for layers in parts.decoder_layers:
+    for index, layers in enumerate(parts.decoder_layers):
         for layer in layers:
-            _ = layer.self_attn
+            if not hasattr(layer, "self_attn"):
+                raise UnsupportedModelError(
+                    f"decoder layer {index} is a {type(layer).__name__} without self_attn, whose tokens cannot be ranked; "
+                    "use a language model whose layers have one, such as Llama's or Qwen's"
+                )
     for function, argument in (
         *((type(text).forward, CACHE) for text in parts.text_models),
         (create_causal_mask, "allow_is_causal_skip"),

@@ -13,7 +13,7 @@ from illava_hooks.engine.decoder_hooks import DecoderLayerHook, RankingHook, Res
 from illava_hooks.engine.encoder_layers import EncoderLayerHook
 from illava_hooks.engine.family import Family, ModelParts
 from illava_hooks.engine.hookset import has_hooks
-from illava_hooks.engine.model_hooks import AfterBase, BaseMethods, BeforeBase, BeforeHead, HeadMethods
+from illava_hooks.engine.model_hooks import AfterBase, AfterHead, BaseMethods, BeforeBase, BeforeHead, HeadMethods
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
@@ -93,7 +93,7 @@ def _install_around(family: Family, parts: ModelParts, session: MergeSession) ->
     hooks.swap(base, "_illava_session", session)
     if parts.top is not None:
         head = HeadMethods(session)
-        hooks.around_forward(parts.top, BeforeHead(session))
+        hooks.around_forward(parts.top, BeforeHead(session), AfterHead())
         hooks.wrap(parts.top, "generate", head.generate)
         for name in features:
             if hasattr(parts.top, name):

@@ -24,6 +24,7 @@ from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.transport import (
     FORWARD,
     QUERY,
+    Asked,
     ForwardState,
     Generation,
     begin_forward,
@@ -35,7 +36,7 @@ from illava_hooks.engine.transport import (
 )
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["AfterBase", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
+__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
 
 _PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -64,11 +65,12 @@ class BeforeBase(Hook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Before the forward."""
-        query: ScoringQuery | None = kwargs.pop(QUERY, None)
+        asked: Asked = kwargs.pop(QUERY, None) or Asked(ScoringQuery())
+        asked.is_heard = True
         kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
         if merges(self.session, named):
-            forward = ForwardState(self.session, query or ScoringQuery())
+            forward = ForwardState(self.session, asked.query)
             self._warn_of_answers(module, forward.query)
             for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
                 if ready is not None:
@@ -180,7 +182,7 @@ class BeforeHead(Hook):
         named = named_arguments(module, args, kwargs)
         kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
-            kwargs[QUERY] = self._query(named)
+            kwargs[QUERY] = Asked(self._query(named))
         return args, kwargs
 
     def _query(self, named: Mapping[str, Any]) -> ScoringQuery:
@@ -189,6 +191,19 @@ class BeforeHead(Hook):
         if generation is not None and cache_of(named) is None and _began(generation, self.session, named):
             return ScoringQuery(column=torch.tensor(generation.ids.shape[1] - 1))  # type: ignore[union-attr]
         return ScoringQuery.of_call(named, length)
+
+
+class AfterHead(Hook):
+    """A forward that was to merge, and whose base model did not know of it, is an error."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """After the forward."""
+        asked: Asked | None = kwargs.get(QUERY)
+        if asked is not None and not asked.is_heard and output[0] is not None:
+            raise PatchStateError(
+                "the base model did not merge: it was put in behind patch; call patch(model, ...) again after replacing "
+                "parts of the model"
+            )
 
 
 def _length(named: Mapping[str, Any]) -> int:

@@ -44,11 +44,9 @@ class ScoringQuery:
         if (shifted := named.get("shift_labels")) is not None:  # already one to the left: the query has a label itself
             return cls(labelled=torch.nn.functional.pad(shifted[:, :-1], (1, 0), value=-100) != -100)
         keep = named.get("logits_to_keep", 0)
-        if isinstance(keep, int):
-            return (
-                cls(from_end=keep) if keep > 0 else cls(column=_first(slice(-keep, None), length)) if keep else cls()
-            )
-        return cls(column=_first(keep, length))
+        if isinstance(keep, int) and keep >= 0:
+            return cls(from_end=keep or None)
+        return cls(column=_first(slice(-keep, None) if isinstance(keep, int) else keep, length))
 
     @property
     def is_told(self) -> bool:
