@@ -291,8 +291,8 @@ def _check_language_seams(parts: ModelParts) -> None:
         for layer in layers:
             if not hasattr(layer, "self_attn"):
                 raise UnsupportedModelError(
-                    f"decoder layer {index} is a {type(layer).__name__} without self_attn, whose tokens cannot be ranked; "
-                    "use a language model whose layers have one, such as Llama's or Qwen's"
+                    f"decoder layer {index} is a {type(layer).__name__} without self_attn: its tokens cannot be "
+                    "ranked; use a language model whose layers have one, such as Llama's or Qwen's"
                 )
     for function, argument in (
         *((type(text).forward, CACHE) for text in parts.text_models),

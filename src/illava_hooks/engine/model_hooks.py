@@ -201,8 +201,8 @@ class AfterHead(Hook):
         asked: Asked | None = kwargs.get(QUERY)
         if asked is not None and not asked.is_heard and output[0] is not None:
             raise PatchStateError(
-                "the base model did not merge: it was put in behind patch; call patch(model, ...) again after replacing "
-                "parts of the model"
+                "the base model did not merge: it was put in behind patch; call patch(model, ...) again after "
+                "replacing parts of the model"
             )
 
 
