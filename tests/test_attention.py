@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from helpers import MERGING, prompt
+from families import family_of
+from helpers import MERGING, prompt, richest
 from illava_hooks import patch
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
@@ -66,7 +67,7 @@ class TestListening:
 class TestInAModel:
     def test_both_ways_give_the_same(self, family: str, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(family, attn_implementation=back_end)
-        inputs = prompt(model, "image and video")
+        inputs = prompt(model, richest(family))
         session = patch(model, **MERGING, track=True)
         found = []
         for answers in (True, False):
@@ -99,12 +100,8 @@ class TestInAModel:
         model = tiny_model(family, attn_implementation=back_end)
         patch(model, **MERGING)
         layer = MERGING["vit_layers"][0]
-        base = model.model
-        attention = (
-            base.vision_tower.encoder.layers[layer].self_attn
-            if family == "llava_onevision"
-            else base.visual.blocks[layer].attn
-        )
+        known = family_of(family)
+        attention = known.encoder_attention(known.encoder_layers(model)[layer])
         seen: list[int] = []
         attention.register_forward_hook(lambda *_: seen.append(layer))
         with torch.no_grad():

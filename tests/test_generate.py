@@ -43,8 +43,7 @@ def assert_same_answers(ours: Any, theirs: Any, **tolerance: float) -> None:
 
 @needs_ready_features
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_ready_features_give_what_pixels_give(family: str, kind: str, way: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -225,8 +224,7 @@ def test_assisted_decoding_is_greedy_decoding(family: str, who: str, kind: str) 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_hidden_states_have_the_stock_shapes(family: str, kind: str, way: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])

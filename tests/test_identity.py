@@ -113,8 +113,7 @@ def test_feature_outputs_have_the_stock_entries(family: str, identity: Callable[
         assert {kind: list(out) for kind, out in feature_outputs(model, inputs).items()} == expected
 
 
-@pytest.mark.parametrize("kind", VISUAL)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(VISUAL, PROMPTS))
 def test_merging_would_be_seen(family: str, kind: str) -> None:
     model = tiny_model(family)
     inputs = prompt(model, kind)
@@ -217,7 +216,6 @@ def test_idle_machinery_with_right_padding(family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", VISUAL)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
 def test_idle_methods(family: str, kind: str, method: str) -> None:
     check_idle(family, kind, {**IDLE, "method": method}, everything, dtype=torch.float64)

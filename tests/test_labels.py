@@ -71,8 +71,7 @@ def assert_no_tails(seats: list[Tensor], entered: list[Tensor]) -> None:
         assert not torch.equal(left, there[len(there) - len(left) :])
 
 
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_labels_before_the_visuals_do_not_rank(family: str, kind: str) -> None:
     model = patched(family, track=True)
     inputs = single(model, SAMPLES[kind])
@@ -87,8 +86,7 @@ def test_labels_before_the_visuals_do_not_rank(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("labelled", ["text", "everything"])
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_text_labelled_on_both_sides(family: str, kind: str, labelled: str) -> None:
     """Each text token is a label, or each token: the first one behind the visuals counts, markers included."""
     model = patched(family, track=True)
@@ -106,8 +104,7 @@ def test_text_labelled_on_both_sides(family: str, kind: str, labelled: str) -> N
 
 
 @pytest.mark.parametrize("labelled", ["before", "nothing"])
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_without_later_labels_the_last_token_ranks(family: str, kind: str, labelled: str) -> None:
     model = patched(family, track=True)
     inputs = single(model, SAMPLES[kind])

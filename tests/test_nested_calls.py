@@ -52,8 +52,7 @@ def another(family: str) -> Any:
 
 @pytest.mark.parametrize("outer_cache", [True, False])
 @pytest.mark.parametrize("who", ["itself", "another"])
-@pytest.mark.parametrize("kind", LONGER)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(LONGER))
 def test_a_call_inside_generate_is_a_call_of_its_own(family: str, kind: str, who: str, outer_cache: bool) -> None:
     model = patched(family)
     called = model if who == "itself" else another(family)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers import needs_ready_features
 from illava_hooks import PatchStateError, patch
 from illava_hooks.methods import Method
-from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
+from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llava_onevision": {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": [1, 3], "llm_ratio": 0.6},
@@ -81,8 +81,7 @@ def patches_by_image(model: Any, family: str, inputs: Inputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rule", MERGING)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(CASES))
 def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: str) -> None:
     model = still_model(family)
     inputs = inputs_for(model, [CASES[case]])
@@ -138,8 +137,7 @@ def test_language_weights_of_qwen2_vl(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "bipartite"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(CASES))
 def test_each_source_has_one_place_and_weights_sum_to_one(family: str, case: str, rule: str) -> None:
     model = tiny_model(family)
     inputs = inputs_for(model, [CASES[case]])

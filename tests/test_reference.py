@@ -46,8 +46,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_stock_batch_equals_its_rows(family: str, batch: str, side: Any) -> None:
     model, samples = tiny_model(family), BATCHES[batch]
     inputs = inputs_for(model, samples, side)
@@ -58,8 +57,7 @@ def test_stock_batch_equals_its_rows(family: str, batch: str, side: Any) -> None
             torch.testing.assert_close(logits[row, real_positions(inputs, row)], alone, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_stock_batch_generates_what_its_rows_generate(family: str, batch: str) -> None:
     model, samples = tiny_model(family), BATCHES[batch]
     ids = model.generate(**inputs_for(model, samples), max_new_tokens=NEW_TOKENS)
@@ -72,8 +70,7 @@ def test_stock_batch_generates_what_its_rows_generate(family: str, batch: str) -
 
 
 @pytest.mark.parametrize("dtype", STOCK_TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(SAMPLES))
 def test_unmerged_reference_is_the_stock_model(family: str, case: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
     inputs = inputs_for(model, [SAMPLES[case]])
@@ -85,8 +82,7 @@ def test_unmerged_reference_is_the_stock_model(family: str, case: str, dtype: to
     assert ours.kv_lengths == [inputs["input_ids"].shape[1]] * 4
 
 
-@pytest.mark.parametrize("case", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(SAMPLES))
 def test_unmerged_reference_generates_like_the_stock_model(family: str, case: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES[case]])
@@ -290,8 +286,7 @@ def test_library_forward_at_other_settings(family: str, changes: dict[str, Any])
     _check_forward(family, [SAMPLES["video, image"]], "recycle", SETTINGS | changes)
 
 
-@pytest.mark.parametrize("case", MERGED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES))
 def test_library_scores_by_log_sum_exp(family: str, case: str) -> None:
     _check_forward(family, [SAMPLES[case]], "recycle", SETTINGS, "query_lse", "query_lse")
 
@@ -338,8 +333,7 @@ def test_library_asks_the_token_before_the_labels(family: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", MERGED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES))
 def test_library_features_keep_their_length(family: str, case: str, rule: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES[case]])

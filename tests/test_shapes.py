@@ -26,8 +26,7 @@ def shapes(value: Any) -> Any:
     return value.get_seq_length() if hasattr(value, "get_seq_length") else value
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -40,8 +39,7 @@ def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_features_have_the_unpatched_shapes(family: str, kind: str, return_dict: bool) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])

@@ -69,8 +69,7 @@ def waits(model: Any, inputs: Inputs) -> WaitCounter:
     return counter
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
 def test_layers_wait_no_more_than_stock(family: str, method: str) -> None:
     model = tiny_model(family)
     inputs = inputs_for(model, RAGGED)

@@ -59,8 +59,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_quantized_cache(family: str, kind: str, way: str, exact: dict[str, Any]) -> None:
     if way == "beams" and "reorder_cache" not in vars(QuantizedLayer):
         pytest.skip("stock: quantized caches of this release cannot be reordered")
