@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT, patched, single
+from families import families_and
 from helpers import Found, assert_differ, assert_near, forward
 from illava_hooks import session_of
-from tiny_models import FAMILIES, FIRST_TEXT_ID, Inputs, Sample, inputs_for
+from tiny_models import FAMILIES, FIRST_TEXT_ID, IMAGE_ID, VIDEO_ID, Inputs, Sample, inputs_for
 
 SAMPLES = {"image": IMAGE, "images": IMAGES, "video and image": BOTH}
 ANSWER = 3
@@ -20,7 +21,7 @@ ANSWER = 3
 def behind_visuals(inputs: Inputs, row: int = 0) -> int:
     """The first position behind the last placeholder of a row."""
     ids = inputs["input_ids"][row]
-    return int(((ids == 5) | (ids == 6)).nonzero().max()) + 1
+    return int(((ids == IMAGE_ID) | (ids == VIDEO_ID)).nonzero().max()) + 1
 
 
 def labels_of(inputs: Inputs, kind: str, answer: int = ANSWER) -> Tensor:

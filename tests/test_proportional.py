@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from helpers import MERGING, prompt
+from families import family_of
+from helpers import MERGING, prompt, richest
 from illava_hooks import MergeConfigError, Method, patch, unpatch
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
@@ -105,7 +106,7 @@ class TestInAModel:
             model = tiny_model(family, attn_implementation=back_end.split()[0])
             patch(model, **MERGING, method="diverse")
             with torch.no_grad():
-                found.append(model(**prompt(model, "image and video")).logits)
+                found.append(model(**prompt(model, richest(family))).logits)
         torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(found[0], found[2], atol=2e-5, rtol=1e-5)
 
@@ -123,8 +124,7 @@ class TestInAModel:
         monkeypatch.setattr(EncoderStep, "listen", listen)
         with torch.no_grad():
             model(**prompt(model, "image"))
-        base = model.model
-        depth = len(base.vision_tower.encoder.layers if family == "llava_onevision" else base.visual.blocks)
+        depth = len(family_of(family).encoder_layers(model))
         first = MERGING["vit_layers"][0]
         assert seen == {layer: layer > first for layer in range(first, depth)}
 

@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import QuantizedLayer
 
 from decode_helpers import IMAGE, KINDS, RAGGED, SETTINGS, TEXT, next_positions, patched, single
+from families import families_and
 from helpers import assert_differ, assert_says
 from illava_hooks import PatchStateError, merging, patch
 from illava_hooks.runtime.releases import CACHE

@@ -56,14 +56,15 @@ class Family:
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
             with another prompt need explicit ones.
+        forward_counts_padding: Whether a stock forward counts positions over left padding, which shifts all of a row
+            alike: its float32 angles round differently then.
         takes_holes_in_images: Whether the stock model takes a mask with zeros inside an image.
         takes_empty_rows: Whether the stock model takes a row that is nothing but padding.
         generates_from_embeddings: Whether stock `generate` places embeddings as it places ids.
         takes_guidance: Whether the stock model takes `guidance_scale`.
         head_makes_tuples: Whether the model with a head, not the one inside, turns features into tuples.
-        records_hidden_states: Whether the stock tower keeps a hook once hidden states were asked for, which cannot be
-            pickled.
-        has_newline: Whether the model has a parameter outside of all its parts, read outside of their forwards.
+        records_hidden_states: Whether the stock model asks its tower for hidden states in every forward, for which
+            transformers notes down what the tower can record, and hooks it in a way that cannot be pickled.
 
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
         encoder_mlp: The first linear layer of an encoder layer's MLP, by its name in there.
@@ -97,13 +98,13 @@ class Family:
 
     axes: ClassVar[int] = 1
     keeps_positions: ClassVar[bool] = False
+    forward_counts_padding: ClassVar[bool] = False
     takes_holes_in_images: ClassVar[bool] = True
     takes_empty_rows: ClassVar[bool] = True
     generates_from_embeddings: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
     head_makes_tuples: ClassVar[bool] = False
     records_hidden_states: ClassVar[bool] = False
-    has_newline: ClassVar[bool] = False
 
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     encoder_mlp: ClassVar[str] = "fc1"
@@ -220,6 +221,11 @@ class Family:
         """What a forward takes beside ready-made features."""
         pixels = (self.image_inputs[0], self.video_inputs[0])
         return {name: value for name, value in inputs.items() if name not in pixels}
+
+    def beyond_features(self, modality: str) -> int:
+        """Tokens at the end of each visual that this release of transformers adds behind the features."""
+        del modality
+        return 0
 
     # -------------------------------------------------------------------------------- parts of a model
 
@@ -354,15 +360,18 @@ def families(*, back_end: str | None = None, **needs: bool) -> tuple[str, ...]:
     )
 
 
-def families_and(cases: Mapping[str, Any] | Sequence[str], samples: Mapping[str, Any] | None = None) -> list[Any]:
+def families_and(
+    cases: Mapping[str, Any] | Sequence[str], samples: Mapping[str, Any] | None = None, **needs: bool
+) -> list[tuple[str, str]]:
     """Every family with every case that it takes, as ``(family, case)``.
 
     Args:
         cases: Names of cases, or cases by name: a sample or several of them.
         samples: What the names stand for, where `cases` are names.
+        **needs: As for `families`.
     """
     known: Any = samples if samples is not None else cases
-    return [(name, case) for name in FAMILIES for case in cases if family(name).takes(known[case])]
+    return [(name, case) for name in families(**needs) for case in cases if family(name).takes(known[case])]
 
 
 def families_and_methods(methods: Collection[str]) -> list[tuple[str, str]]:

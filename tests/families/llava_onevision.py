@@ -31,6 +31,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import image_s
 from families import Family
 from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, VIDEO_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
 
+#: Up to transformers 5.17 frames are `pixel_values`, and their newline comes later.
+OLD_VIDEOS = "pixel_values_videos" not in signature(LlavaOnevisionModel.get_video_features).parameters
 TILE = 32
 PATCH = 4
 PINPOINTS = [
@@ -58,9 +60,9 @@ class LlavaOnevision(Family):
     tile_patches = (TILE // PATCH) ** 2
     one_to_one = False
     back_ends = ("eager", "sdpa", "flex_attention")
+    forward_counts_padding = True
     head_makes_tuples = True
     records_hidden_states = True
-    has_newline = True
     embedded = "tiny"
     shape = "llava-onevision-0.5b"
 
@@ -135,10 +137,13 @@ class LlavaOnevision(Family):
     def feature_arguments(self, inputs: Inputs) -> dict[str, dict[str, Any]]:
         """Up to transformers 5.17 the frames of videos are `pixel_values`."""
         found = super().feature_arguments(inputs)
-        named = signature(LlavaOnevisionModel.get_video_features).parameters
-        if "video" in found and "pixel_values_videos" not in named:
+        if "video" in found and OLD_VIDEOS:
             found["video"] = {"pixel_values": inputs["pixel_values_videos"]}
         return found
+
+    def beyond_features(self, modality: str) -> int:
+        """Up to transformers 5.17 the newline of a video comes later."""
+        return int(modality == "video" and OLD_VIDEOS)
 
     def beside_features(self, inputs: Inputs) -> Inputs:
         """Nothing about images: they are packed already."""
