@@ -203,6 +203,10 @@ class Family:
         """Patches of every tile or frame of every image, then of every video, in prompt order."""
         raise NotImplementedError
 
+    def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
+        """Patches of every image, then of every video, of one prompt."""
+        raise NotImplementedError
+
     def pixel_rows(self, inputs: Inputs, image: int) -> slice:
         """The rows of `pixel_values` that belong to one image of a batch."""
         del inputs

@@ -134,6 +134,14 @@ class LlavaOnevision(Family):
         images = [num_tiles(model.config, size, len(s.images)) for s in samples for size in s.images]
         return [[self.tile_patches] * count for count in [*images, *(frames for s in samples for frames in s.videos)]]
 
+    def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
+        """Tiles of images and frames of videos, of any size."""
+        config = model.config
+        sizes = inputs.get("image_sizes", torch.empty(0, 2)).tolist()
+        counts = [num_tiles(config, size, len(sizes)) for size in sizes]
+        counts += [len(frames) for frames in inputs.get("pixel_values_videos", ())]
+        return [count * (config.vision_config.image_size // config.vision_config.patch_size) ** 2 for count in counts]
+
     def feature_arguments(self, inputs: Inputs) -> dict[str, dict[str, Any]]:
         """Up to transformers 5.17 the frames of videos are `pixel_values`."""
         found = super().feature_arguments(inputs)

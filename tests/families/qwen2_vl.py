@@ -137,6 +137,11 @@ class Qwen2VL(Family):
         grids += [grid_of(count, size) for count, size in slices]
         return [[rows * columns] * time for time, rows, columns in grids]
 
+    def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
+        """The products of the grids."""
+        del model
+        return [count for _, _, name in KINDS if name in inputs for count in inputs[name].prod(-1).tolist()]
+
     def pixel_rows(self, inputs: Inputs, image: int) -> slice:
         """Patches of all images are packed into one row."""
         sizes = inputs["image_grid_thw"].prod(-1).tolist()
