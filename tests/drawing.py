@@ -90,6 +90,7 @@ class Spot:
         visual: which image or video.
         frame: which of its frames.
         segment: patches of its tile, slice or frame.
+        larger: whether it is painted larger than it is.
         height: of the canvas before magnification, where pictures do not go in as they are.
     """
 
@@ -103,6 +104,7 @@ class Spot:
     visual: int = 0
     frame: int = 0
     segment: int = 64
+    larger: bool = False
     height: int | None = None
 
     def on(self, picture: Image.Image, box: Box) -> Box:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,7 +24,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from tiny_models import Inputs, Sample, Side
 
-__all__ = ["FAMILIES", "Family", "families", "families_and", "families_and_methods", "family", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "LmmsEval",
+    "VlmEvalKit",
+    "families",
+    "families_and",
+    "families_and_methods",
+    "family",
+    "family_of",
+]
 
 Modality = Literal["image", "video"]
 
@@ -31,6 +42,52 @@ Modality = Literal["image", "video"]
 FAMILIES: tuple[str, ...] = tuple(
     sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))
 )
+
+
+@dataclass(frozen=True)
+class LmmsEval:
+    """Names of a family in lmms-eval.
+
+    Attributes:
+        models: Its own model classes by module, below `lmms_eval.models`.
+        ours: Our classes.
+        stock: Its name for its own model.
+        batch_size: Prompts that it takes at a time.
+        names_device: Whether its default device map is refused by now, so that ours names a device.
+        jpeg_blocks: It shows pictures as JPEG, resized to whole blocks of so many pixels; None: as they are.
+    """
+
+    models: Mapping[str, str]
+    ours: tuple[str, ...]
+    stock: str
+    batch_size: int = 1
+    names_device: bool = False
+    jpeg_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class VlmEvalKit:
+    """Names of a family in VLMEvalKit.
+
+    Attributes:
+        model_class: Its class.
+        entries: Its entries that get a merged twin, the smaller model first.
+        hub: Where its models come from.
+        others: Other entries.
+        arguments: What its entries say beside the model.
+        plain: Arguments of its class that leave pictures as they are.
+        blocks: Its reader rounds sides of pictures to multiples of so many pixels; None: it does not.
+        least: It shows pictures of as many tokens at least, where nothing is said.
+    """
+
+    model_class: str
+    entries: tuple[str, str]
+    hub: str
+    others: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    plain: Mapping[str, Any] = field(default_factory=dict)
+    blocks: int | None = None
+    least: int = 0
 
 
 class Family:
@@ -72,8 +129,13 @@ class Family:
         depth_name: The entry of the vision config that says how many layers there are.
 
         embedded: How the command line calls the embedded model of the family; None where there is none.
+        embedded_floor: Share of the bundled questions that the embedded model answers at least.
         largest_aspect_ratio: Beyond it the stock processor refuses pictures.
-        shape: A name in `bench`'s `SHAPES`; None where there is none.
+        paper_kept: Fraction of visual tokens that the paper's settings keep; None where the paper has none.
+        shapes: Names in `bench`'s `SHAPES` and their parameters in billions, the smallest first.
+        stock_modules: Modules of transformers with the stock code of the family, below `transformers.models`.
+        lmms_eval: How lmms-eval calls the family; None where it does not.
+        vlmevalkit: How VLMEvalKit calls it.
     """
 
     title: ClassVar[str]
@@ -113,7 +175,12 @@ class Family:
 
     embedded: ClassVar[str | None] = None
     largest_aspect_ratio: ClassVar[int | None] = None
-    shape: ClassVar[str | None] = None
+    embedded_floor: ClassVar[float] = 0.0
+    paper_kept: ClassVar[float | None] = None
+    shapes: ClassVar[Mapping[str, float]] = {}
+    stock_modules: ClassVar[tuple[str, ...]] = ()
+    lmms_eval: ClassVar[LmmsEval | None] = None
+    vlmevalkit: ClassVar[VlmEvalKit | None] = None
 
     @property
     def name(self) -> str:
@@ -149,6 +216,11 @@ class Family:
     def with_spots(self) -> bool:
         """Whether the places of patches in pictures are known by arithmetic."""
         return type(self).spots is not Family.spots
+
+    @property
+    def with_suite(self) -> bool:
+        """Whether transformers' own model tests are run on the family."""
+        return type(self).suite is not Family.suite
 
     @property
     def golden_cases(self) -> tuple[str, ...]:
@@ -197,6 +269,15 @@ class Family:
         Returns:
             `input_ids`, `attention_mask`, and whatever else belongs to the visuals.
         """
+        raise NotImplementedError
+
+    def token_types(self, model: Any, ids: Tensor) -> Inputs:
+        """What the processor gives per token beside ids and mask."""
+        del model, ids
+        return {}
+
+    def pixels_by_patch(self, pixels: Tensor, patch: int) -> Tensor:
+        """`pixel_values` of pictures that fill them, as ``(patches, 3, values)``."""
         raise NotImplementedError
 
     def segments(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
@@ -329,7 +410,7 @@ class Family:
         del images
         return picture
 
-    def suite(self) -> tuple[type, type]:
+    def suite(self) -> tuple[Any, type]:
         """A tester and a mixin for transformers' own model tests (`tests/transformers_suite`)."""
         raise NotImplementedError
 

@@ -26,7 +26,9 @@ def in_the_middle() -> Spot:
     painted larger than it is, so that resizing leaves all of it red.
     """
     image = painted(texture(100, 70), (34, 13, 47, 26))
-    return Spot((image,), (), 6 * 8 + 5, 64 + 6 * 13 + 3, (48, 21, 56, 29), (0, 0, 64, 45), 128, height=128)
+    return Spot(
+        (image,), (), 6 * 8 + 5, 64 + 6 * 13 + 3, (48, 21, 56, 29), (0, 0, 64, 45), 128, larger=True, height=128
+    )
 
 
 def second(stage: str) -> Spot:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from families import Family
+from families import Family, LmmsEval, VlmEvalKit
 from tiny_models import (
     IMAGE_ID,
     ROPE,
@@ -60,7 +60,27 @@ class Qwen2VL(Family):
     depth_name = "depth"
     embedded = "tiny-qwen2-vl"
     largest_aspect_ratio = 200
-    shape = "qwen2-vl-2b"
+    embedded_floor = 0.76
+    paper_kept = 0.84**4 * 0.9**3  # four layers of the encoder, three of the decoder
+    shapes = {"qwen2-vl-2b": 1.98, "qwen2-vl-7b": 7.2}
+    stock_modules = ("qwen2_vl.modeling_qwen2_vl",)
+    lmms_eval = LmmsEval(
+        models={"simple.qwen2_vl": "Qwen2_VL"},
+        ours=("Qwen2VLIllava",),
+        stock="qwen2_vl",
+        batch_size=4,
+        jpeg_blocks=28,
+    )
+    vlmevalkit = VlmEvalKit(
+        model_class="Qwen2VLChat",
+        entries=("Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct"),
+        hub="Qwen",
+        others=("Qwen2-VL-72B-Instruct",),
+        arguments={"min_pixels": 1003520, "max_pixels": 12845056},
+        plain={"min_pixels": None, "max_pixels": None},
+        blocks=28,
+        least=1280,
+    )
 
     def build(
         self,
@@ -104,7 +124,6 @@ class Qwen2VL(Family):
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Packed patches and grids; the tiny model's patch sizes are fixed."""
-        del model
         rows: list[list[int]] = []
         patches: dict[str, list[Tensor]] = {"i": [], "v": []}
         grids: dict[str, list[list[int]]] = {"i": [], "v": []}
@@ -121,13 +140,23 @@ class Qwen2VL(Family):
                 grids[kind] += own[kind]
                 patches[kind] += [_patches(sample, kind, i, grid) for i, grid in enumerate(own[kind])]
         inputs = padded(rows, side)
-        ids = inputs["input_ids"]
-        inputs["mm_token_type_ids"] = (ids == IMAGE_ID).int() + 2 * (ids == VIDEO_ID).int()
+        inputs |= self.token_types(model, inputs["input_ids"])
         for kind, pixel_name, grid_name in KINDS:
             if patches[kind]:
                 inputs[pixel_name] = torch.cat(patches[kind])
                 inputs[grid_name] = torch.tensor(grids[kind])
         return inputs
+
+    def token_types(self, model: Any, ids: Tensor) -> Inputs:
+        """1 for images, 2 for videos."""
+        config = model.config
+        types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+        return {"mm_token_type_ids": types}
+
+    def pixels_by_patch(self, pixels: Tensor, patch: int) -> Tensor:
+        """Patches are what they are made of."""
+        del patch
+        return pixels.view(len(pixels), 3, -1)
 
     def segments(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
         """One segment for each slice of two frames."""
@@ -206,7 +235,7 @@ class Qwen2VL(Family):
         """The first of each two."""
         return list(video[::FRAMES_PER_SLICE])
 
-    def suite(self) -> tuple[type, type]:
+    def suite(self) -> tuple[Any, type]:
         """One grid for an image, two slices for a video."""
         from families import _qwen2_vl_suite as suite
 
