@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
 
-from families import families, family_of
+from families import FAMILIES, families, family_of
 from illava_hooks import PRESETS, tiny
 from illava_hooks.cli import app
 from illava_hooks.tiny.scenes import DIRECTIONS
@@ -183,7 +183,7 @@ class TestInfo:
     def test_versions_and_torchvision(self) -> None:
         done = illava("info")
         assert done.returncode == 0, done.stderr
-        for word in ("torch ", "transformers", "torchvision", "works", "illava-v2", "qwen2_vl", "cpu"):
+        for word in ("torch ", "transformers", "torchvision", "works", "illava-v2", "cpu", *FAMILIES):
             assert word in done.stdout, word
 
     @pytest.mark.parametrize("model", MODELS)

@@ -154,9 +154,11 @@ def undocumented(tree: ast.Module) -> list[str]:
     return missing
 
 
-def plain(text: str) -> str:
-    """A name however it is written: `LlavaOnevision`, `llava-onevision` and `llava_onevision` are one."""
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+def says(text: str, name: str) -> bool:
+    """Whether a text holds a name at the start of a word, as `family_one`, `family-one` or `FamilyOne`."""
+    spelled = re.compile(r"(?<![a-z0-9])" + "[^a-z0-9]?".join(name.split("_")))
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", text)
+    return any(spelled.search(written.lower()) for written in (text, words))
 
 
 def names_in_code(tree: ast.AST, names: Iterable[str]) -> list[str]:
@@ -171,14 +173,14 @@ def names_in_code(tree: ast.AST, names: Iterable[str]) -> list[str]:
     bodies = [node for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
     first = [node.body[0].value for node in bodies if node.body and isinstance(node.body[0], ast.Expr)]
     docstrings = {id(value) for value in first if isinstance(value, ast.Constant)}
-    wanted = [plain(name) for name in names]
+    wanted = list(names)
     found = []
     for node in ast.walk(tree):
         said: list[Any] = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname", "module")]
         if isinstance(node, ast.Constant) and id(node) not in docstrings:
             said.append(node.value)
         texts = [text for text in said if isinstance(text, str)]
-        found += [text for text in texts if any(name in plain(text) for name in wanted)]
+        found += [text for text in texts if any(says(text, name) for name in wanted)]
     return found
 
 
@@ -244,11 +246,12 @@ class TestTheWalker:
             def f(family_one):
                 'FamilyOne again.'
                 return {'family-one/tiny': FamilyOneModel, f'{family}_family_one': other}
-            FAMILY_ONE, family_two = 1, b'family_one'
+            FAMILY_ONE, family_two = 1, 'myfamily one'
         """
         found = names_in_code(ast.parse(textwrap.dedent(code)), ["family_one"])
         expected = ["x.family_one", "family_one", "family_one", "family-one/tiny", "FamilyOneModel", "_family_one"]
         assert sorted(found) == sorted([*expected, "FAMILY_ONE"])
+        assert says("iLLaVA's MyLlavaModel", "llava") and not says("iLLaVA's illava_hooks", "llava")
 
 
 class TestTheHouse:

@@ -387,6 +387,26 @@ class Family:
             return {}
         return self.explicit((self.positions(model, inputs).amax() + 1 + torch.arange(count))[None])
 
+    # --------------------------------------------------------------------------- the decoder, by layers
+
+    def behind_layer(
+        self, layer: int, hidden: Tensor, row: int, columns: list[int], given: Mapping[str, Any]
+    ) -> Tensor:
+        """What the stock decoder makes of the hidden states of a layer before the next one gets them.
+
+        Args:
+            layer: Which layer gave them.
+            hidden: ``(1, N, C)``, of one row.
+            row: Which row of the batch.
+            columns: Which columns of it the hidden states belong to.
+            given: Arguments of the stock language model for the whole batch, side inputs among them.
+
+        Returns:
+            ``(1, N, C)``; as they are, unless the family adds something (DeepStack).
+        """
+        del layer, row, columns, given
+        return hidden
+
     # ------------------------------------------------------------------ what only some families have
 
     def reference_visuals(self, model: Any, inputs: Inputs, settings: Any) -> Iterable[Any]:
