@@ -60,6 +60,13 @@ class TestEmbeddedModels:
         assert session.report.flops[0] < 0.75 * session.report.flops[1]
 
 
+def test_every_embedded_model_is_one_of_a_family() -> None:
+    folders = {file.parent.name for file in Path(tiny.__file__).parent.glob("*/config.json")}
+    assert folders == set(FAMILIES)
+    commands = [family_of(family).embedded for family in FAMILIES]
+    assert "tiny" in commands and len(set(commands)) == len(commands)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(InputError, match="tiny model is 'nobody'; choose one of"):
         tiny.load("nobody")

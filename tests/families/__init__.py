@@ -203,11 +203,6 @@ class Family:
         return self.tile_patches is not None
 
     @property
-    def with_token_types(self) -> bool:
-        """Whether the processor gives more per token than ids and a mask."""
-        return len(self.token_inputs) > 2
-
-    @property
     def with_reference(self) -> bool:
         """Whether the slow reference of `tests/reference.py` knows the family's encoder."""
         return type(self).reference_visuals is not Family.reference_visuals
