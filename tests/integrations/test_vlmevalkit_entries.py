@@ -37,9 +37,9 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     assert {family: set(names) for family, names in vlmevalkit.STOCK.items()} == {
         family: set(kit.entries) for family, kit in KITS.items()
     }
-    for family, kit in KITS.items():
-        for name in (*kit.others, *vlmevalkit.STOCK[family]):
-            found[name] = partial(Loader, model_path=f"{kit.hub}/{name}", **kit.arguments)
+    for family, known in KITS.items():
+        for name in (*known.others, *vlmevalkit.STOCK[family]):
+            found[name] = partial(Loader, model_path=f"{known.hub}/{name}", **known.arguments)
     started: list[list[str]] = []
     vars(config)["supported_VLM"] = found
     vars(run).update(main=lambda: started.append(sys.argv[1:]), started=started)
@@ -96,13 +96,13 @@ class TestRegistering:
 
     def test_refusals(self, entries: dict[str, Any], tmp_path: Path) -> None:
         before = dict(entries)
-        (tmp_path / "config.json").write_text('{"model_type": "somebody"}')
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         cases: list[tuple[dict[str, Any], str]] = [
             ({"name": STOCK}, "behind it"),
             ({"name": "Some-API-iLLaVA"}, "behind it"),
             ({"model_path": "a/b"}, "give the entry a name"),
             ({"name": "mine", "model_path": "nobody/far-away"}, "cannot be read"),
-            ({"name": "mine", "model_path": str(tmp_path)}, "is 'somebody'; it must be one of"),
+            ({"name": "mine", "model_path": str(tmp_path)}, "is 'gpt2'; it must be one of"),
             ({"name": "mine", "model_path": "a/b", "family": "somebody"}, "is 'somebody'; it must be one of"),
             ({"vit_layers": "5 to 8"}, "write layer numbers as"),
         ]
