@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from illava_hooks import Method, patch, tiny
-from illava_hooks.merge.scoring import ScoreInputs
+from illava_hooks.merge.scores import ScoreInputs
 from prompts import answer, chat
 
 SIDE = 8  # tokens in a row of a tile

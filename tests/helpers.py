@@ -33,7 +33,7 @@ VISUAL = tuple(kind for kind in PROMPTS if kind != "text")
 NEW_TOKENS = 3
 
 #: The key under which a patched model's feature outputs carry what the language stage must know.
-RECORDS = "illava_state"
+RECORDS = "illava_records"
 
 #: Older releases put the rope deltas of the last prompt into every output, also of a prompt without images.
 LEFT_OVER = "rope_deltas"

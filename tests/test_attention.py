@@ -1,24 +1,30 @@
-"""Scores that fall out of the attention itself: right, only where that is possible, and unseen by others."""
+"""Listening to attention: queries, keys and scores as the layer has them, and unseen by others."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
+from transformers import SiglipVisionConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip import modeling_siglip as siglip
 
 from families import family_of
 from helpers import MERGING, prompt, richest
-from illava_hooks import patch
+from illava_hooks import PatchStateError, patch
+from illava_hooks.engine import attention_tap
+from illava_hooks.engine.attention_tap import AttentionTap, EncoderTap, TappedConfig
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
-from illava_hooks.patchers.vision import listening, scores
-from illava_hooks.patchers.vision.listening import Eavesdropper
 from tiny_models import FAMILIES, tiny_model
 
 
-def tables(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def tables(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Query, key and value ``(S, H, N, D)``, laid out as projections give them."""
     segments, heads, num, width = shape
     return [torch.randn(segments, num, heads, width, dtype=dtype).transpose(1, 2) for _ in range(3)]
@@ -36,30 +42,109 @@ def test_blocks_are_attention_and_its_column_means(num: int, block: int, monkeyp
     assert mixed.transpose(1, 2).is_contiguous()
 
 
-class TestListening:
+class Attention(torch.nn.Module):
+    """What a stock attention layer does: looks its back-end up by its configuration, and calls it."""
+
+    is_causal = False
+
+    def __init__(self, back_end: str = "sdpa") -> None:
+        super().__init__()
+        self.config: Any = SiglipVisionConfig(attn_implementation=back_end)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attend(self, query, key, value, mask, scaling=0.3, **kwargs)[0]  # type: ignore[no-any-return]
+
+
+def eager_attention_forward(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Found as the eager attention of this module, as stock's is in theirs."""
+    return siglip.eager_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def tapped(back_end: str = "sdpa") -> Attention:
+    """A layer that can be listened to."""
+    attention = Attention(back_end).eval()
+    attention.config = TappedConfig(attention.config)
+    return attention
+
+
+class TestTap:
     def test_answers_plain_calls(self) -> None:
-        query, key, value = tables(2, 2, 9, 8)
-        with torch.no_grad(), Eavesdropper(True) as heard:
-            mixed = scaled_dot_product_attention(query, key, value)
-        torch.testing.assert_close(mixed, scaled_dot_product_attention(query, key, value), atol=1e-6, rtol=1e-6)
-        assert [tuple(table.shape) for table in heard.received] == [(2, 9)]
+        given, layer = tables(2, 2, 9, 8), tapped()
+        listener = EncoderTap([9, 9], ranks=True, received=True)
+        with torch.no_grad(), AttentionTap(listener):
+            mixed = layer(*given)
+        torch.testing.assert_close(mixed, layer(*given), atol=1e-6, rtol=1e-6)
+        assert [tuple(table.shape) for table in listener.received] == [(2, 9)] and listener.scale == 0.3
 
     @pytest.mark.parametrize(
-        "settings", [{"is_causal": True}, {"attn_mask": torch.ones(9, 9, dtype=torch.bool)}, {"enable_gqa": True}]
+        "settings", [{"is_causal": True}, {"mask": torch.zeros(2, 1, 9, 9)}, {"dropout": 0.5}, {"training": True}]
     )
     def test_lets_other_calls_through(self, settings: dict[str, Any]) -> None:
-        query, key, value = tables(2, 2, 9, 8)
-        with torch.no_grad(), Eavesdropper(True) as heard:
-            mixed = scaled_dot_product_attention(query, key, value, **settings)
-        assert torch.equal(mixed, scaled_dot_product_attention(query, key, value, **settings)) and not heard.received
+        given, layer = tables(2, 2, 9, 8), tapped()
+        layer.train(settings.pop("training", False))
+        listener = EncoderTap([9, 9], ranks=True, received=True)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            with AttentionTap(listener):
+                mixed = layer(*given, **settings)
+            torch.manual_seed(0)
+            assert torch.equal(mixed, layer(*given, **settings)) and not listener.received
 
-    @pytest.mark.parametrize("why", ["bfloat16", "gradients", "not wanted"])
+    @pytest.mark.parametrize("why", ["bfloat16", "gradients", "not wanted", "eager"])
     def test_lets_other_tables_through(self, why: str) -> None:
-        query, key, value = tables(2, 2, 9, 8, dtype=torch.bfloat16 if why == "bfloat16" else torch.float32)
-        query = query.requires_grad_(why == "gradients")
-        with Eavesdropper(why != "not wanted") as heard:
-            mixed = scaled_dot_product_attention(query, key, value)
-        assert torch.equal(mixed, scaled_dot_product_attention(query, key, value)) and not heard.received
+        given = tables(2, 2, 9, 8, dtype=torch.bfloat16 if why == "bfloat16" else torch.float32)
+        given[0].requires_grad_(why == "gradients")
+        layer = tapped("eager" if why == "eager" else "sdpa")
+        listener = EncoderTap([9, 9], ranks=True, received=why != "not wanted")
+        with AttentionTap(listener):
+            mixed = layer(*given)
+        assert torch.equal(mixed, layer(*given)) and not listener.received
+        query, key = listener.heads()
+        assert torch.equal(query, given[0].transpose(1, 2).flatten(0, 1)) and not query.requires_grad
+        assert torch.equal(key, given[1].transpose(1, 2).flatten(0, 1))
+
+    @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+    def test_segments_follow_each_other(self, back_end: str) -> None:
+        layer, parts = tapped(back_end), [tables(1, 2, num, 8) for num in (3, 9, 5)]
+        listener = EncoderTap([3, 9, 5], ranks=True)
+        with torch.no_grad(), AttentionTap(listener) as tap:
+            for part in parts:
+                layer(*part)
+        assert tap.calls == 3
+        for table, index in zip(listener.heads(), (0, 1), strict=True):
+            assert torch.equal(table, torch.cat([part[index][0].transpose(0, 1) for part in parts]))
+
+    def test_a_closed_tap_changes_nothing(self) -> None:
+        layer, plain = tapped(), Attention().eval()
+        given, names = tables(1, 2, 9, 8), set(ALL_ATTENTION_FUNCTIONS)
+        with AttentionTap(EncoderTap([9], ranks=True)):
+            assert layer.config._attn_implementation == "illava|sdpa" and set(ALL_ATTENTION_FUNCTIONS) != names
+            assert layer.config.hidden_size == plain.config.hidden_size
+            layer(*given)
+        assert layer.config._attn_implementation == "sdpa" and set(ALL_ATTENTION_FUNCTIONS) == names
+        assert torch.equal(layer(*given), plain(*given))
+
+    def test_who_calls_no_back_end_is_not_heard(self) -> None:
+        names = set(ALL_ATTENTION_FUNCTIONS)
+        with pytest.raises(PatchStateError, match="did not call transformers' attention interface"):
+            with AttentionTap(EncoderTap([9], ranks=True)):
+                assert tapped().config._attn_implementation == "illava|sdpa"
+        assert set(ALL_ATTENTION_FUNCTIONS) == names
+
+    def test_threads_do_not_hear_each_other(self) -> None:
+        layer, given = tapped(), tables(1, 2, 9, 8)
+        with AttentionTap(EncoderTap([9], ranks=True)) as tap:
+            with ThreadPoolExecutor(1) as other:
+                other.submit(layer, *given).result()
+            assert tap.calls == 0
+            layer(*given)
+
+    def test_copies_and_pickles(self) -> None:
+        layer = tapped()
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(twin.config) is TappedConfig and twin.config.stock is not layer.config.stock
+            assert twin.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
@@ -71,7 +156,7 @@ class TestInAModel:
         session = patch(model, **MERGING, track=True)
         found = []
         for answers in (True, False):
-            monkeypatch.setattr(listening, "_is_plain", lambda *_, answers=answers, **__: answers)
+            monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, answers=answers, **__: answers)
             with torch.no_grad():
                 found.append((model(**inputs).logits, session.provenance.merges))
         torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
@@ -84,14 +169,13 @@ class TestInAModel:
         model = tiny_model(family, attn_implementation=back_end)
         patch(model, **MERGING)
         looked: list[int] = []
-        inner = scores.LayerAttention.heads.fget
-        assert inner is not None
+        inner = EncoderTap.heads
 
-        def heads(attention: Any) -> Any:
-            looked.append(attention.layer_idx)
-            return inner(attention)
+        def heads(listener: EncoderTap) -> Any:
+            looked.append(1)
+            return inner(listener)
 
-        monkeypatch.setattr(scores.LayerAttention, "heads", property(heads))
+        monkeypatch.setattr(EncoderTap, "heads", heads)
         with torch.no_grad():
             model(**prompt(model, "image"))
         assert bool(looked) == (back_end == "eager")

@@ -18,7 +18,7 @@ from families import families_and_methods, family_of
 from illava_hooks import METHODS, Method, merging, patch, session_of
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.rules import RULES
-from illava_hooks.merge.scoring import ScoreInputs, random_scores
+from illava_hooks.merge.scores import ScoreInputs, random_scores
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 #: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from.
@@ -50,7 +50,7 @@ def decide(rule: str, scores: Tensor, hidden: Tensor) -> SegmentPlan:
     plan = RULES[rule](rule_inputs(scores, hidden))
     inside = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     assert (plan.kept & inside).sum(1).tolist() == [n - r for n, r in zip(LENGTHS, REMOVED, strict=True)]
-    assert plan.kept.gather(1, plan.holder)[inside].all()
+    assert plan.kept.gather(1, plan.survivor_of)[inside].all()
     return plan
 
 
@@ -66,7 +66,7 @@ def test_a_rule_keeps_as_many_as_planned(rule: str, which: slice, where: str) ->
     if where != "scores":
         broken_hidden[1, which] = math.nan
     found = decide(rule, broken_scores, broken_hidden)
-    for name in ("kept", "holder", "absorbed", "anchors", "weights", "self_weights"):
+    for name in ("kept", "survivor_of", "absorbed", "anchors", "weights", "self_weights"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert torch.equal(ours[::2], theirs[::2]), f"{name} of a segment without NaN"
 
@@ -112,7 +112,7 @@ def test_one_broken_image_in_a_batch(family: str, method: str, value: float) -> 
         real = inputs["attention_mask"][row].bool()
         assert torch.equal(output.logits[row][real], whole.logits[row][real])
         for ours, theirs in zip(output.past_key_values.layers, whole.past_key_values.layers, strict=True):
-            valid = slice(None) if theirs.key_valid is None else theirs.key_valid[row]
+            valid = slice(None) if theirs.ledger.valid is None else theirs.ledger.valid[row]
             assert torch.equal(ours.keys[row][:, valid], theirs.keys[row][:, valid])
     for (stage, layer), merge in before.merges.items():
         again = after.at(stage, layer).images

@@ -20,7 +20,7 @@ from decode_helpers import IMAGES, KINDS, RAGGED, SETTINGS, next_positions, patc
 from families import families_and, family_of
 from helpers import assert_says, before
 from illava_hooks import PatchStateError, merging, patch, unpatch
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

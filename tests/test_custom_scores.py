@@ -12,7 +12,7 @@ from torch import Tensor
 from decode_helpers import IMAGES, KINDS, RAGGED, RICHEST, SETTINGS
 from helpers import assert_differ, assert_same, assert_says, forward
 from illava_hooks import MergeConfigError, Method, patch, session_of
-from illava_hooks.merge.scoring import ScoreInputs
+from illava_hooks.merge.scores import ScoreInputs
 from tiny_models import FAMILIES, inputs_for, tiny_model
 
 STAGES = ("encoder_score", "llm_score")

@@ -15,7 +15,7 @@ from decode_helpers import IMAGE, IMAGES, KINDS, RAGGED, RICHEST, TEXT, next_pos
 from families import families_and, family_of
 from helpers import before, needs_ready_features, needs_tracing
 from illava_hooks import PatchStateError, merging, session_of
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

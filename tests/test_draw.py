@@ -21,7 +21,7 @@ from drawing import RED, Pixels, Spot, ask, inside, pixels_of, run, soft, stock,
 from families import families, family_of
 from illava_hooks import MergeConfigError, Method, PatchStateError, patch, session_of, unpatch
 from illava_hooks.errors import InputError
-from illava_hooks.merge.scoring import ScoreInputs
+from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.tools.canvas import GAP, colour_of
 from illava_hooks.tools.draw import MergeMap, _heaviest, draw, merge_maps, save_maps
 

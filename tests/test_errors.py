@@ -33,9 +33,10 @@ from illava_hooks import (
     patch,
     session_of,
 )
-from illava_hooks.patchers import registry
-from illava_hooks.runtime.releases import CACHE
-from illava_hooks.schedules import MergeSchedule
+from illava_hooks.config import MergeSchedule
+from illava_hooks.engine import family as engine_family
+from illava_hooks.engine import transport
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
@@ -196,7 +197,7 @@ def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.Monke
 def test_a_release_whose_masks_cannot_be_told_not_to_look(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As up to transformers 5.14: there a mask of ones is looked at, which waits for the device."""
     model = tiny_model(family)
-    monkeypatch.setattr(registry, "create_causal_mask", lambda config, inputs_embeds, attention_mask: None)
+    monkeypatch.setattr(engine_family, "create_causal_mask", lambda config, inputs_embeds, attention_mask: None)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "lacks 'allow_is_causal_skip'", "transformers 5", "use a version")
@@ -305,10 +306,7 @@ def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> 
         with merging(model, False):
             stock = model(input_ids=text).logits
         assert torch.equal(model(input_ids=text).logits, stock)
-    from illava_hooks.patchers import forward, head
-    from illava_hooks.patchers.vision import hooks
-
-    assert forward.running_forward() is None and head._prompt.get() is None and hooks.current_run.get() is None
+    assert not transport.running_forward() and not transport.current_generation() and not transport.in_features()
 
 
 @pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))

@@ -16,8 +16,8 @@ from families import families, families_and_methods, family_of
 from helpers import needs_ready_features
 from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
+from illava_hooks.engine.compat import CACHE
 from illava_hooks.errors import InputError
-from illava_hooks.runtime.releases import CACHE
 from illava_hooks.tools.bench import (
     SHAPES,
     Comparison,

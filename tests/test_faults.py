@@ -15,12 +15,10 @@ from transformers import DynamicCache, StaticCache
 
 from decode_helpers import IMAGE, KINDS, RICHEST, TEXT, patched, single
 from illava_hooks import merging, session_of
-from illava_hooks.patchers import forward, head
-from illava_hooks.patchers.vision import hooks as vision_hooks
-from illava_hooks.runtime import hooks as captures
-from illava_hooks.runtime import session as sessions
-from illava_hooks.runtime.releases import CACHE
-from illava_hooks.runtime.session import ForwardState
+from illava_hooks.engine import attention_tap, transport
+from illava_hooks.engine import session as sessions
+from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.transport import ForwardState
 from tiny_models import FAMILIES, Inputs, inputs_for
 
 
@@ -31,10 +29,10 @@ class Failure(RuntimeError):
 def left_behind() -> dict[str, Any]:
     """What is still open in this context; nothing when all is well."""
     found = {
-        "forward": forward.running_forward(),
-        "prompt": head._prompt.get(),
-        "encoder": vision_hooks.current_run.get(),
-        "captured": captures._captured.get(),
+        "forward": transport.running_forward(),
+        "generation": transport.current_generation(),
+        "encoder": transport.in_features(),
+        "tap": attention_tap.current_tap(),
         "switches": sessions._switched.get(),
         "modes": _get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
     }
@@ -111,22 +109,21 @@ def test_an_error_in_any_module(family: str, place: str) -> None:
 
 #: Functions of the library, each named as the module that calls it sees it.
 INSIDE = [
-    "patchers.vision.run.apply_merge",
-    "patchers.vision.run.build_plan",
-    "patchers.vision.run.segment_scores",
-    "patchers.vision.run.take_kept",
-    "patchers.vision.hooks.scatter_back",
-    "patchers.vision.hooks.expand_output",
-    "patchers.language.run.apply_merge",
-    "patchers.language.run.build_plan",
-    "patchers.language.run.scatter_back",
-    "patchers.language.run.checked_scores",
-    "patchers.language.hooks.place",
-    "patchers.language.hooks.prefill_masks",
-    "patchers.language.hooks.cache_layer",
-    "patchers.language.summary.kv_bytes",
-    "patchers.forward.named_arguments",
-    "patchers.head.named_arguments",
+    "engine.encoder.apply_merge",
+    "engine.encoder.build_plan",
+    "engine.encoder.unit_scores",
+    "engine.encoder.take_kept",
+    "engine.encoder.scatter_back",
+    "engine.encoder_layers.attach",
+    "engine.decoder.apply_merge",
+    "engine.decoder.build_plan",
+    "engine.decoder.scatter_back",
+    "engine.decoder.checked_scores",
+    "engine.decoder_hooks.compact_prompt",
+    "engine.decoder_hooks._prefill_masks",
+    "engine.decoder_hooks.cache_layer",
+    "engine.trace.kv_bytes",
+    "engine.model_hooks.named_arguments",
 ]
 
 

@@ -22,9 +22,9 @@ from families import families_and_methods, family_of
 from fuzz_oracles import check_provenance, check_report, check_widths
 from helpers import prompt
 from illava_hooks import METHODS, Method, patch, unpatch
+from illava_hooks.engine.compat import CACHE
 from illava_hooks.merge.rules import RULES
 from illava_hooks.methods import ENCODER_SCORES, LLM_SCORES
-from illava_hooks.runtime.releases import CACHE
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
 
 CASES = int(os.environ.get("ILLAVA_FUZZ_CASES", "150")) // 2

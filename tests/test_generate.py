@@ -13,7 +13,7 @@ from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next
 from families import families, families_and, family_of
 from helpers import assert_differ, before, feature_outputs, needs_ready_features
 from illava_hooks import merging
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 import golden as gold
 from families import FAMILIES, family
 from golden_checks import assert_provenance, assert_rotary, patched
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 
 pytestmark = pytest.mark.usefixtures("no_grad", "golden_limit")
 

@@ -30,7 +30,7 @@ from helpers import (
     richest,
 )
 from illava_hooks import METHODS, merging, patch, unpatch
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 BACK_ENDS = ("sdpa", "eager")

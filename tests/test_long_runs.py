@@ -21,10 +21,8 @@ from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched
 from families import family_of
 from helpers import assert_differ
 from illava_hooks import merging, session_of
-from illava_hooks.patchers import forward, head
-from illava_hooks.patchers.vision import hooks as vision_hooks
-from illava_hooks.runtime import hooks as captures
-from illava_hooks.runtime import session as sessions
+from illava_hooks.engine import attention_tap, transport
+from illava_hooks.engine import session as sessions
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for
 
 CALLS = int(os.environ.get("ILLAVA_LONG_CALLS", "60"))
@@ -73,10 +71,10 @@ def hooks_of(model: nn.Module) -> dict[str, int]:
 def context() -> tuple[Any, ...]:
     """What the library has in this context."""
     return (
-        forward.running_forward(),
-        head._prompt.get(),
-        vision_hooks.current_run.get(),
-        captures._captured.get(),
+        transport.running_forward(),
+        transport.current_generation(),
+        transport.in_features(),
+        attention_tap.current_tap(),
         dict(sessions._switched.get()),
     )
 
@@ -113,11 +111,11 @@ def test_many_generations(family: str, track: bool) -> None:
         call(number)
     call(warm_up - 1)  # the report and what stock keeps are of the same prompt again
     assert hooks_of(model) == hooks
-    assert context() == (None, None, None, None, {})
+    assert context() == (None, None, False, None, {})
     assert live_tensors() == tensors
     assert resident() - memory < SPREAD
     session = session_of(model)
-    assert session is not None and len(session._told) <= 2
+    assert session is not None and len(session._warned) <= 2
 
 
 def logits_of(model: Any, inputs: Inputs) -> Callable[[bool], Tensor]:

@@ -11,7 +11,7 @@ from illava_hooks.merge import matching
 from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RULES
-from illava_hooks.merge.spans import Segments, buckets, compact, scatter_back
+from illava_hooks.merge.segments import Segments, buckets, right_align, scatter_back
 
 LENGTHS = (7, 12, 1, 12)
 WIDTH = 6
@@ -74,7 +74,7 @@ def test_rules_equal_the_reference(rule: str, fraction: float) -> None:
         merged += merge.apply(list(tokens[start : start + length]))
         start += length
     assert plan.keep_indices[0].tolist() == kept
-    assert plan.holder[0].tolist() == holder
+    assert plan.survivor_of[0].tolist() == holder
     torch.testing.assert_close(apply_merge(tokens[None], plan)[0], torch.stack(merged), atol=1e-6, rtol=0)
 
 
@@ -157,12 +157,12 @@ def test_positions_are_selected_and_owners_follow() -> None:
     assert torch.equal(take_kept(positions, plan), plan.keep_indices)
     owner = plan.follow(positions)
     shown = scatter_back(take_kept(positions, plan), owner)
-    assert torch.equal(shown, plan.holder)
+    assert torch.equal(shown, plan.survivor_of)
 
 
-def test_compact_is_right_aligned() -> None:
+def test_right_align() -> None:
     keep = torch.tensor([[True, False, True, True], [False, False, True, False]])
-    columns = compact(keep, 3)
+    columns = right_align(keep, 3)
     assert columns[0].tolist() == [0, 2, 3]
     assert columns[1, -1] == 2 and not keep[1, columns[1, :2]].any()
 

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single
 from families import family_of
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
-from illava_hooks.runtime.hooks import HookSet
+from illava_hooks.engine.hookset import HookSet
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 OTHER: dict[str, Any] = {"vit_layers": [2], "vit_r": 0.5, "llm_layers": [2], "llm_ratio": 0.3}
@@ -132,7 +132,11 @@ def test_failing_half_way_leaves_the_model_as_it_was(family: str) -> None:
         assert session_of(model) is None
     patch(model, **SETTINGS[family]).enabled = False
     merged = logits(tiny_patched := patched(family), inputs)
-    for step in (1, total // 2, total - 2):  # the other settings merge in two layers fewer
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        steps = fail_at(monkeypatch, -1)
+        patch(tiny_model(family), **OTHER)
+        total = steps()
+    for step in (1, total // 2, total):
         with pytest.MonkeyPatch.context() as monkeypatch:
             fail_at(monkeypatch, step)
             with pytest.raises(KeyboardInterrupt):

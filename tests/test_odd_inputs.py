@@ -16,7 +16,7 @@ from families import families, families_and, family, family_of
 from helpers import assert_differ, assert_says
 from illava_hooks import PatchStateError, merging, patch, session_of, tiny, unpatch
 from illava_hooks.cli import app
-from illava_hooks.runtime.report import MergeReport
+from illava_hooks.engine.report import MergeReport
 from tiny_models import FAMILIES, IMAGE_ID, VIDEO_ID, Inputs, Sample, inputs_for, tiny_model
 
 #: Settings that send everything through the machinery of both stages and remove nothing.

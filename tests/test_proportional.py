@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, softmax
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.siglip import modeling_siglip as siglip
 
 from families import family_of
 from helpers import MERGING, prompt, richest
-from illava_hooks import MergeConfigError, Method, patch, unpatch
+from illava_hooks import Method, patch, unpatch
+from illava_hooks.engine import attention_tap
+from illava_hooks.engine.attention_tap import EncoderTap
+from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.merge import attention as blocks
 from illava_hooks.merge.attention import attend_and_receive
-from illava_hooks.merge.scoring import ScoreInputs, query_lse, received_attention
-from illava_hooks.patchers.vision import listening
-from illava_hooks.patchers.vision.hooks import EncoderStep
-from illava_hooks.patchers.vision.listening import Eavesdropper
+from illava_hooks.merge.scores import ScoreInputs, query_lse, received_attention
 from tiny_models import FAMILIES, tiny_model
 
 SIZES = torch.tensor([[1, 3, 2, 1], [4, 1, 1, 2]])
@@ -38,33 +39,61 @@ def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention as the stock models write it out."""
-    return softmax(query @ key.transpose(2, 3) * 8**-0.5, dim=-1, dtype=torch.float32) @ value
+LENGTHS = [4, 4]
+WAYS = ("sdpa", "eager", "another kernel")
+
+
+def weighed(back_end: str, wanted: bool, *calls: list[Tensor], **kwargs: Any) -> Tensor:
+    """What a layer gives that listens with sizes, ``(S, N, H, D)`` as ``(S, H, N, D)``."""
+    attend = {"sdpa": sdpa_attention_forward, "eager": siglip.eager_attention_forward}.get(back_end, kernel)
+    listener = EncoderTap(LENGTHS, ranks=True, received=wanted, log_sizes=SIZES.log().flatten())
+    layer = torch.nn.Identity().eval()
+    found = [listener.attend(attend, layer, *call, scaling=8**-0.5, is_causal=False, **kwargs)[0] for call in calls]
+    return torch.cat(found).transpose(1, 2)
+
+
+def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """A fused attention that takes no bias."""
+    weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("attention", [scaled_dot_product_attention, eager])
+@pytest.mark.parametrize("back_end", WAYS)
 class TestListening:
-    def test_counts_copies(self, attention: Any, wanted: bool) -> None:
+    def test_counts_copies(self, back_end: str, wanted: bool) -> None:
         given = tables()
-        with torch.no_grad(), Eavesdropper(wanted, SIZES.log().flatten()):
-            found = attention(*given)
+        with torch.no_grad():
+            found = weighed(back_end, wanted, given)
         torch.testing.assert_close(found.double(), repeated(*given), atol=1e-6, rtol=1e-6)
 
-    def test_in_one_call_for_each_segment(self, attention: Any, wanted: bool) -> None:
+    def test_in_one_call_for_each_segment(self, back_end: str, wanted: bool) -> None:
         given = tables()
-        with torch.no_grad(), Eavesdropper(wanted, SIZES.log().flatten()):
-            found = torch.cat([attention(*(table[i : i + 1] for table in given)) for i in range(2)])
+        with torch.no_grad():
+            found = weighed(back_end, wanted, *([table[i : i + 1] for table in given] for i in range(2)))
         torch.testing.assert_close(found.double(), repeated(*given), atol=1e-6, rtol=1e-6)
 
-    def test_with_gradients(self, attention: Any, wanted: bool) -> None:
+    def test_with_gradients(self, back_end: str, wanted: bool) -> None:
         given = [table.requires_grad_() for table in tables()]
-        with Eavesdropper(wanted, SIZES.log().flatten()):
-            found = attention(*given)
+        found = weighed(back_end, wanted, given)
         expected = torch.autograd.grad(repeated(*given).square().sum(), given)
         for one, other in zip(torch.autograd.grad(found.square().sum(), given), expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4), (5, 1, 2), (8,)])
+def test_one_row_of_all_segments(lengths: tuple[int, ...]) -> None:
+    """As flash attention takes it, cut by lengths."""
+    query, key, value = (torch.randn(1, 3, 8, 8) for _ in range(3))
+    sizes = torch.tensor([1, 3, 2, 1, 4, 1, 1, 2])
+    listener = EncoderTap(lengths, ranks=True, log_sizes=sizes.log())
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    found, _ = listener.attend(kernel, torch.nn.Identity(), query, key, value, scaling=8**-0.5, cu_seq_lens_q=borders)
+    for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        rows = slice(first, last)
+        logits = query[0, :, rows] @ key[0, :, rows].transpose(1, 2) * 8**-0.5 + sizes[rows].log()
+        expected = (logits.softmax(-1) @ value[0, :, rows]).transpose(0, 1)
+        torch.testing.assert_close(found[0, rows], expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("block", [1, 9, 1 << 20])
@@ -101,7 +130,7 @@ class TestInAModel:
         found = []
         for back_end in ("sdpa", "eager", "sdpa without blocks"):
             if back_end == "sdpa without blocks":
-                monkeypatch.setattr(listening, "_is_plain", lambda *_, **__: False)
+                monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
             torch.manual_seed(0)
             model = tiny_model(family, attn_implementation=back_end.split()[0])
             patch(model, **MERGING, method="diverse")
@@ -114,14 +143,14 @@ class TestInAModel:
         model = tiny_model(family)
         patch(model, **MERGING, method="diverse")
         seen: dict[int, bool] = {}
-        inner = EncoderStep.listen
+        inner = EncoderRun.tap
 
-        def listen(step: EncoderStep) -> Eavesdropper:
-            heard = inner(step)
-            seen[step.layer_idx] = heard.log_sizes is not None and bool(heard.log_sizes.max() > 0)
-            return heard
+        def tap(run: EncoderRun, layer_idx: int) -> EncoderTap:
+            listener = inner(run, layer_idx)
+            seen[layer_idx] = listener.log_sizes is not None and bool(listener.log_sizes.max() > 0)
+            return listener
 
-        monkeypatch.setattr(EncoderStep, "listen", listen)
+        monkeypatch.setattr(EncoderRun, "tap", tap)
         with torch.no_grad():
             model(**prompt(model, "image"))
         depth = len(family_of(family).encoder_layers(model))
@@ -141,16 +170,14 @@ class TestInAModel:
         torch.testing.assert_close(found["drop", True], found["drop", False], atol=1e-5, rtol=1e-5)
         assert (found["nearest", True] - found["nearest", False]).abs().max() > 1e-3
 
-    def test_a_back_end_without_logits_is_refused(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As a fused kernel would be: neither SDPA nor softmax is called."""
-
-        def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-            weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).exp()
-            return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2), None
-
+    def test_a_back_end_that_takes_no_bias(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It gives way where tokens have to be weighed: the same answer as with SDPA."""
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "kernel", kernel)
-        model = tiny_model(family)
-        model.set_attn_implementation({"vision_config": "kernel", "text_config": "sdpa"})
-        patch(model, **MERGING, method="diverse")
-        with pytest.raises(MergeConfigError, match="proportional.*sdpa"), torch.no_grad():
-            model(**prompt(model, "image"))
+        found = []
+        for back_end in ("sdpa", "kernel"):
+            model = tiny_model(family)
+            model.set_attn_implementation({"vision_config": back_end, "text_config": "sdpa"})
+            patch(model, **MERGING, method="diverse")
+            with torch.no_grad():
+                found.append(model(**prompt(model, "image and video")).logits)
+        torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from illava_hooks.merge import scoring
-from illava_hooks.merge.scoring import SCORES, ScoreInputs
+from illava_hooks.merge import scores
+from illava_hooks.merge.scores import SCORES, ScoreInputs
 
 SAMPLES, HEADS, GROUPS, TOKENS, KEYS, WIDTH = 2, 4, 2, 11, 15, 8
 
@@ -54,7 +54,7 @@ def masked_logits(inputs: ScoreInputs) -> Tensor:
 def test_received_attention_is_the_column_mean(
     causal: bool, padded: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", block)
     inputs = score_inputs(causal, padded)
     expected = masked_logits(inputs).softmax(-1).mean((1, 2))[:, -TOKENS:]
     torch.testing.assert_close(SCORES["received_attention"](inputs), expected, atol=1e-6, rtol=1e-5)
@@ -63,7 +63,7 @@ def test_received_attention_is_the_column_mean(
 @pytest.mark.parametrize("block", [1, 40, 1 << 20])
 @pytest.mark.parametrize("causal", [False, True])
 def test_query_lse_is_the_mean_log_sum(causal: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", block)
     inputs = score_inputs(causal)
     expected = masked_logits(inputs).logsumexp(-1).mean(1)
     torch.testing.assert_close(SCORES["query_lse"](inputs), expected, atol=1e-5, rtol=1e-5)

@@ -14,7 +14,7 @@ from decode_helpers import IMAGE, RICHEST, single
 from families import family_of
 from helpers import assert_says
 from illava_hooks import MergeConfigError, patch, session_of
-from illava_hooks.schedules import MergeSchedule
+from illava_hooks.config import MergeSchedule
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 GIVEN = [1, 2]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RICHEST, SETTINGS, VIDEO, patched, single
 from families import families_and, family_of
-from helpers import OLD_TORCH, feature_outputs
+from helpers import OLD_TORCH, RECORDS, feature_outputs
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
@@ -21,7 +21,7 @@ def shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, dict):
-        return {key: shapes(item) for key, item in value.items() if key != "illava_state"}
+        return {key: shapes(item) for key, item in value.items() if key != RECORDS}
     if isinstance(value, list | tuple):
         return [shapes(item) for item in value]
     return value.get_seq_length() if hasattr(value, "get_seq_length") else value

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from decode_helpers import SETTINGS
 from families import FAMILIES, families, families_and_methods, family_of
 from illava_hooks import METHODS, merging, patch
-from illava_hooks.merge.scoring import SCORES, ScoreInputs
+from illava_hooks.merge.scores import SCORES, ScoreInputs
 from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
 RAGGED = [

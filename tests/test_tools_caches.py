@@ -16,7 +16,7 @@ from decode_helpers import IMAGE, KINDS, RAGGED, SETTINGS, TEXT, next_positions,
 from families import families_and
 from helpers import assert_differ, assert_says
 from illava_hooks import PatchStateError, merging, patch
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

@@ -13,7 +13,7 @@ from decode_helpers import IMAGE, IMAGES, RAGGED, next_positions, patched, singl
 from families import families
 from helpers import assert_differ
 from illava_hooks import merging, session_of
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}

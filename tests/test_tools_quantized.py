@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 from decode_helpers import IMAGES, SETTINGS, patched, single
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, unpatch
-from illava_hooks.runtime.hooks import CaptureOutput
+from illava_hooks.engine.hookset import Hook
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 pytestmark = [
@@ -61,7 +61,9 @@ def assert_nearer(found: Tensor, near: Tensor, far: Tensor) -> None:
 def left(model: nn.Module) -> list[str]:
     """Modules with a hook of ours."""
     return [
-        n for n, m in model.named_modules() if any(isinstance(h, CaptureOutput) for h in m._forward_hooks.values())
+        n
+        for n, m in model.named_modules()
+        if any(isinstance(h, Hook) for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     ]
 
 

@@ -2,29 +2,46 @@
 
 from illava_hooks import tiny
 from illava_hooks.api import merging, patch, session_of, unpatch
-from illava_hooks.config import MergeConfig
-from illava_hooks.errors import IllavaHooksError, MergeConfigError, PatchStateError, UnsupportedModelError
+from illava_hooks.config import MergeConfig, MergeSchedule
+from illava_hooks.engine.family import PRESETS, Family, register_family
+from illava_hooks.engine.provenance import Provenance
+from illava_hooks.engine.report import MergeReport
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.errors import (
+    IllavaHooksError,
+    InputError,
+    MergeConfigError,
+    PatchStateError,
+    UnsupportedModelError,
+)
+from illava_hooks.merge.decision import RuleInputs, SegmentPlan
+from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.methods import METHODS, Method
-from illava_hooks.runtime.report import MergeReport
-from illava_hooks.runtime.session import MergeSession
-from illava_hooks.schedules import PRESETS
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Family",
     "IllavaHooksError",
+    "InputError",
     "MergeConfig",
     "MergeConfigError",
     "MergeReport",
+    "MergeSchedule",
     "MergeSession",
     "Method",
     "PatchStateError",
+    "Provenance",
+    "RuleInputs",
+    "ScoreInputs",
+    "SegmentPlan",
     "UnsupportedModelError",
     "__version__",
     "merging",
     "patch",
+    "register_family",
     "session_of",
     "tiny",
     "unpatch",

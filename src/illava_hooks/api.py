@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from illava_hooks.config import MergeConfig
+from illava_hooks.engine.family import find_family
+from illava_hooks.engine.install import install
+from illava_hooks.engine.modules import unwrapped
+from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
 from illava_hooks.methods import Method
-from illava_hooks.patchers import registry
-from illava_hooks.runtime.session import MergeSession
 
 __all__ = ["merging", "patch", "session_of", "unpatch"]
 
@@ -52,22 +54,22 @@ def patch(
         UnsupportedModelError: no family knows the model, or its configuration cannot be merged.
         MergeConfigError: a value is outside of its range.
     """
-    before, model = session_of(model), registry.unwrapped(model)
+    before, model = session_of(model), unwrapped(model)
     if before is not None and getattr(before.root, "model", None) is model:
         model = before.root  # what stands around the head must not get lost
-    family = registry.find_family(model)
-    parts = registry.locate(family, model)
+    family = find_family(model)
+    parts = family.locate(model)
     limits = family.limits(model)
     config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track)
     family.check(model, parts, config)
     if before is None:
-        return registry.install(family, parts, config, model)
+        return install(family, parts, config, model)
     unpatch(model)
     try:
-        return registry.install(family, parts, config, model)
+        return install(family, parts, config, model)
     except BaseException:
-        old = registry.locate(family, before.root)
-        registry.install(family, old, before.config, before.root).enabled = before.enabled
+        old = family.locate(before.root)
+        install(family, old, before.config, before.root).enabled = before.enabled
         raise
 
 
@@ -109,9 +111,10 @@ def session_of(model: Any) -> MergeSession | None:
     Args:
         model: any model.
     """
-    model = registry.unwrapped(model)
+    model = unwrapped(model)
     for holder in (model, getattr(model, "model", None)):
-        session = getattr(holder, "__dict__", {}).get("_illava_session")
-        if isinstance(session, MergeSession):
-            return session
+        session: Any = getattr(holder, "__dict__", {}).get("_illava_session")
+        # By name: a notebook that imports the package anew finds the sessions of the old one.
+        if type(session).__name__ == MergeSession.__name__:
+            return session  # type: ignore[no-any-return]
     return None

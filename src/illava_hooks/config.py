@@ -1,17 +1,78 @@
-"""The four numbers, validated against a model's limits."""
+"""Where and how much a modality merges, validated against a model's limits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import get_args
+from typing import Literal, get_args
 
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.methods import Method, resolve_method
-from illava_hooks.schedules import PRESETS, MergeSchedule, Modality, preset_name
 
-__all__ = ["MergeConfig", "ModelLimits"]
+__all__ = ["MergeConfig", "MergeSchedule", "Modality", "ModelLimits", "llm_removed"]
+
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSchedule:
+    """Where and how much one modality merges.
+
+    Attributes:
+        vit_layers: 0-based vision-encoder layers, ascending.
+        vit_r: int: tokens removed per tile, image or frame in each listed layer; float in (0, 1): that fraction
+            of the layer's current tokens, rounded down.
+        llm_layers: 0-based decoder layers, ascending, each at least 1; the merge happens on entry.
+        llm_ratio: fraction of a visual's current tokens kept at each listed decoder layer, in (0, 1].
+    """
+
+    vit_layers: tuple[int, ...] = ()
+    vit_r: int | float = 0
+    llm_layers: tuple[int, ...] = ()
+    llm_ratio: float = 1.0
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        """Whether anything can be removed in the vision encoder."""
+        return bool(self.vit_layers) and self.vit_r > 0
+
+    @property
+    def merges_in_llm(self) -> bool:
+        """Whether anything can be removed in the language model."""
+        return bool(self.llm_layers) and self.llm_ratio < 1.0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing can be removed anywhere."""
+        return not (self.merges_in_encoder or self.merges_in_llm)
+
+    def encoder_removed(
+        self, num_tokens: int, granularity: int = 1, most: Callable[[int], int] | None = None
+    ) -> list[int]:
+        """Tokens removed at each listed encoder layer from a segment of ``num_tokens``.
+
+        Args:
+            num_tokens: length of the segment before the first merge.
+            granularity: the counts are rounded down to multiples of this (4 for 2x2 groups).
+            most: how many a method can remove from so many tokens, if fewer than all but one.
+
+        Returns:
+            One count per listed layer; clamped so that at least ``granularity`` tokens stay.
+        """
+        counts = []
+        for _ in self.vit_layers:
+            wish = self.vit_r if isinstance(self.vit_r, int) else math.floor(num_tokens * self.vit_r)
+            limit = num_tokens - granularity if most is None else most(num_tokens) // granularity * granularity
+            counts.append(max(0, min(wish // granularity * granularity, limit)))
+            num_tokens -= counts[-1]
+        return counts
+
+
+def llm_removed(num_tokens: int, keep_ratio: float) -> int:
+    """Tokens removed from the ``num_tokens`` of a visual: Python's ``round``, and one token always stays."""
+    return max(0, min(round(num_tokens * (1 - keep_ratio)), num_tokens - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +80,18 @@ class ModelLimits:
     """What a model allows.
 
     Attributes:
-        family: its name, as ``PRESETS`` spells it.
+        family: its name.
         vit_depth: number of vision-encoder layers whose output is used.
         llm_depth: number of decoder layers.
         tokens_per_tile: tokens of one encoder segment, where that is fixed by the model; else None.
+        presets: what stands in for numbers that are not given, by modality.
     """
 
     family: str
     vit_depth: int
     llm_depth: int
     tokens_per_tile: int | None
+    presets: Mapping[Modality, MergeSchedule] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +150,8 @@ class MergeConfig:
             "llm_layers": _once(llm_layers),
             "llm_ratio": llm_ratio,
         }
-        presets = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
         schedules = [
-            _schedule(limits, given, presets[modality if preset == "auto" else preset])
+            _schedule(limits, given, _preset(limits, modality if preset == "auto" else preset, given))
             for modality in get_args(Modality)
         ]
         return cls(schedules[0], schedules[1], resolve_method(method), bool(track))
@@ -98,6 +160,17 @@ class MergeConfig:
 def _once(layers: object) -> object:
     """A generator as a tuple: images and videos both read it."""
     return tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+
+
+def _preset(limits: ModelLimits, name: str, given: Mapping[str, object]) -> MergeSchedule:
+    """A preset of the model; of a model that has none for this modality, the identity, if every number is given."""
+    for modality, schedule in limits.presets.items():
+        if modality == name:
+            return schedule
+    missing = [argument for argument, value in given.items() if value is None]
+    if missing and not limits.presets:
+        raise MergeConfigError(f"{missing[0]} is None, and {limits.family} has no presets; give {', '.join(missing)}")
+    return MergeSchedule()
 
 
 def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSchedule) -> MergeSchedule:

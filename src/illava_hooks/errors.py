@@ -20,4 +20,4 @@ class MergeConfigError(IllavaHooksError, ValueError):
 
 
 class InputError(IllavaHooksError, ValueError):
-    """A file or a model that cannot be read; raised by ``tools`` only."""
+    """A file, a model or an argument of the tools and the command line that cannot be read."""

@@ -1,4 +1,4 @@
-"""Methods: names for the four choices of DESIGN (encoder score, LLM score, merge rule, layout)."""
+"""Methods: names for the four choices (encoder score, language-model score, merge rule, layout)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.merge.rules import RULES, MergeRule
-from illava_hooks.merge.scoring import SCORES, Score, ScoreInputs
+from illava_hooks.merge.scores import SCORES, Score, ScoreInputs
 
 __all__ = ["ENCODER_SCORES", "LLM_SCORES", "METHODS", "Layout", "Method", "checked_scores", "resolve_method"]
 
@@ -37,8 +37,8 @@ class Method:
             ``MergeRule``.
         layout: ``"aligned"``: survivors stay where they are; ``"compact"``: as in the published code.
         proportional: whether encoder layers behind a merge weigh each token by its size: the logarithm of its number
-            of original tokens is added to its attention logits (ToMe, arXiv 2210.09461, equation 1). For "sdpa" and
-            "eager" attention.
+            of original tokens is added to its attention logits (ToMe, arXiv 2210.09461, equation 1). A back-end
+            that takes no bias gives way to SDPA in those layers.
 
     Raises:
         MergeConfigError: a name is not known.
@@ -70,11 +70,16 @@ class Method:
         return RULES[self.merge] if isinstance(self.merge, str) else self.merge
 
 
-def find_score(choice: str | Score, published: str) -> Score:
-    """The function behind a score's name; ``published`` is what the family's published code ranks by."""
+def find_score(choice: str | Score, published: str | None) -> Score:
+    """The function behind a score's name; ``published`` is what the family's published code ranks by, if any."""
     if not isinstance(choice, str):
         return choice
-    return SCORES[published if choice == PUBLISHED else choice]
+    name = published if choice == PUBLISHED else choice
+    if name is None:
+        raise MergeConfigError(
+            "method ranks as published, and there is no published code for this family; use another"
+        )
+    return SCORES[name]
 
 
 def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:

@@ -123,6 +123,9 @@ class Family:
         records_hidden_states: Whether the stock model asks its tower for hidden states in every forward, for which
             transformers notes down what the tower can record, and hooks it in a way that cannot be pickled.
 
+        takes_labels_by_position: Whether the stock forward takes labels by position.
+
+        tower_name: The vision tower's name in the base model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
         encoder_mlp: The first linear layer of an encoder layer's MLP, by its name in there.
         silenced: Ends of the names of linear layers without which no layer of the tiny model changes a token.
@@ -168,6 +171,9 @@ class Family:
     head_makes_tuples: ClassVar[bool] = False
     records_hidden_states: ClassVar[bool] = False
 
+    takes_labels_by_position: ClassVar[bool] = True
+
+    tower_name: ClassVar[str] = "vision_tower"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     encoder_mlp: ClassVar[str] = "fc1"
     silenced: ClassVar[tuple[str, ...]] = ("out_proj", "fc2", "o_proj", "down_proj")
@@ -306,6 +312,10 @@ class Family:
         """Tokens at the end of each visual that this release of transformers adds behind the features."""
         del modality
         return 0
+
+    def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the vision tower itself takes of a batch's images: pixels, and the rest by name."""
+        raise NotImplementedError
 
     # -------------------------------------------------------------------------------- parts of a model
 

@@ -61,6 +61,7 @@ class LlavaOnevision(Family):
     one_to_one = False
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
+    takes_labels_by_position = False
     head_makes_tuples = True
     records_hidden_states = True
     embedded = "tiny"
@@ -175,6 +176,10 @@ class LlavaOnevision(Family):
     def beyond_features(self, modality: str) -> int:
         """Up to transformers 5.17 the newline of a video comes later."""
         return int(modality == "video" and OLD_VIDEOS)
+
+    def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """All tiles of all images, those that pad too."""
+        return inputs["pixel_values"].flatten(0, 1), {}
 
     def beside_features(self, inputs: Inputs) -> Inputs:
         """Nothing about images: they are packed already."""

@@ -55,6 +55,7 @@ class Qwen2VL(Family):
     takes_empty_rows = False
     generates_from_embeddings = False
     takes_guidance = False
+    tower_name = "visual"
     adapter_targets = ("qkv", "q_proj", "k_proj")
     silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
@@ -175,6 +176,10 @@ class Qwen2VL(Family):
         """Patches of all images are packed into one row."""
         sizes = inputs["image_grid_thw"].prod(-1).tolist()
         return slice(sum(sizes[:image]), sum(sizes[: image + 1]))
+
+    def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Packed patches and their grids."""
+        return inputs["pixel_values"], {"grid_thw": inputs["image_grid_thw"]}
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The blocks."""

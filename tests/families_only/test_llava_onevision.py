@@ -75,7 +75,11 @@ def test_vision_tokens_come_in_tiles() -> None:
 def test_every_visual_keeps_its_place_where_only_some_merge() -> None:
     model = tiny_model(NAME, vision={"num_hidden_layers": 8}, text={"num_hidden_layers": 6})
     inputs = inputs_for(model, [Sample(text_seed=6, images=((48, 30),), videos=(4,))])
-    session = patch(model, track=True)  # the preset of this depth: images merge in layers 3 and 4, videos in 2 and 3
+    model.config.illava_presets = {  # a preset of the model's own: only so can images and videos differ
+        "image": {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.7},
+        "video": {"vit_layers": [2, 3], "vit_r": 16, "llm_layers": [1], "llm_ratio": 0.7},
+    }
+    session = patch(model, track=True)
     with torch.no_grad():
         model(**inputs)
     seats = {layer: [len(v.seats) for v in session.provenance.at("vision", layer).images] for layer in (2, 3, 4)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from illava_hooks.runtime.report import MergeReport
+from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.ask import Answer
 from illava_hooks.tools.canvas import tabulate
 from illava_hooks.tools.draw import SHEET_COLUMNS, MergeMap, draw

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.spans import host_table
+from illava_hooks.merge.segments import host_table
 
 __all__ = ["RuleInputs", "SegmentPlan", "assemble", "nearest_kept"]
 
@@ -62,7 +62,7 @@ class SegmentPlan:
         anchors: ``(S, E)`` int64, the survivors that receive them.
         weights: ``(S, E)`` float32, 0 for edges that only fill up the table.
         self_weights: ``(S, L)`` float32, weight of a survivor in its own new value.
-        holder: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
+        survivor_of: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
     """
 
     kept: Tensor
@@ -70,7 +70,7 @@ class SegmentPlan:
     anchors: Tensor
     weights: Tensor
     self_weights: Tensor
-    holder: Tensor
+    survivor_of: Tensor
 
 
 def nearest_kept(kept: Tensor, lengths: Tensor) -> Tensor:
@@ -88,16 +88,16 @@ def assemble(
     inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, weights: Tensor, self_weights: Tensor
 ) -> SegmentPlan:
     """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept."""
-    holder = nearest_kept(kept, inputs.count(inputs.lengths))
+    survivor_of = nearest_kept(kept, inputs.count(inputs.lengths))
     if absorbed.shape[1]:
         light_first = torch.argsort(weights, dim=-1, stable=True, descending=True).flip(-1)
         edge_from, edge_to = absorbed.gather(1, light_first), anchors.gather(1, light_first)
-        rank = torch.zeros_like(holder).scatter_reduce(
+        rank = torch.zeros_like(survivor_of).scatter_reduce(
             1,
             edge_from,
             torch.where(weights.gather(1, light_first) > 0, inputs.slots(edge_from.shape[1]) + 1, 0),
             "amax",
         )
         heaviest = edge_to.gather(1, (rank - 1).clamp_min(0))
-        holder = torch.where((rank > 0) & ~kept, heaviest, holder)
-    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, holder)
+        survivor_of = torch.where((rank > 0) & ~kept, heaviest, survivor_of)
+    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.decision import SegmentPlan
-from illava_hooks.merge.spans import Segments, compact
+from illava_hooks.merge.segments import Segments, right_align
 
 __all__ = ["MergePlan", "apply_merge", "build_plan", "take_kept"]
 
@@ -24,7 +24,7 @@ class MergePlan:
     Attributes:
         keep_indices: ``(B, K)`` int64, column of each survivor, ascending, right-aligned.
         keep_mask: ``(B, N)`` bool.
-        holder: ``(B, N)`` int64, column of the survivor that represents each token from now on.
+        survivor_of: ``(B, N)`` int64, column of the survivor that represents each token from now on.
         absorbed: ``(E,)`` int64, flat rows (of ``B * N``) that are folded into an anchor.
         anchors: ``(E,)`` int64, flat rows of the survivors that receive them.
         weights: ``(E,)`` float32; edges that only fill up a table have weight 0.
@@ -33,7 +33,7 @@ class MergePlan:
 
     keep_indices: Tensor
     keep_mask: Tensor
-    holder: Tensor
+    survivor_of: Tensor
     absorbed: Tensor
     anchors: Tensor
     weights: Tensor
@@ -45,9 +45,18 @@ class MergePlan:
         rank = self.keep_mask.cumsum(-1)
         return (rank - rank[:, -1:] - 1 + self.keep_indices.shape[1]).clamp_min(0)
 
-    def follow(self, owner: Tensor) -> Tensor:
+    def follow(self, kept_at: Tensor) -> Tensor:
         """Maps a table of columns before the merge, ``(B, M)``, to the columns after it."""
-        return self.new_columns.gather(1, self.holder).gather(1, owner)
+        return self.new_columns.gather(1, self.survivor_of).gather(1, kept_at)
+
+    def grow(self, token_size: Tensor) -> Tensor:
+        """How many original tokens each survivor stands for, ``(B, K)``, from the sizes before, ``(B, N)``.
+
+        Edges of weight 0 only fill up a table, and some rules list an anchor among what it absorbs: neither adds.
+        """
+        sizes = token_size.flatten()
+        gained = torch.where((self.weights > 0) & (self.absorbed != self.anchors), sizes[self.absorbed], 0.0)
+        return take_kept(sizes.index_add(0, self.anchors, gained).view_as(token_size), self)
 
 
 def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_kept: int) -> MergePlan:
@@ -62,12 +71,12 @@ def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_ke
     shape = keep_mask.shape
     kept = segments.put(keep_mask.flatten(), local.kept).view(shape)
     columns = torch.arange(shape[1], device=keep_mask.device).expand(shape).reshape(-1)
-    holder_rows = segments.rows.gather(1, local.holder)
+    survivor_rows = segments.rows.gather(1, local.survivor_of)
     ones = torch.ones(shape, dtype=torch.float32, device=keep_mask.device).flatten()
     return MergePlan(
-        keep_indices=compact(kept, num_kept),
+        keep_indices=right_align(kept, num_kept),
         keep_mask=kept,
-        holder=segments.put(columns, columns[holder_rows]).view(shape),
+        survivor_of=segments.put(columns, columns[survivor_rows]).view(shape),
         absorbed=segments.rows.gather(1, local.absorbed).flatten(),
         anchors=segments.rows.gather(1, local.anchors).flatten(),
         weights=local.weights.flatten(),

@@ -90,7 +90,8 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
         return drop(inputs)
     num_kept = [n - r for n, r in zip(inputs.lengths, inputs.num_removed, strict=True)]
     num_recycling = [max(1, round(0.05 * n)) if r else 0 for n, r in zip(num_kept, inputs.num_removed, strict=True)]
-    hidden = inputs.hidden().to(torch.promote_types(inputs.hidden().dtype, torch.float32))
+    states = inputs.hidden()
+    hidden = states.to(torch.promote_types(states.dtype, torch.float32))
     width = hidden.shape[-1]
     last_rank = order.shape[1] - 1
     slot = inputs.slots(max(num_recycling))

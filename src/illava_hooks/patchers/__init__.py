@@ -1,1 +1,1 @@
-"""Model surgery: one file per family, and what both families do in the two stages."""
+"""One module per family, found by its name: nothing outside of this folder knows any of them."""

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from illava_hooks.api import merging, session_of
-from illava_hooks.runtime.report import MergeReport
+from illava_hooks.engine.report import MergeReport
 
 __all__ = ["Answer", "answer"]
 

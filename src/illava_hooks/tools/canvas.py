@@ -24,7 +24,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     unpad_image,
 )
 
-from illava_hooks.schedules import Modality
+from illava_hooks.config import Modality
 
 __all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "tabulate", "visuals_of"]
 

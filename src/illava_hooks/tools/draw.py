@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from illava_hooks.api import patch, session_of, unpatch
-from illava_hooks.config import MergeConfig
+from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.engine.provenance import Provenance, TokenProvenance
 from illava_hooks.errors import InputError, MergeConfigError, PatchStateError
-from illava_hooks.runtime.provenance import Provenance, TokenProvenance
-from illava_hooks.schedules import Modality
 from illava_hooks.tools.canvas import Frame, Ints, compose, paint, tabulate, visuals_of
 
 __all__ = ["MergeMap", "draw", "merge_maps", "save_maps"]

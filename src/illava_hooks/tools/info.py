@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from illava_hooks.engine.family import families, find_family
 from illava_hooks.methods import METHODS
-from illava_hooks.patchers.registry import FAMILIES, find_family
-from illava_hooks.schedules import PRESETS, preset_name
 
 __all__ = ["environment", "model_info", "torchvision_state"]
 
@@ -31,7 +30,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "torchvision": torchvision_state(),
         "devices": devices,
-        "families": list(FAMILIES),
+        "families": [family.name for family in families()],
         "methods": list(METHODS),
     }
 
@@ -61,7 +60,6 @@ def model_info(model: Any) -> dict[str, Any]:
         UnsupportedModelError: the model's family is not known.
     """
     limits = find_family(model).limits(model)
-    preset = preset_name(limits.family, limits.vit_depth, limits.llm_depth)
     return {
         "family": limits.family,
         "class": type(model).__name__,
@@ -71,5 +69,5 @@ def model_info(model: Any) -> dict[str, Any]:
         "tokens_per_tile": limits.tokens_per_tile,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "presets": {modality: asdict(schedule) for modality, schedule in PRESETS[preset].items()},
+        "presets": {modality: asdict(schedule) for modality, schedule in limits.presets.items()},
     }

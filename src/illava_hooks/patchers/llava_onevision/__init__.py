@@ -1,59 +1,83 @@
-"""LLaVA-OneVision: SigLIP tiles, anyres packing, pooled video frames, a Qwen2 decoder."""
+"""LLaVA-OneVision: SigLIP tiles, anyres packing, pooled video frames, any decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from illava_hooks.config import MergeConfig, ModelLimits
-from illava_hooks.errors import UnsupportedModelError
-from illava_hooks.patchers.base import ModelParts, changed_layers
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
+from illava_hooks.engine.compat import newlines_behind_videos
+from illava_hooks.engine.encoder_layers import MergingLayer, change_layers
+from illava_hooks.engine.family import Family, ModelParts, changed_layers
+from illava_hooks.engine.report import EncoderShape
+from illava_hooks.engine.session import MergeSession
 from illava_hooks.patchers.llava_onevision.features import (
     FeatureMethods,
     check_feature_choice,
     num_used,
     tokens_per_tile,
 )
-from illava_hooks.patchers.llava_onevision.layers import MergingSiglipEncoderLayer
-from illava_hooks.patchers.llava_onevision.layout import compact_grid, compact_pool, require_square
-from illava_hooks.runtime.releases import newlines_behind_videos
-from illava_hooks.runtime.report import EncoderShape
-from illava_hooks.runtime.session import MergeSession
-from illava_hooks.schedules import Modality
+from illava_hooks.patchers.llava_onevision.packing import compact_grid, compact_pool, require_square
 
-__all__ = ["FAMILY", "LlavaOnevision", "compact_grid", "compact_pool"]
+__all__ = ["FAMILY", "LlavaOnevision", "MergingSiglipEncoderLayer", "compact_grid", "compact_pool"]
 
 
-class LlavaOnevision:
+class MergingSiglipEncoderLayer(MergingLayer, SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
+    """A SigLIP layer that merges between attention and MLP."""
+
+    def attend(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As in the stock layer."""
+        mixed, _ = self.self_attn(hidden_states=self.layer_norm1(hidden), attention_mask=attention_mask, **kwargs)
+        out: Tensor = hidden + mixed
+        return out
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """As in the stock layer."""
+        out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
+        return out
+
+
+MergingSiglipEncoderLayer.__name__ = SiglipEncoderLayer.__name__  # `_no_split_modules` goes by name
+
+
+class LlavaOnevision(Family):
     """The family."""
 
     name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    presets = MappingProxyType(
+        {
+            "image": MergeSchedule((5, 6, 7, 8), 92, (8,), 0.70),
+            "video": MergeSchedule((3, 4, 5, 6), 92, (2,), 0.70),
+        }
+    )
     published_llm_score = "last_query_attention"
+    encoder_layer_types = (SiglipEncoderLayer,)
+    other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
 
-    def encoder_layers(self, base: Any) -> Any:
-        """The layers of the vision tower."""
-        return base.vision_tower.encoder.layers
+    def tower(self, base: Any) -> Any:
+        """SigLIP."""
+        return base.vision_tower
+
+    def layers_of(self, tower: Any) -> Any:
+        """Its layers."""
+        return tower.encoder.layers
 
     def limits(self, model: Any) -> ModelLimits:
-        """Depths and tokens per tile."""
+        """Depths and tokens per tile; layers behind the chosen feature layer are of no use."""
         config = model.config
-        depth = config.vision_config.num_hidden_layers
-        chosen = config.vision_feature_layer
+        depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
         used = max(num_used(layer, depth) for layer in ([chosen] if isinstance(chosen, int) else chosen))
-        return ModelLimits(self.name, used, config.text_config.num_hidden_layers, tokens_per_tile(config))
+        llm_depth = config.text_config.num_hidden_layers
+        return ModelLimits(self.name, used, llm_depth, tokens_per_tile(config), self.presets_of(model))
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
-        """Refuses other vision towers, and feature choices that cut across merges."""
-        for layer in (
-            parts.encoder_layers[index] for index in {0, *changed_layers(config, len(parts.encoder_layers))}
-        ):
-            if not isinstance(layer, SiglipEncoderLayer):
-                raise UnsupportedModelError(
-                    f"vision_tower has {type(layer).__name__} layers; only SigLIP towers can be patched; use one"
-                )
+        """Also refuses feature choices that cut across merges, and survivors that form no grid where they must."""
+        super().check(model, parts, config)
         stock = model.config
         depth = stock.vision_config.num_hidden_layers
         if config.vit_layers:
@@ -67,8 +91,8 @@ class LlavaOnevision:
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging layers' classes and wraps the four methods of the vision stage."""
-        for layer in changed_layers(session.config, len(parts.encoder_layers)):
-            session.hooks.swap_class(parts.encoder_layers[layer], MergingSiglipEncoderLayer)
+        changed = changed_layers(session.config, len(parts.encoder_layers))
+        change_layers(parts.encoder_layers, changed, {SiglipEncoderLayer: MergingSiglipEncoderLayer}, session)
         methods = FeatureMethods(parts.base, session)
         session.hooks.wrap(parts.base, "get_image_features", methods.image_features)
         session.hooks.wrap(parts.base, "get_video_features", methods.video_features)
@@ -87,10 +111,6 @@ class LlavaOnevision:
     def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
         """The newline behind a video, in releases that do not count it to the features."""
         return {"video": newlines_behind_videos(base)}
-
-    def text_positions(self, position_ids: Tensor) -> Tensor:
-        """``(B, N)`` as they are."""
-        return position_ids
 
 
 FAMILY = LlavaOnevision()

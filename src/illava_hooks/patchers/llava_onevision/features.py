@@ -10,16 +10,32 @@ import torch
 from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+from illava_hooks.engine.compat import pixels_of_videos
+from illava_hooks.engine.encoder import EncoderRun, Visible
+from illava_hooks.engine.encoder_layers import expand_output, run_features
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.engine.transport import current_run, in_features
 from illava_hooks.errors import UnsupportedModelError
-from illava_hooks.patchers.llava_onevision.layers import TRAITS
-from illava_hooks.patchers.llava_onevision.layout import Geometry, compact_grid, compact_pool, image_geometry
-from illava_hooks.patchers.llava_onevision.tiles import Tiles, front_record, settle_image, settle_video
-from illava_hooks.patchers.vision import hooks
-from illava_hooks.patchers.vision.run import EncoderPass
-from illava_hooks.runtime.releases import pixels_of_videos
-from illava_hooks.runtime.session import KEY, MergeSession
+from illava_hooks.patchers.llava_onevision.packing import (
+    Geometry,
+    Tiles,
+    compact_grid,
+    compact_pool,
+    image_geometry,
+    place_image,
+    place_published,
+    place_video,
+)
 
 __all__ = ["FeatureMethods", "check_feature_choice", "num_used", "tokens_per_tile"]
+
+
+#: Tiles of single patches; nothing but hidden states belongs to a token.
+TRAITS = EncoderTraits(published_score="received_attention")
+
+#: Whether what a layout crops away merges apart from what it shows.
+QUOTA = False
 
 
 class FeatureMethods:
@@ -32,41 +48,52 @@ class FeatureMethods:
 
     def image_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_image_features``: same shapes, records attached."""
-        if not (self.session.active and not self.session.config.image.is_identity):
+        if in_features():
             return method(*args, **kwargs)
+        if not (self.session.active and not self.session.config.image.is_identity):
+            return self._run(method, None, {}, args, kwargs)
         call = inspect.signature(method).bind(*args, **kwargs).arguments
         config, device = self.base.config, call["pixel_values"].device
         sizes = _host(call["image_sizes"])
         tiles = self._tile_counts(sizes, call.get("batch_num_images"))
         aspect = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
-        visible = [self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)]
+        shown = torch.cat([self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)])
+        visible = Visible(shown.to(device), tuple(shown.sum(1).tolist()), QUOTA and self._is_aligned)
         lengths = [tokens_per_tile(config)] * sum(tiles)
-        run = EncoderPass(self.session, "image", TRAITS, lengths, len(lengths), device, torch.cat(visible).to(device))
+        run = EncoderRun(self.session, "image", TRAITS, lengths, len(lengths), device, visible=visible)
         return self._run(method, run, call, args, kwargs)
+
+    @property
+    def _is_aligned(self) -> bool:
+        return self.session.config.method.layout == "aligned"
 
     def video_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_video_features``: same shapes, records attached."""
-        if not (self.session.active and not self.session.config.video.is_identity):
+        if in_features():
             return method(*args, **kwargs)
+        if not (self.session.active and not self.session.config.video.is_identity):
+            return self._run(method, None, {}, args, kwargs)
         call = inspect.signature(method).bind(*args, **kwargs).arguments
         pixels = pixels_of_videos(call)
         lengths = [tokens_per_tile(self.base.config)] * (pixels.shape[0] * pixels.shape[1])
-        run = EncoderPass(self.session, "video", TRAITS, lengths, len(lengths), pixels.device)
+        run = EncoderRun(self.session, "video", TRAITS, lengths, len(lengths), pixels.device)
         run.num_videos = pixels.shape[0]
         return self._run(method, run, call, args, kwargs)
 
-    def _run(self, method: Callable[..., Any], run: EncoderPass, call: Any, args: Any, kwargs: Any) -> Any:
-        check_feature_choice(
-            call.get("vision_feature_layer", self.base.config.vision_feature_layer),
-            call.get("vision_feature_select_strategy", self.base.config.vision_feature_select_strategy),
-            self.base.config.vision_config.num_hidden_layers,
-            run.layers,
-        )
-        with hooks.running(run):
-            output = method(*args, **{**kwargs, "return_dict": True, KEY: run})
-        hooks.expand_output(run, output)
-        self.session.note_vision(run.records)
-        return hooks.handed_out(run, output, kwargs.get("return_dict"), self.base.config)
+    def _run(self, method: Callable[..., Any], run: EncoderRun | None, call: Any, args: Any, kwargs: Any) -> Any:
+        if run is not None:
+            check_feature_choice(
+                call.get("vision_feature_layer", self.base.config.vision_feature_layer),
+                call.get("vision_feature_select_strategy", self.base.config.vision_feature_select_strategy),
+                self.base.config.vision_config.num_hidden_layers,
+                run.layers,
+            )
+
+        def expand(output: Any) -> None:
+            if run is not None:
+                expand_output(run, output)
+
+        return run_features(self.session, method, args, kwargs, run, self.base.config, expand)
 
     def _tile_counts(self, sizes: list[tuple[int, ...]], batch_num_images: Any) -> list[int]:
         """Tiles of each image; several images in one sample get their base tile only, as in stock."""
@@ -93,7 +120,7 @@ class FeatureMethods:
 
     def pack(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``pack_image_features``: packs the expanded grid, and notes which packed tokens are survivors."""
-        run = hooks.current_run.get()
+        run = current_run()
         if run is None:
             return method(*args, **kwargs)
         call = inspect.signature(method).bind(*args, **kwargs)
@@ -104,16 +131,16 @@ class FeatureMethods:
         tiles = [Tiles.of(run, sum(counts[:i]), sum(counts[: i + 1]), f.device) for i, f in enumerate(features)]
         call.arguments["image_features"] = [t.expand(f) for t, f in zip(tiles, features, strict=True)]
         packed, lengths = method(*call.args, **call.kwargs)
-        if self.session.config.method.layout == "compact":
+        if not self._is_aligned:
             small = compact_grid(self.base, features, sizes, newline, aspect)
-            settled = [front_record(run, t, s, len(p)) for t, s, p in zip(tiles, small, packed, strict=True)]
+            placed = [place_published(run, t, s, len(p)) for t, s, p in zip(tiles, small, packed, strict=True)]
         else:
-            settled = [
-                settle_image(run, t, p, self.geometry(len(f), size, aspect), self._show(method, size, aspect))
+            placed = [
+                place_image(run, t, p, self.geometry(len(f), size, aspect), self._show(method, size, aspect))
                 for t, p, f, size in zip(tiles, packed, features, sizes, strict=True)
             ]
-        run.records = [record for _, record in settled]
-        return [tokens for tokens, _ in settled], lengths
+        run.records = [record for _, record in placed]
+        return [tokens for tokens, _ in placed], lengths
 
     def _show(self, method: Callable[..., Any], size: tuple[int, ...], aspect: str) -> Callable[[Tensor], Tensor]:
         """The stock packing of any values ``(T, N, c)`` on the tiles of one image; newlines are zero."""
@@ -126,14 +153,14 @@ class FeatureMethods:
 
     def pool(self, method: Callable[..., Any], image_features: Tensor) -> Tensor:
         """Around ``apply_pooling``: pools the expanded frames and keeps as many tokens as the encoder kept."""
-        run = hooks.current_run.get()
+        run = current_run()
         if run is None:
             pooled: Tensor = method(image_features)
             return pooled
         tiles = Tiles.of(run, 0, len(image_features), image_features.device)
         pooled = method(tiles.expand(image_features))
-        small = compact_pool(self.base, image_features) if self.session.config.method.layout == "compact" else None
-        tokens, run.records = settle_video(run, tiles, pooled, method, small)
+        small = None if self._is_aligned else compact_pool(self.base, image_features)
+        tokens, run.records = place_video(run, tiles, pooled, method, small)
         return tokens
 
 

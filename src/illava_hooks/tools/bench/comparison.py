@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from illava_hooks.api import patch, unpatch
+from illava_hooks.engine.report import MergeReport, VisualReport
 from illava_hooks.errors import InputError
 from illava_hooks.methods import METHODS
-from illava_hooks.runtime.report import MergeReport, VisualReport
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
 from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.workload import Workload, build_workload

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.api import patch, session_of, unpatch
-from illava_hooks.runtime.releases import CACHE
+from illava_hooks.engine.compat import CACHE
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 
 __all__ = ["Measurement", "Stage", "measure", "measure_alternating", "stage_inputs"]

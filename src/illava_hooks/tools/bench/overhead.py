@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,16 +15,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from illava_hooks.api import patch, unpatch
-from illava_hooks.patchers.language.attention import AttentionHook
-from illava_hooks.patchers.language.hooks import TextModelHook
-from illava_hooks.patchers.language.run import DecoderPass
-from illava_hooks.patchers.llava_onevision import features as llava
-from illava_hooks.patchers.qwen2_vl import features as qwen
-from illava_hooks.patchers.vision import hooks as vision
-from illava_hooks.patchers.vision.listening import Eavesdropper
-from illava_hooks.patchers.vision.run import EncoderPass
-from illava_hooks.runtime.releases import CACHE
-from illava_hooks.runtime.report import MergeReport
+from illava_hooks.engine import decoder_hooks, encoder_layers
+from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.decoder import DecoderRun
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.bench.measure import stage_inputs
 from illava_hooks.tools.bench.meters import Stopwatch, timed
 
@@ -31,18 +27,14 @@ __all__ = ["MergeCost", "merge_cost"]
 
 #: Everything that an unpatched prefill does not do.
 _CALLS: list[tuple[Any, str]] = [
-    (EncoderPass, "__init__"),
-    (EncoderPass, "enter"),
-    (EncoderPass, "merge"),
-    (vision, "expand_output"),
-    (llava, "settle_image"),
-    (llava, "settle_video"),
-    (qwen, "_shown"),
-    (qwen, "_record"),
-    (TextModelHook, "_prefill"),
-    (AttentionHook, "_score"),
-    (DecoderPass, "merge"),
-    (DecoderPass, "expand"),
+    (EncoderRun, "__init__"),
+    (EncoderRun, "enter"),
+    (EncoderRun, "merge"),
+    (encoder_layers, "expand_output"),
+    (decoder_hooks.TextModelHook, "_prefill"),
+    (decoder_hooks._Ranking, "_score"),
+    (DecoderRun, "merge"),
+    (DecoderRun, "expand"),
 ]
 
 
@@ -128,7 +120,8 @@ def _beside_plain(
     watch: Stopwatch, plain: list[tuple[float, float]], blocks: list[tuple[float, float]]
 ) -> Iterator[None]:
     """Runs plain SDPA beside every attention in blocks, and times both."""
-    stock = Eavesdropper.attend
+    tap: Any = import_module("illava_hooks.engine.attention_tap")
+    stock: Any = tap.attend_and_receive
 
     def both(
         query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
@@ -136,14 +129,14 @@ def _beside_plain(
         began = watch.look()
         scaled_dot_product_attention(query, key, value, scale=scale)
         between = watch.look()
-        found = stock(query, key, value, scale, bias)
+        found: tuple[Tensor, Tensor] = stock(query, key, value, scale, bias)
         end = watch.look()
         plain.append((between[0] - began[0], between[1] - began[1]))
         blocks.append((end[0] - between[0], end[1] - between[1]))
         return found
 
-    Eavesdropper.attend = staticmethod(both)
+    tap.attend_and_receive = both
     try:
         yield
     finally:
-        Eavesdropper.attend = staticmethod(stock)
+        tap.attend_and_receive = stock

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from illava_hooks.runtime.report import MergeReport
+from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.bench.comparison import Comparison, flops_fit
 from illava_hooks.tools.bench.measure import Measurement
 

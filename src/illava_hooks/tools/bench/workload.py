@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from illava_hooks.engine.compat import takes_ready_features
 from illava_hooks.errors import InputError
-from illava_hooks.runtime.releases import takes_ready_features
 
 __all__ = ["Workload", "build_workload"]
 

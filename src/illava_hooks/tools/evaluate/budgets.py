@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from illava_hooks.config import MergeSchedule
 from illava_hooks.errors import InputError
 from illava_hooks.methods import METHODS, Method
-from illava_hooks.schedules import MergeSchedule
 from illava_hooks.tools.datasets import Item
 
 __all__ = ["CONTROLS", "STAGES", "budget_settings", "downsampled", "find_method"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from illava_hooks.api import patch, unpatch
+from illava_hooks.config import MergeSchedule
+from illava_hooks.engine.family import find_family
 from illava_hooks.errors import InputError
-from illava_hooks.patchers.registry import find_family
-from illava_hooks.schedules import PRESETS, MergeSchedule, preset_name
 from illava_hooks.tools.datasets import Item
 from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled, find_method
 from illava_hooks.tools.evaluate.run import Outcome, run_items
@@ -85,7 +85,7 @@ def sweep(
         InputError: there is no such method or stage, or a fraction is out of range; nothing has run then.
     """
     limits = find_family(model).limits(model)
-    preset = PRESETS[preset_name(limits.family, limits.vit_depth, limits.llm_depth)]
+    preset = limits.presets
     planned = _planned(preset["video" if items[0].video else "image"], methods, stages, fractions)
     known = {(row.method, row.stage, row.kept): row for row in read_rows(file)}
     advance("unpatched")

@@ -1,0 +1,74 @@
+"""How many patches survive each merging encoder layer: a pure function of shapes.
+
+The run of the encoder plans by it before anything is computed, and so can others who must know a prompt's length
+before they see a picture, such as a serving engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.methods import Method
+
+__all__ = ["SegmentCounts", "encoder_counts", "max_removed", "split_visible"]
+
+
+def max_removed(method: Method, num_tokens: int) -> int:
+    """How many of ``num_tokens`` a method can remove at once: bipartite matching half, others all but one."""
+    return num_tokens // 2 if method.merge == "bipartite" else num_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentCounts:
+    """One tile, image or temporal slice on its way through the encoder.
+
+    Attributes:
+        units: units before, between and after the merges.
+        short_of: how many patches were asked for in vain in some layer, since the segment had no more to give.
+    """
+
+    units: tuple[int, ...]
+    short_of: int = 0
+
+
+def encoder_counts(config: MergeConfig, modality: Modality, traits: EncoderTraits, num_patches: int) -> SegmentCounts:
+    """What a segment of ``num_patches`` patches becomes.
+
+    Args:
+        config: the settings.
+        modality: whose schedule applies.
+        traits: how patches belong together.
+        num_patches: patches of the segment, without what stands in front of them.
+    """
+    schedule: MergeSchedule = config.schedule(modality)
+    unit, granularity = traits.patches_per_unit, traits.granularity
+
+    def most(num: int) -> int:
+        return min(max_removed(config.method, num // unit) * unit, num - granularity)
+
+    removed = schedule.encoder_removed(num_patches, granularity, most) if schedule.merges_in_encoder else []
+    units = [num_patches // unit]
+    for patches in removed:
+        units.append(units[-1] - patches // unit)
+    wish = schedule.vit_r // granularity * granularity if isinstance(schedule.vit_r, int) else 0
+    return SegmentCounts(tuple(units), max((wish - patches for patches in removed), default=0))
+
+
+def split_visible(units: Sequence[int], num_visible: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A tile's counts, shared between what the prompt shows of it and what its layout crops away.
+
+    What is shown keeps its share of the survivors, rounded up, so that the length of the prompt follows from shapes.
+
+    Args:
+        units: of the whole tile before, between and after the merges; at least 2 everywhere.
+        num_visible: units that are shown, more than none and fewer than all.
+
+    Returns:
+        The counts of the shown and of the cropped units.
+    """
+    # Integers all the way: a float would round some quotients up to the next whole number.
+    shown = tuple(min(-(-num_visible * n // units[0]), n - 1) for n in units)
+    return shown, tuple(n - s for n, s in zip(units, shown, strict=True))

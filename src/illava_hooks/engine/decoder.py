@@ -1,0 +1,240 @@
+"""The language stage of one forward that introduces visual tokens.
+
+Shapes: ``B`` samples of ``N`` logical tokens (what the caller sees), ``K`` columns on the compact sequence of a
+stage, which is what lies between two merges (right-aligned, padded on the left), ``V`` images and videos, ``C`` width,
+``D`` width of all key heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from illava_hooks.config import MergeConfig, Modality, llm_removed
+from illava_hooks.engine.counts import max_removed
+from illava_hooks.errors import PatchStateError
+from illava_hooks.merge.decision import RuleInputs, SegmentPlan
+from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.scores import Score, ScoreInputs
+from illava_hooks.merge.segments import Segments, host_table, scatter_back
+from illava_hooks.methods import checked_scores
+
+__all__ = ["DecoderRun", "PromptState", "TokenCounts", "plan_counts"]
+
+
+@dataclass(slots=True)
+class PromptState:
+    """The compact sequence between two merges.
+
+    Attributes:
+        kept_at: ``(B, N)`` int64, the compact column that stands for each logical token.
+        visual: ``(B, K)`` int64, number of the image or video of each column, -1 for text and padding.
+        origins: ``(B, K)`` int64, where a visual token stood in its image or video before any merge.
+        token_size: ``(B, K)`` float32, how many tokens each stands for.
+        query: ``(B,)`` int64, column of the scoring query.
+        rope: RoPE tables of the columns, once known.
+        columns: ``(B, K)`` int64, the logical column of each; -1 for padding.
+    """
+
+    kept_at: Tensor
+    visual: Tensor
+    origins: Tensor
+    token_size: Tensor
+    query: Tensor
+    columns: Tensor
+    rope: tuple[Tensor, ...] | None = None
+
+    def to(self, device: torch.device) -> PromptState:
+        """The same on another device: layers of one model may lie on several."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        rope = moved.pop("rope")
+        tables = {name: table.to(device) for name, table in moved.items()}
+        return PromptState(**tables, rope=None if rope is None else tuple(table.to(device) for table in rope))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Everything about one stage that the host knows.
+
+    Attributes:
+        lengths: real tokens per sample.
+        visual_lengths: visual tokens per image or video.
+    """
+
+    lengths: tuple[int, ...]
+    visual_lengths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Columns of the compact sequence."""
+        return max(self.lengths)
+
+    def valid(self, device: torch.device) -> Tensor | None:
+        """``(B, K)`` bool, False on padding; None when nothing is padded."""
+        if min(self.lengths) == self.width:
+            return None
+        first = self.width - host_table(self.lengths, device)
+        return torch.arange(self.width, device=device) >= first[:, None]
+
+
+def plan_counts(
+    config: MergeConfig, modalities: Sequence[Modality], sample_of: Sequence[int], start: TokenCounts
+) -> list[TokenCounts]:
+    """Counts before, between and after the merges of the listed decoder layers.
+
+    Args:
+        config: the settings.
+        modalities: of each image or video.
+        sample_of: the sample of each.
+        start: counts at the entry.
+    """
+    counts = [start]
+    for layer in config.llm_layers:
+        visuals, lengths = list(counts[-1].visual_lengths), list(counts[-1].lengths)
+        for index, modality in enumerate(modalities):
+            schedule = config.schedule(modality)
+            if schedule.merges_in_llm and layer in schedule.llm_layers and visuals[index]:
+                wish = llm_removed(visuals[index], schedule.llm_ratio)
+                removed = min(wish, max_removed(config.method, visuals[index]))
+                visuals[index] -= removed
+                lengths[sample_of[index]] -= removed
+        counts.append(TokenCounts(tuple(lengths), tuple(visuals)))
+    return counts
+
+
+class DecoderRun:
+    """One prefill through the decoder layers.
+
+    Attributes:
+        layers: the merging decoder layers.
+        counts: one per stage: before, between and after the merges.
+        states: the compact sequence of each stage that was reached.
+        plans: one per merge that ran.
+    """
+
+    def __init__(self, config: MergeConfig, score: Score, counts: list[TokenCounts], state: PromptState) -> None:
+        """Starts at the entry of layer 0.
+
+        Args:
+            config: the settings.
+            score: the language-model score.
+            counts: as the attribute.
+            state: the compact sequence of the first stage.
+        """
+        self.config, self.score, self.counts = config, score, counts
+        self.layers = config.llm_layers
+        self.states = [state]
+        self.plans: list[MergePlan] = []
+        self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def merges_through(self, layer_idx: int) -> int:
+        """How many merges have happened where a layer's attention runs: one on its entry included."""
+        return sum(merging <= layer_idx for merging in self.layers)
+
+    def ranks_for(self, layer_idx: int) -> bool:
+        """Whether the attention of a layer ranks the tokens that the next one merges, and they are not ranked yet."""
+        following = layer_idx + 1
+        return following in self.layers and len(self.plans) == self.layers.index(following)
+
+    def rank(self, layer_idx: int, inputs: ScoreInputs, keys: Tensor) -> None:
+        """Scores the tokens that enter a merging layer, by the attention of the layer before.
+
+        Args:
+            layer_idx: the layer that will merge.
+            inputs: what the score may look at.
+            keys: ``(B * K, D)`` keys of the tokens, all heads side by side.
+        """
+        self._ranked[layer_idx] = checked_scores(self.config.method.name, self.score, inputs), keys
+
+    def merge(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Merges ``(B, K, C)`` on entry to a listed layer.
+
+        Raises:
+            PatchStateError: the layer before did not rank the tokens.
+        """
+        merges = self.layers.index(layer_idx)
+        # A replay under gradient checkpointing finds the plan of the first run.
+        if len(self.plans) == merges:
+            if layer_idx not in self._ranked:
+                raise PatchStateError(
+                    f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
+                    "call patch(model, ...) again after wrapping or replacing parts of the model"
+                )
+            scores, keys = self._ranked.pop(layer_idx)
+            with torch.no_grad():
+                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys.to(hidden.device))
+        return apply_merge(hidden, self.plans[merges])
+
+    def check_finished(self) -> None:
+        """Every planned merge ran.
+
+        Raises:
+            PatchStateError: some layer was passed by.
+        """
+        if len(self.plans) < len(self.layers):
+            raise PatchStateError(
+                f"decoder layer {self.layers[len(self.plans)]} did not merge, llm_layers is {list(self.layers)}; "
+                "another forward ran in its place: call patch(model, ...) again after wrapping or replacing parts of "
+                "the model"
+            )
+
+    def expand(self, hidden: Tensor, merges: int) -> Tensor:
+        """``(B, K, C)`` of a stage at the logical length ``(B, N, C)``."""
+        return scatter_back(hidden, self.states[merges].kept_at.to(hidden.device))
+
+    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor) -> None:
+        before, after = self.counts[merges], self.counts[merges + 1]
+        state = self.states[merges] = self.states[merges].to(hidden.device)
+        valid = before.valid(hidden.device)
+        exists = torch.ones_like(state.visual, dtype=torch.bool) if valid is None else valid
+        counts = [(n, m) for n, m in zip(before.visual_lengths, after.visual_lengths, strict=True) if n]
+        if counts:
+            # Text and padding, -1, sort to the front; behind them the visuals follow each other.
+            total = sum(n for n, _ in counts)
+            order = torch.argsort(state.visual.flatten(), stable=True)[state.visual.numel() - total :]
+            segments = Segments.from_lengths([n for n, _ in counts], order)
+            # The query is read after the last layer: it must stay.
+            table = segments.take(scores.scatter(1, state.query[:, None], torch.inf).flatten())
+            if segments.valid is not None:
+                table = table.masked_fill(~segments.valid, torch.inf)
+            inputs = RuleInputs(
+                scores=table,
+                lengths=segments.lengths,
+                num_removed=tuple(n - m for n, m in counts),
+                hidden=lambda: segments.take(hidden.flatten(0, 1)),
+                keys=lambda: segments.take(keys),
+                token_size=segments.take(state.token_size.flatten()),
+            )
+            local = self.config.method.rule(inputs)
+        else:
+            segments = Segments(torch.zeros(1, 1, dtype=torch.int64, device=hidden.device), None, (1,))
+            local = _nothing(hidden.device)
+        plan = build_plan(local, segments, exists, after.width)
+        self.plans.append(plan)
+        self.states.append(_after(plan, state, after))
+
+
+def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptState:
+    """The compact sequence behind a merge; columns that became padding belong to nothing."""
+    visual, columns = take_kept(state.visual, plan), take_kept(state.columns, plan)
+    if (valid := counts.valid(visual.device)) is not None:
+        visual, columns = visual.masked_fill(~valid, -1), columns.masked_fill(~valid, -1)
+    return PromptState(
+        kept_at=plan.follow(state.kept_at),
+        visual=visual,
+        origins=take_kept(state.origins, plan),
+        token_size=plan.grow(state.token_size),
+        query=plan.follow(state.query[:, None])[:, 0],
+        columns=columns,
+        rope=None if state.rope is None else tuple(take_kept(table, plan) for table in state.rope),
+    )
+
+
+def _nothing(device: torch.device) -> SegmentPlan:
+    """A plan in which one token keeps itself."""
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    none = zero[:, :0]
+    return SegmentPlan(zero == 0, none, none, none.float(), (zero + 1).float(), zero)

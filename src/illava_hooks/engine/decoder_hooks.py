@@ -1,0 +1,338 @@
+"""The hooks of the language stage.
+
+What belongs to one forward travels in keyword arguments: from the base model to the text model, from there to each
+decoder layer. The layer whose attention ranks is listened to while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from illava_hooks.config import Modality
+from illava_hooks.engine.attention_tap import Attention, AttentionTap, close_tap, open_tap
+from illava_hooks.engine.cache import (
+    MergedLayer,
+    Past,
+    cache_layer,
+    check_layers,
+    layer_mask,
+    logical_mask,
+    past_of,
+    read_mask,
+    ready_made,
+    real_tokens,
+    touches,
+)
+from illava_hooks.engine.compat import CACHE, as_given, cache_of, compose_tables
+from illava_hooks.engine.decoder import DecoderRun, plan_counts
+from illava_hooks.engine.family import Family
+from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
+from illava_hooks.engine.report import DecoderShape, EncoderShape
+from illava_hooks.engine.trace import Finish
+from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
+from illava_hooks.merge.scores import ScoreInputs
+from illava_hooks.methods import find_score
+
+__all__ = ["DecoderCall", "DecoderLayerHook", "RankingHook", "RestoreLengths", "TextModelHook"]
+
+
+@dataclass(slots=True)
+class DecoderCall:
+    """What the decoder layers of one call find in their keyword arguments.
+
+    Attributes:
+        masks: the mask of each layer.
+        run: the prefill that merges, or None in calls that only continue.
+        cache: the cache, or None.
+        past: what it held before this call.
+        valid: which keys of each layer are real, those to come included; None: all.
+        trailing_text: text tokens behind the last visual one.
+        embeds: ``(B, N, C)``, what the text model was given: its first hidden state.
+        finish: stores report and provenance.
+        tap: what listens to the layer that runs; kept here, so that it goes with the call.
+    """
+
+    masks: list[Any]
+    run: DecoderRun | None = None
+    cache: Any = None
+    past: Past | None = None
+    valid: Sequence[Tensor | None] = ()
+    trailing_text: int = 0
+    embeds: Tensor | None = None
+    finish: Callable[[], None] | None = None
+    tap: AttentionTap | None = None
+
+
+class TextModelHook(Hook):
+    """Pre-hook of the text model: compacts a prefill with visual tokens, and finds masks for merged caches."""
+
+    def __init__(self, family: Family, shapes: tuple[EncoderShape, DecoderShape]) -> None:
+        """Knows its family, and the sizes that the report needs."""
+        self.family, self.shapes = family, shapes
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the call alone where nothing is, was or will be merged."""
+        forward: ForwardState | None = kwargs.pop(FORWARD, None)
+        if forward is not None and forward.placeholders:
+            return args, self._prefill(module, forward, kwargs)
+        if touches(cache_of(kwargs)):
+            return args, continue_call(module, args, kwargs)
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans a prefill on the host
+    def _prefill(self, module: Any, forward: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
+        embeds, config = kwargs["inputs_embeds"], module.config
+        cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
+        check_layers(cache)
+        past = past_of(cache, config.num_hidden_layers)
+        mask = logical_mask(kwargs.get("attention_mask"), prepared=getattr(cache, "is_compileable", False))
+        prompt = compact_prompt(
+            Visuals(forward.records, forward.placeholders),
+            forward.query,
+            real_tokens(mask, past.logical, embeds),
+            _packed_candidates(kwargs.get("position_ids"), mask, cache),
+        )
+        run = forward.run = self._plan(forward, prompt)
+        columns, positions = prompt.columns, self._positions(kwargs.get("position_ids"), past.logical, embeds)
+        compact = kwargs["inputs_embeds"] = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
+        kwargs["position_ids"] = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
+        kwargs["attention_mask"] = ready_made(compact)
+        self.family.compact(kwargs, columns, run)
+        masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
+        finish = Finish(forward.session, self.shapes, run, prompt, past, embeds.element_size())
+        kwargs[DECODER_CALL] = DecoderCall(masks, run, cache, past, valid, prompt.trailing_text, embeds, finish)
+        return kwargs
+
+    def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
+        settings = forward.session.config
+        modalities: list[Modality] = [record.modality for record in prompt.records]
+        counts = plan_counts(settings, modalities, prompt.sample_of, prompt.counts)
+        score = find_score(settings.method.llm_score, self.family.published_llm_score)
+        return DecoderRun(settings, score, counts, prompt.state)
+
+    def _positions(self, given: Tensor | None, past: int, embeds: Tensor) -> Tensor:
+        """``(B, N)`` or ``(3, B, N)`` positions of all logical tokens."""
+        batch, width = embeds.shape[:2]
+        if given is None:
+            given = torch.arange(past, past + width, device=embeds.device)[None]
+        positions = self.family.text_positions(given)
+        return positions.expand(*positions.shape[:-2], batch, width).to(embeds.device)
+
+
+def _resolve_cache(module: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache that stock would use: ``use_cache`` is resolved inside its forward, too late for us."""
+    use_cache = kwargs.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    if getattr(module, "gradient_checkpointing", False) and module.training:
+        return None
+    cache = cache_of(kwargs)
+    return DynamicCache(config=module.config) if use_cache and cache is None else cache
+
+
+def _packed_candidates(given: Tensor | None, mask: Tensor | None, cache: Any) -> Tensor | None:
+    """Positions that stock would search for packed sequences: text positions without mask and cache."""
+    if given is None or mask is not None or cache is not None:
+        return None
+    if given.dim() == 3:
+        return given[0] if given.shape[0] == 4 else None
+    return given
+
+
+def _prefill_masks(
+    config: Any, run: DecoderRun, embeds: Tensor, cache: Any, past: Past, mask: Tensor | None
+) -> tuple[list[Any], list[Tensor | None]]:
+    """For each decoder layer its mask, and which of its keys are real; shared where stage and past are the same."""
+    made: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}
+    masks, valid = [], []
+    for layer_idx in range(config.num_hidden_layers):
+        merges, held = run.merges_through(layer_idx), past.keys[layer_idx]
+        layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+        key = merges, held, layer.ledger.history if isinstance(layer, MergedLayer) else ()
+        if key not in made:
+            new = run.counts[merges].valid(embeds.device)
+            queries = embeds[:, : run.counts[merges].width]
+            keys = _with_past(layer if held == 0 else cache_layer(cache, layer_idx), held, new, mask, queries)
+            made[key] = layer_mask(config, queries, layer, held, keys), keys
+        masks.append(made[key][0])
+        valid.append(made[key][1])
+    return masks, valid
+
+
+def _with_past(layer: Any, past: int, new: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """``(B, past + K)`` bool, which keys are real: past ones by the call's mask, new ones as planned; None: all."""
+    if not past:
+        return new
+    device, (batch, width) = queries.device, queries.shape[:2]
+    before = layer.ledger.validity(past, device) if mask is None else layer.ledger.read(mask.to(device), past)
+    if before is None and new is None:
+        return None
+    before = torch.ones(batch, past, dtype=torch.bool, device=device) if before is None else before
+    new = torch.ones(batch, width, dtype=torch.bool, device=device) if new is None else new
+    return torch.cat([before, new], 1)
+
+
+def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call that merges nothing on a cache that holds merged tokens: every layer needs a mask of its own length."""
+    cache, config = cache_of(kwargs), module.config
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])
+        kwargs["inputs_embeds"] = embeds
+    width, inside_generate = embeds.shape[1], current_generation() is not None
+    made: dict[Any, tuple[Any, Any]] = {}
+    masks = []
+    for layer_idx in range(config.num_hidden_layers):
+        layer: Any = cache_layer(cache, layer_idx)
+        past: Any = layer.get_seq_length() - layer.num_merged if layer.is_initialized else 0
+        key = (layer.ledger.history, layer.num_merged, None if isinstance(past, Tensor) else past)
+        if key not in made:
+            # In `generate` masks only grow by real tokens once the first is known; elsewhere each is read anew.
+            if not (inside_generate and layer.ledger.knows_mask):
+                _read(kwargs.get("attention_mask"), layer, past, width, inside_generate)
+            length = layer.max_cache_len if getattr(layer, "is_compileable", False) else past + width
+            valid = layer.ledger.validity(length, embeds.device)
+            made[key] = layer_mask(config, embeds, layer, past, valid), layer.ledger
+        masks.append(made[key][0])
+        layer.ledger = made[key][1]
+    kwargs["attention_mask"] = ready_made(embeds)
+    kwargs[DECODER_CALL] = DecoderCall(masks)
+    return kwargs
+
+
+def _read(attention_mask: Any, layer: MergedLayer, past: Any, width: int, inside_generate: bool) -> None:
+    """Notes what a mask says of the keys of a layer."""
+    mask = logical_mask(attention_mask, prepared=True)
+    if mask is not None:
+        known = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        read_mask(layer, mask, past, width, may_ask=known or inside_generate)
+
+
+class DecoderLayerHook(Hook):
+    """Pre-hook of every decoder layer: merges on entry, and swaps in what belongs to the layer's stage."""
+
+    def __init__(self, layer_idx: int) -> None:
+        """Remembers which layer it sits on."""
+        self.layer_idx = layer_idx
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the call alone when nothing travels with it."""
+        call: DecoderCall | None = kwargs.pop(DECODER_CALL, None)
+        if call is None:
+            return None
+        kwargs["attention_mask"] = call.masks[self.layer_idx]
+        return (args, kwargs) if call.run is None else self._enter(module, call, call.run, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans are no business of a graph
+    def _enter(
+        self, module: Any, call: DecoderCall, run: DecoderRun, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        hidden, (cos, sin) = args[0], kwargs["position_embeddings"]
+        if run.states[0].rope is None:
+            tables = compose_tables((cos, sin), module.self_attn.config)
+            run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
+        if self.layer_idx in run.layers:
+            hidden = run.merge(self.layer_idx, hidden)
+        rope = run.states[run.merges_through(self.layer_idx)].rope or ()
+        kwargs["position_embeddings"] = tuple(as_given(table.to(hidden.device), cos) for table in rope)
+        # Gaps in positions look like packed sequences to flash attention.
+        kwargs["position_ids"] = None
+        if call.cache is not None and kwargs.get(CACHE) is not None:
+            self._announce(call, run, hidden.device)
+        if run.ranks_for(self.layer_idx):
+            self._listen(call, run)
+        return (hidden, *args[1:]), kwargs
+
+    def _listen(self, call: DecoderCall, run: DecoderRun) -> None:
+        """Opens a tap on the layer's attention, until ``RankingHook``."""
+        past = 0 if call.past is None or call.cache is None else call.past.keys[self.layer_idx]
+        call.tap = AttentionTap(_Ranking(run, self.layer_idx, past, call.valid[self.layer_idx]))
+        open_tap(call.tap)
+
+    def _announce(self, call: DecoderCall, run: DecoderRun, device: torch.device) -> None:
+        """Tells the layer's cache what the keys to come stand for."""
+        merges, past = run.merges_through(self.layer_idx), call.past
+        assert past is not None and call.embeds is not None
+        counts, columns = run.counts[merges], run.states[merges].columns.to(device)
+        layer = cache_layer(call.cache, self.layer_idx)
+        layer.announce(
+            past.keys[self.layer_idx],
+            torch.where(columns < 0, -1, columns + past.logical),
+            counts.lengths,
+            call.embeds.shape[1],
+            call.valid[self.layer_idx],
+            call.trailing_text,
+        )
+
+
+class RankingHook(Hook):
+    """Around a decoder layer whose attention ranks for the next: its tap is closed behind it."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """Closes what is open."""
+        close_tap()
+
+
+class _Ranking:
+    """Listens to the attention in front of a merging layer, and scores what enters that."""
+
+    def __init__(self, run: DecoderRun, layer_idx: int, past: int, valid: Tensor | None) -> None:
+        self.run, self.layer_idx, self.past, self.valid = run, layer_idx, past, valid
+
+    def attend(
+        self, attention: Attention, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stock's answer."""
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        with torch.no_grad():
+            self._score(query.detach(), key.detach(), scale)
+        return attention(module, query, key, *args, **kwargs)
+
+    def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
+        state = self.run.states[self.run.merges_through(self.layer_idx)].to(query.device)
+        key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer
+        row = torch.arange(len(query), device=query.device)
+        inputs = ScoreInputs(
+            key=key,
+            query=lambda: query,
+            last_query=lambda: query[row, :, state.query],
+            positions=state.origins,
+            key_valid=None if self.valid is None else self.valid.to(query.device),
+            scale=scale,
+            layer_idx=self.layer_idx + 1,
+            causal=True,
+            last_place=state.query,
+        )
+        new = key[:, :, self.past :].transpose(1, 2).flatten(2).flatten(0, 1)
+        self.run.rank(self.layer_idx + 1, inputs, new)
+
+
+class RestoreLengths(Hook):
+    """Forward hook of the text model: outputs at the logical length, and the report."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the output alone where nothing was merged."""
+        call: DecoderCall | None = kwargs.get(DECODER_CALL)
+        if call is None or call.run is None:
+            return None
+        (out,), run = output, call.run
+        run.check_finished()
+        last = len(run.layers)
+        out.last_hidden_state = run.expand(out.last_hidden_state, last)
+        if out.hidden_states is not None:
+            first, *behind = out.hidden_states
+            # The entry after layer i counts the merges up to i; behind the final norm, all.
+            merges = [*map(run.merges_through, range(len(behind) - 1)), last]
+            out.hidden_states = (
+                None if first is None else call.embeds,  # gradients reach it, as in stock
+                *(None if h is None else run.expand(h, m) for h, m in zip(behind, merges, strict=True)),
+            )
+        if call.finish is not None:
+            call.finish()
+        return out

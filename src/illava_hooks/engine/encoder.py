@@ -1,0 +1,374 @@
+"""One run of the vision encoder: who survives each merging layer.
+
+Shapes: ``B`` rows (tiles, or one packed row) of ``M`` units before any merge and ``K`` survivors now; a unit is
+``u`` patches that stay together (1, or the 4 of a 2x2 patch merger). A row may begin with tokens that never merge (a
+class token); they are split off before anything here looks at it. ``S`` segments, ``P`` patches in all, ``H`` heads,
+``D`` head width. The survivors of all segments lie one after the other, in segment order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illava_hooks.config import Modality
+from illava_hooks.engine.attention_tap import EncoderTap
+from illava_hooks.engine.counts import encoder_counts, split_visible
+from illava_hooks.engine.provenance import merge_matrix, product
+from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.errors import PatchStateError
+from illava_hooks.merge.decision import RuleInputs
+from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.scores import ScoreInputs, received_attention
+from illava_hooks.merge.segments import Segments, buckets, host_table, scatter_back
+from illava_hooks.methods import checked_scores, find_score
+
+__all__ = ["EncoderRun", "EncoderState", "Visible", "unit_scores"]
+
+#: A family's way to cut a layer's keyword arguments down to the survivors after so many merges.
+Shrink = Callable[[dict[str, Any], "EncoderRun", int], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class EncoderState:
+    """The survivors between two merges.
+
+    Attributes:
+        origins: ``(B, K)`` int64, the unit of the row where each survivor stood before any merge.
+        kept_at: ``(B, M)`` int64, the survivor that stands for each original unit.
+        token_size: ``(B, K)`` float32, how many original units each survivor stands for.
+        sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
+    """
+
+    origins: Tensor
+    kept_at: Tensor
+    token_size: Tensor
+    sources: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What the layout will show of each tile; the rest is cropped away behind the encoder.
+
+    Attributes:
+        mask: ``(B, M)`` bool.
+        counts: shown units of each tile, on the host.
+        quota: whether shown and cropped units merge apart, so that each tile shows a number of survivors that
+            follows from shapes.
+    """
+
+    mask: Tensor
+    counts: tuple[int, ...]
+    quota: bool
+
+
+class EncoderRun:
+    """One run of the vision encoder: counts planned on the host, decisions per merging layer."""
+
+    def __init__(
+        self,
+        session: MergeSession,
+        modality: Modality,
+        traits: EncoderTraits,
+        lengths: Sequence[int],
+        num_rows: int,
+        device: torch.device,
+        *,
+        visible: Visible | None = None,
+        shrink: Shrink | None = None,
+    ) -> None:
+        """Plans all counts.
+
+        Args:
+            session: the session of the model.
+            modality: whose schedule applies.
+            traits: what the family says about its encoder.
+            lengths: patches of each segment: of what attends to each other.
+            num_rows: ``B``.
+            device: where the encoder starts.
+            visible: what the layout will show; None: everything.
+            shrink: cuts a layer's keyword arguments down to the survivors; None: nothing in them belongs to tokens.
+        """
+        self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
+        self.schedule = session.config.schedule(modality)
+        self.rule = session.config.method.rule
+        self.score = find_score(session.config.method.encoder_score, traits.published_score)
+        self.visible, self._shrink = visible, shrink
+        self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
+        self.lengths = self._plan(lengths)
+        #: Segments of what attends to each other, before, between and after the merges.
+        self.segments = [Segments.packed([n[i] for n in self.lengths], device) for i in range(len(self.layers) + 1)]
+        origins = torch.arange(sum(n[0] for n in self.lengths) // num_rows, device=device).repeat(num_rows, 1)
+        self.states = [EncoderState(origins, origins, torch.ones_like(origins, dtype=torch.float32))]
+        self.plans: list[MergePlan] = []
+        self.records: list[VisualRecord] = []
+        self.num_videos = 1
+
+    def _plan(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
+        """Units of each segment before, between and after the merges; says where the settings ask for too much."""
+        config, unit = self.session.config, self.traits.granularity
+        counts = [encoder_counts(config, self.modality, self.traits, n) for n in lengths]
+        wish = self.schedule.vit_r
+        if any(segment.short_of > 0 for segment in counts):
+            self.session.warn_once(
+                f"vit_r is {wish}, more than some images have patches to give in {len(self.layers)} layers; they "
+                "merge as many as possible; use a smaller vit_r or a float"
+            )
+        if isinstance(wish, int) and 0 < wish < unit:
+            self.session.warn_once(
+                f"vit_r is {wish} and removes nothing: this encoder gives up whole groups of {unit} patches; use "
+                f"{unit} or more, or a float"
+            )
+        return [segment.units for segment in counts]
+
+    # ------------------------------------------------------------------ where a layer stands
+
+    def merges_before(self, layer_idx: int) -> int:
+        """How many merges happened when a layer is entered: one in the layer itself is still to come."""
+        return sum(merging < layer_idx for merging in self.layers)
+
+    def merges_in(self, layer_idx: int) -> bool:
+        """Whether a layer merges."""
+        return layer_idx in self.layers
+
+    def reaches(self, layer_idx: int) -> bool:
+        """Whether a layer merges, or weighs the survivors of earlier ones by size."""
+        weighs = self.session.config.method.proportional and self.merges_before(layer_idx) > 0
+        return self.merges_in(layer_idx) or weighs
+
+    def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer, cut down to the survivors."""
+        merges = self.merges_before(layer_idx)
+        return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
+
+    def tap(self, layer_idx: int) -> EncoderTap:
+        """What listens to the attention of a layer that merges or weighs."""
+        merges, prefix = self.merges_before(layer_idx), self.traits.prefix
+        lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
+        ranks = self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan of the first run
+        removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
+        received = removes and self.score is received_attention
+        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=self._log_sizes(merges))
+
+    def _log_sizes(self, merges: int) -> Tensor | None:
+        """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
+        if not merges or not self.session.config.method.proportional:
+            return None
+        sizes = self.states[merges].token_size.log().repeat_interleave(self.traits.patches_per_unit, dim=1)
+        return torch.nn.functional.pad(sizes, (self.traits.prefix, 0)).flatten()
+
+    def check_finished(self) -> None:
+        """Every planned merge ran.
+
+        Raises:
+            PatchStateError: some layer was passed by.
+        """
+        if len(self.plans) < len(self.layers):
+            layer = self.layers[len(self.plans)]
+            raise PatchStateError(
+                f"vision encoder layer {layer} did not merge, vit_layers is {list(self.layers)}; another forward "
+                "ran in its place: call patch(model, ...) again after wrapping or replacing parts of the model"
+            )
+
+    # ------------------------------------------------------------------ survivors
+
+    @property
+    def final(self) -> EncoderState:
+        """The survivors after the last merge that ran."""
+        return self.states[-1]
+
+    def keep_mask(self, state: EncoderState) -> Tensor:
+        """``(B, M)`` bool, where a survivor stands."""
+        return torch.zeros_like(state.kept_at, dtype=torch.bool).scatter(1, state.origins, True)
+
+    def patch_origins(self, merges: int) -> Tensor:
+        """``(B, K * u)`` int64: the place in the row of each surviving patch, for RoPE tables and scores."""
+        unit = self.traits.patches_per_unit
+        first = self.states[merges].origins[..., None] * unit
+        return (first + torch.arange(unit, device=first.device)).flatten(1)
+
+    def patch_counts(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
+        """Patches of the segments ``first .. last - 1`` before, between and after the merges."""
+        return tuple(tuple(n * self.traits.patches_per_unit for n in units) for units in self.lengths[first:last])
+
+    def expand(self, hidden: Tensor, merges: int) -> Tensor:
+        """Hidden states after so many merges at their unpatched length: each place shows who stands for it."""
+        kept_at, width = self.states[merges].kept_at, hidden.shape[-1]
+        prefix, units = self._split(hidden)
+        if units.shape[1] == kept_at.shape[1]:
+            return hidden
+        return self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
+
+    def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, prefix, C)`` and ``(B, K, u * C)`` of the rows ``(B, prefix + K * u, C)`` or ``(K * u, C)``."""
+        rows, width = hidden.reshape(self.num_rows, -1, hidden.shape[-1]), hidden.shape[-1]
+        prefix, patches = rows[:, : self.traits.prefix], rows[:, self.traits.prefix :]
+        return prefix, patches.reshape(self.num_rows, -1, self.traits.patches_per_unit * width)
+
+    def _join(self, prefix: Tensor, units: Tensor, batch: torch.Size, width: int) -> Tensor:
+        """The way back from ``_split``."""
+        patches = units.reshape(self.num_rows, -1, width)
+        rows = torch.cat([prefix, patches], 1) if self.traits.prefix else patches
+        return rows.reshape(*batch, -1, width)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap) -> Tensor:
+        """Merges the patches of one layer.
+
+        Args:
+            layer_idx: the layer.
+            hidden: ``(B, prefix + K * u, C)`` or, for one packed row, ``(K * u, C)``.
+            tap: what its attention left behind.
+
+        Returns:
+            The survivors, in the form of ``hidden``.
+        """
+        merges = self.layers.index(layer_idx)
+        prefix, units = self._split(hidden)
+        # A replay under gradient checkpointing finds the plan of the first run.
+        if len(self.plans) == merges:
+            with torch.no_grad():
+                self._decide(merges, units.detach(), tap)
+        merged = apply_merge(units, self.plans[merges])
+        return self._join(prefix, merged, hidden.shape[:-2], hidden.shape[-1])
+
+    def _decide(self, merges: int, units: Tensor, tap: EncoderTap) -> None:
+        state, after = self.states[merges], self.segments[merges + 1].lengths
+        scores = unit_scores(self, merges, tap)
+        segments, kept = self._merge_segments(merges)
+        table = segments.take(scores)
+        inputs = RuleInputs(
+            scores=table if segments.valid is None else table.masked_fill(~segments.valid, torch.inf),
+            lengths=segments.lengths,
+            num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
+            hidden=lambda: segments.take(units.flatten(0, 1)),
+            keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
+            token_size=segments.take(state.token_size.flatten()),
+            visible=None if self.visible is None else segments.take(self._shown(state).flatten()),
+        )
+        exists = torch.ones_like(state.origins, dtype=torch.bool)
+        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows)
+        self.plans.append(plan)
+        self.states.append(
+            EncoderState(take_kept(state.origins, plan), plan.follow(state.kept_at), plan.grow(state.token_size))
+        )
+        if self.session.config.track:
+            matrix = merge_matrix(plan)
+            self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
+
+    def _shown(self, state: EncoderState) -> Tensor:
+        """``(B, K)`` bool, which survivors stand where the layout shows them."""
+        assert self.visible is not None
+        return self.visible.mask.gather(1, state.origins)
+
+    def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
+        """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
+        segments, after = self.segments[merges], self.segments[merges + 1].lengths
+        parts = self._parts()
+        if parts is None:
+            return segments, after
+        # Stable: within its part each survivor keeps its place.
+        number = 2 * torch.arange(self.num_rows, device=segments.rows.device)[:, None]
+        order = torch.argsort((number + ~self._shown(self.states[merges])).flatten(), stable=True)
+        lengths = [part[merges] for part in parts if part[0]]
+        return Segments.from_lengths(lengths, order), tuple(part[merges + 1] for part in parts if part[0])
+
+    def _parts(self) -> list[tuple[int, ...]] | None:
+        """Counts of the shown and the cropped part of each tile; None where they merge together.
+
+        A tile of one survivor has none for each part, and matching in pairs cannot promise numbers.
+        """
+        visible = self.visible
+        if visible is None or not visible.quota or self.session.config.method.merge == "bipartite":
+            return None
+        if any(units[-1] < 2 for units in self.lengths):
+            return None
+        parts: list[tuple[int, ...]] = []
+        for units, shown in zip(self.lengths, visible.counts, strict=True):
+            whole = 0 < shown < units[0]
+            none = (0,) * len(units)
+            parts += split_visible(units, shown) if whole else ((units, none) if shown else (none, units))
+        return parts
+
+    def _without_prefix(self, tokens: Tensor) -> Tensor:
+        """``(P, ...)`` without the tokens in front of each row."""
+        if not self.traits.prefix:
+            return tokens
+        return tokens.view(self.num_rows, -1, *tokens.shape[1:])[:, self.traits.prefix :].flatten(0, 1)
+
+    def places(self, merges: int) -> Tensor:
+        """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""
+        unit, segments = self.traits.patches_per_unit, self.segments[merges]
+        first = self.segments[0].rows[:, :1] % self.states[0].kept_at.shape[1] * unit
+        sizes = host_table([n * unit for n in segments.lengths], first.device)
+        origins = self.patch_origins(merges).flatten()
+        if self.traits.order is not None:
+            origins = self.traits.order.to(origins.device)[origins]
+        return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
+
+
+def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
+    """``(B * K,)`` float32 scores of the units of a layer, the mean of their patches.
+
+    Args:
+        run: the run.
+        merges: how many merges happened before.
+        tap: what listened to the layer's attention.
+    """
+    segments, unit, prefix = run.segments[merges], run.traits.patches_per_unit, run.traits.prefix
+    total = sum(segments.lengths) * unit
+    if sum(table.numel() for table in tap.received) == total + prefix * run.num_rows:
+        flat = torch.cat([table.flatten() for table in tap.received])
+        return run._without_prefix(flat).view(-1, unit).mean(-1)
+    query, key = tap.heads()
+    place, name = run.places(merges), run.session.config.method.name
+    scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
+    for length, numbers in buckets(segments.lengths).items():
+        members = host_table(numbers, key.device)
+        units = segments.rows[members, :length]
+        patches = (units[..., None] * unit + torch.arange(unit, device=key.device)).flatten(1)
+        # Tokens in front of a row attend, but are not ranked: they are keys and queries like all others.
+        tokens = patches if not prefix else _with_prefix(patches, run, prefix)
+        places = torch.nn.functional.pad(place[patches], (prefix, 0))
+        inputs = _score_inputs(run, merges, tap, query, key, tokens, places)
+        found = checked_scores(name, run.score, inputs)[:, prefix:]
+        scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
+    return scores
+
+
+def _with_prefix(patches: Tensor, run: EncoderRun, prefix: int) -> Tensor:
+    """Token rows ``(S, prefix + n)`` of the patches ``(S, n)`` of whole rows, and of what stands in front of them."""
+    width = patches.shape[1]
+    row = patches[:, :1] // width
+    front = row * (width + prefix) + torch.arange(prefix, device=patches.device)
+    return torch.cat([front, patches + prefix * (row + 1)], 1)
+
+
+def _score_inputs(
+    run: EncoderRun, merges: int, tap: EncoderTap, query: Tensor, key: Tensor, tokens: Tensor, places: Tensor
+) -> ScoreInputs:
+    """What a score may look at of the segments whose token rows are ``tokens``, ``(S, N)``."""
+    whole = tokens.numel() == len(key) and len(run.segments[merges].lengths) == len(tokens)
+    # Segments of one length are a view, and nothing is copied.
+    queries, keys = (
+        (table.view(*tokens.shape, *table.shape[1:]) if whole else table[tokens]).transpose(1, 2)
+        for table in (query, key)
+    )
+    return ScoreInputs(
+        key=keys,
+        query=lambda: queries,
+        last_query=lambda: queries[:, :, -1],
+        positions=places,
+        key_valid=None,
+        scale=tap.scale,
+        layer_idx=run.layers[merges],
+        causal=False,
+        key_bias=None if tap.log_sizes is None else tap.log_sizes[tokens],
+    )

@@ -1,0 +1,357 @@
+"""The contract of a family: everything that the engine and the tools ask about a model.
+
+A family is one module that subclasses ``Family`` and answers what differs; the defaults are what most families do.
+One of this package lies in ``illava_hooks.patchers`` and is found by ``config.model_type``; one of another package is
+added with ``register_family``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
+
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
+from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.modules import inside
+from illava_hooks.engine.report import DecoderShape, EncoderShape
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.errors import UnsupportedModelError
+
+__all__ = [
+    "PATCHERS",
+    "PRESETS",
+    "Family",
+    "ModelParts",
+    "Stage",
+    "changed_layers",
+    "families",
+    "find_family",
+    "register_family",
+]
+
+Stage = Literal["vision", "language"]
+
+#: Where the families of this package lie; the only list of them is that folder.
+PATCHERS = "illava_hooks.patchers"
+
+_registered: dict[str, Family] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """Where the parts of a model are.
+
+    A part may stand there several times: an adapter keeps a copy of a module beside the original, and which of them
+    runs is decided in each call. All of them are changed.
+
+    Attributes:
+        top: the model with the language-model head; None if the bare model was given.
+        base: the model that joins vision and language.
+        towers: the vision encoder.
+        text_models: the decoder with its embedding.
+        encoder_layers: by index, the layer in each tower.
+        decoder_layers: by index, the layer in each text model.
+    """
+
+    top: nn.Module | None
+    base: nn.Module
+    towers: Sequence[nn.Module]
+    text_models: Sequence[nn.Module]
+    encoder_layers: Sequence[Sequence[nn.Module]]
+    decoder_layers: Sequence[Sequence[nn.Module]]
+
+
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: of the family, for messages and tables.
+        model_types: the values of ``config.model_type`` that it stands for.
+        modalities: what the model has feature methods for.
+        stages: where merging is supported.
+        presets: what stands in for numbers that are not given, by modality; empty: ``patch`` asks for them.
+        published_llm_score: what the published code ranks by in the language model; None: there is no such code.
+        encoder_layer_types: stock classes of encoder layers that the family can change.
+        other_tower: what is said of a tower with layers of another ``{kind}``.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    modalities: tuple[Modality, ...] = ("image", "video")
+    stages: frozenset[Stage] = frozenset({"vision", "language"})
+    presets: Mapping[Modality, MergeSchedule] = {}
+    published_llm_score: str | None = None
+    encoder_layer_types: tuple[type[nn.Module], ...] = ()
+    other_tower: str = "the vision encoder has {kind} layers, which this family cannot patch; use a stock model"
+
+    # ------------------------------------------------------------------ where things are
+
+    def base(self, model: Any) -> Any:
+        """The model that joins vision and language, inside of one with a head."""
+        return model.model if hasattr(model, "lm_head") else model
+
+    def tower(self, base: Any) -> Any:
+        """The vision encoder."""
+        return base.visual
+
+    def layers_of(self, tower: Any) -> Sequence[nn.Module]:
+        """The layers of the vision encoder."""
+        layers: Sequence[nn.Module] = tower.blocks
+        return layers
+
+    def text_model(self, base: Any) -> Any:
+        """The decoder with its embedding."""
+        return base.language_model
+
+    def text_config(self, model: Any) -> Any:
+        """The configuration of the decoder."""
+        return model.config.text_config
+
+    def locate(self, model: Any) -> ModelParts:
+        """The model's parts, all of them there.
+
+        Raises:
+            UnsupportedModelError: a release of transformers renamed a seam.
+        """
+        import transformers
+
+        try:
+            base = inside(self.base(model))[0]
+            towers = inside(self.tower(base))
+            text_models = inside(self.text_model(base)) if "language" in self.stages else []
+            parts = ModelParts(
+                top=None if base is model else model,
+                base=base,
+                towers=towers,
+                text_models=text_models,
+                encoder_layers=_by_index([self.layers_of(tower) for tower in towers]),
+                decoder_layers=_by_index([text.layers for text in text_models]),
+            )
+            for name in (*(f"get_{m}_features" for m in self.modalities), "get_placeholder_mask"):
+                getattr(base, name)
+            if "language" in self.stages:
+                _check_language_seams(parts)
+        except AttributeError as missing:
+            raise UnsupportedModelError(
+                f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, "
+                "which patching needs; use a version of transformers that this library supports"
+            ) from missing
+        return parts
+
+    # ------------------------------------------------------------------ what is possible
+
+    def limits(self, model: Any) -> ModelLimits:
+        """What the model allows."""
+        depth = self.encoder_shape(model).depth
+        return ModelLimits(self.name, depth, self.text_config(model).num_hidden_layers, None, self.presets_of(model))
+
+    def presets_of(self, model: Any) -> Mapping[Modality, MergeSchedule]:
+        """The presets of one model: those of its own configuration (``illava_presets``), else the family's."""
+        own = getattr(model.config, "illava_presets", None)
+        if not own:
+            return self.presets
+        return {
+            modality: MergeSchedule(
+                tuple(own[modality]["vit_layers"]),
+                own[modality]["vit_r"],
+                tuple(own[modality]["llm_layers"]),
+                own[modality]["llm_ratio"],
+            )
+            for modality in self.modalities
+            if modality in own
+        }
+
+    def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
+        """Refuses what cannot work.
+
+        Raises:
+            UnsupportedModelError: with what is in the way, and the cure.
+        """
+        changed = {0, *changed_layers(config, len(parts.encoder_layers))} if config.vit_layers else {0}
+        for layer in (layer for index in sorted(changed) for layer in parts.encoder_layers[index]):
+            if not isinstance(layer, self.encoder_layer_types):
+                raise UnsupportedModelError(self.other_tower.format(kind=type(layer).__name__))
+        if config.method.is_published and self.published_llm_score is None:
+            raise UnsupportedModelError(
+                f"method {config.method.name!r} follows published code, and there is none for {self.name}; use another"
+            )
+        for stage, layers, argument in (
+            ("vision", config.vit_layers, "vit_layers"),
+            ("language", config.llm_layers, "llm_layers"),
+        ):
+            if layers and stage not in self.stages:
+                raise UnsupportedModelError(
+                    f"{argument} is {list(layers)}; {self.name} merges in its {sorted(self.stages)} stage only; use "
+                    f"{argument}=[]"
+                )
+        if "language" in self.stages:
+            _check_full_attention(self.text_config(model))
+
+    # ------------------------------------------------------------------ the vision stage
+
+    def install(self, parts: ModelParts, session: MergeSession) -> None:
+        """Puts the vision stage in: layer classes, and wrappers around the feature methods."""
+        raise NotImplementedError
+
+    def encoder_shape(self, model: Any) -> EncoderShape:
+        """Sizes of tower and projector, for the report."""
+        raise NotImplementedError
+
+    def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
+        """How many tokens the base model appends to each feature that its feature methods return."""
+        return {}
+
+    def placeholder_masks(self, result: Any) -> Mapping[Modality, Tensor]:
+        """The masks in a result of ``get_placeholder_mask``, by modality."""
+        masks = (result,) if isinstance(result, Tensor) else result
+        return dict(zip(self.modalities, masks, strict=False))
+
+    # ------------------------------------------------------------------ the language stage
+
+    def decoder_shape(self, model: Any) -> DecoderShape:
+        """Sizes of the decoder, for the report."""
+        text = self.text_config(model)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = head * text.num_key_value_heads
+        return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, width)
+
+    def text_positions(self, position_ids: Tensor) -> Tensor:
+        """``position_ids`` as the text model rotates by: without rows that only tell packed sequences apart."""
+        return position_ids
+
+    def compact(self, kwargs: dict[str, Any], columns: Tensor, run: Any) -> None:
+        """Brings what else lies along the sequence in the text model's arguments to its compact columns.
+
+        Args:
+            kwargs: keyword arguments of the text model; changed in place. Embeddings, positions and mask are done.
+            columns: ``(B, K)`` int64, the logical column of each compact one.
+            run: the ``DecoderRun``.
+        """
+
+    # ------------------------------------------------------------------ tools
+
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """How the patches of each image and video in ``inputs`` lie in it; for drawing."""
+        raise NotImplementedError
+
+    def workload(self, model: Any, load: Any) -> Any:
+        """Inputs of a benchmark; None where nothing is known of the family."""
+        raise NotImplementedError
+
+
+def changed_layers(config: MergeConfig, depth: int) -> Sequence[int]:
+    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first."""
+    if config.method.proportional and config.vit_layers:
+        return range(config.vit_layers[0], depth)
+    return config.vit_layers
+
+
+def _by_index(layers: Sequence[Sequence[nn.Module]]) -> list[list[nn.Module]]:
+    """Layers of several copies of a model, by their index."""
+    return [[part for layer in copies for part in inside(layer)] for copies in zip(*layers, strict=True)]
+
+
+def _check_language_seams(parts: ModelParts) -> None:
+    """Raises ``AttributeError`` with the name of what the language stage needs and a release does not have."""
+    for layers in parts.decoder_layers:
+        for layer in layers:
+            _ = layer.self_attn
+    if parts.top is not None:
+        _ = parts.top.generate
+    for function, argument in (
+        *((type(text).forward, CACHE) for text in parts.text_models),
+        (create_causal_mask, "allow_is_causal_skip"),
+    ):
+        if argument not in inspect.signature(function).parameters:
+            raise AttributeError(name=argument)
+
+
+def _check_full_attention(text: Any) -> None:
+    """Refuses decoders in which a layer does not see the whole sequence.
+
+    Raises:
+        UnsupportedModelError: with the cure.
+    """
+    kinds = getattr(text, "layer_types", None)
+    slides = any(kind != "full_attention" for kind in kinds or ())
+    if kinds is None and getattr(text, "sliding_window", None) is not None:
+        slides = getattr(text, "use_sliding_window", True)  # Mistral slides by that number alone
+    if slides:
+        raise UnsupportedModelError(
+            "text_config has sliding-window layers; merging needs full attention in every layer; load the model with "
+            "use_sliding_window=False, or sliding_window=None"
+        )
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def register_family(family: Family) -> None:
+    """Makes ``patch`` know a family of another package; one with the same ``model_types`` is replaced.
+
+    Args:
+        family: an object of a subclass of ``Family``.
+    """
+    for model_type in family.model_types:
+        _registered[model_type] = family
+
+
+def families() -> Iterator[Family]:
+    """All families: of this package, and registered ones."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(import_module(PATCHERS).__path__):
+        if not module.name.startswith("_"):
+            family: Family = import_module(f"{PATCHERS}.{module.name}").FAMILY
+            found[family.name] = family
+    yield from (found | {family.name: family for family in _registered.values()}).values()
+
+
+class _Presets(Mapping[str, Mapping[Modality, MergeSchedule]]):
+    """The presets of all families, imported when they are asked for."""
+
+    def __getitem__(self, name: str) -> Mapping[Modality, MergeSchedule]:
+        for family in families():
+            if family.name == name:
+                return family.presets
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (family.name for family in families() if family.presets)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+#: Schedules by family and modality (read-only).
+PRESETS: Mapping[str, Mapping[Modality, MergeSchedule]] = _Presets()
+
+
+def find_family(model: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedModelError: there is none; the message lists what is supported.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if isinstance(kind, str) and kind in _registered:
+        return _registered[kind]
+    # By name first: the others need not be imported, nor the models that they know.
+    if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{PATCHERS}.{kind}") is not None:
+        family: Family = import_module(f"{PATCHERS}.{kind}").FAMILY
+        return family
+    for family in families():
+        if kind in family.model_types:
+            return family
+    supported = sorted(model_type for family in families() for model_type in family.model_types)
+    raise UnsupportedModelError(
+        f"model is a {type(model).__name__} with model_type {kind!r}; supported are {supported}: give one of those "
+        "Hugging Face models, or the ...Model inside"
+    )

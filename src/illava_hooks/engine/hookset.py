@@ -1,0 +1,258 @@
+"""Every change to a model is made, owned and taken back by one ``HookSet``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping
+from types import MethodType
+from typing import Any
+
+import wrapt
+from torch import nn
+
+__all__ = ["CallForward", "Called", "Hook", "HookSet", "MethodWrapper", "foreign_forward", "has_hooks"]
+
+#: Keyword under which a pre-hook tells ``CallForward`` that the module was called, and which module that was.
+CALLED = "illava_called"
+
+#: What every class gets anew; ``forward`` from the ``__init_subclass__`` that wraps it for checkpointing.
+_PER_CLASS = ("__dict__", "__weakref__", "forward")
+
+
+class Hook:
+    """Base of all hooks of this library, by which copies of them are found again when they are taken back."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """As PyTorch calls a hook with keyword arguments: without ``output`` before the forward, with it behind."""
+        raise NotImplementedError
+
+
+class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
+    """A bound method with ``around(method, *args, **kwargs)`` in its place; keeps its signature and name.
+
+    Unlike a closure it follows ``copy.deepcopy`` and pickle of the model that it belongs to.
+    """
+
+    def __init__(self, method: Callable[..., Any], around: Callable[..., Any]) -> None:
+        """Wraps ``method``; ``around`` is a bound method or callable object."""
+        super().__init__(method)
+        self._self_around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls ``around`` with the wrapped method first."""
+        return self._self_around(self.__wrapped__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Any:
+        """The wrapper for any object of the class: tools that copy a module bind this to the copy."""
+        return _Unbound(self.__wrapped__.__func__, self._self_around)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MethodWrapper:
+        """A wrapper of the copied method around the copied callable."""
+        return MethodWrapper(copy.deepcopy(self.__wrapped__, memo), copy.deepcopy(self._self_around, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles as the two parts."""
+        return MethodWrapper, (self.__wrapped__, self._self_around)
+
+
+class _Unbound:
+    """A wrapped function that takes the object first, as functions of a class do."""
+
+    def __init__(self, function: Callable[..., Any], around: Callable[..., Any]) -> None:
+        self.function, self.around = function, around
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.around(MethodType(self.function, owner), *args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+
+class Called:
+    """Which module was called: a box, since accelerate sends whatever has a ``to`` to another device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Holds the module."""
+        self.module = module
+
+
+class CallForward:
+    """In place of a module's ``forward``: called directly, it goes through ``__call__``, where the hooks are.
+
+    PEFT, sentence-transformers and others call ``model.forward(...)``. Which token scores, and that a forward merges
+    at all, is decided in hooks of the call: without this, such a call would merge in one stage only.
+    """
+
+    def __init__(self, module: nn.Module, hooks: HookSet) -> None:
+        """Stands in for ``module.forward`` while ``hooks`` are installed."""
+        self.module, self.hooks = module, hooks
+        self.inner = vars(module).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inside a call the forward that was there before, else the call."""
+        called: Called | None = kwargs.pop(CALLED, None)
+        if called is None and self.hooks.installed:
+            return self.module(*args, **kwargs)
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        # Replicas and copies share this object, but each is called as itself.
+        module = self.module if called is None else called.module
+        return type(module).forward(module, *args, **kwargs)
+
+    def take_out(self) -> None:
+        """Puts back what was there, wherever accelerate moved this to; who else holds it gets the stock forward."""
+        own = vars(self.module)
+        if own.get("forward") is self:
+            if self.inner is None:
+                del own["forward"]
+            else:
+                own["forward"] = self.inner
+        elif own.get("_old_forward") is self:
+            own["_old_forward"] = self.__wrapped__
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The stock forward, bound: what signatures and documentation are read from."""
+        return MethodType(type(self.module).forward, self.module) if self.inner is None else self.inner
+
+    @property
+    def __name__(self) -> str:
+        """As stock's."""
+        return "forward"
+
+
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether somebody put a forward of their own on the module, which a swapped class would not reach.
+
+    Accelerate's is known: it calls ``_old_forward``, which is bound to the class anew with the swap.
+    """
+    own = vars(module)
+    if "forward" not in own or "_old_forward" in own:
+        return False
+    return getattr(own["forward"], "__func__", None) is not type(module).forward
+
+
+class HookSet:
+    """The changes made to one model; ``remove`` undoes them all, in reverse order, and leaves no trace."""
+
+    def __init__(self) -> None:
+        """Starts with no change."""
+        self.installed = True
+        self._handles: list[Any] = []
+        self._attributes: list[tuple[Any, str, bool, Any]] = []
+        self._classes: list[tuple[nn.Module, type, type, type]] = []
+        self._forwards: list[tuple[nn.Module, CallForward]] = []
+
+    def before(self, module: nn.Module, hook: Hook) -> None:
+        """Adds a forward pre-hook that sees keyword arguments."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Hook, *, always: bool = False) -> None:
+        """Adds a forward hook that sees keyword arguments; ``always``: also after an exception."""
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+
+    def swap(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute in the owner's own ``__dict__`` and remembers what was there."""
+        own = vars(owner)
+        self._attributes.append((owner, name, name in own, own.get(name)))
+        own[name] = value
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Puts ``around(method, *args, **kwargs)`` around a method of one object."""
+        self.swap(owner, name, MethodWrapper(getattr(owner, name), around))
+
+    def call_forward(self, module: nn.Module) -> None:
+        """Makes ``module.forward(...)`` the same as ``module(...)``; a pre-hook must mark calls with ``CALLED``."""
+        stand_in = CallForward(module, self)
+        vars(module)["forward"] = stand_in
+        self._forwards.append((module, stand_in))
+
+    def swap_class(self, module: nn.Module, new: type) -> None:
+        """Gives ``module`` a subclass of its class, also where accelerate keeps the old ``forward``.
+
+        Where a tool made a subclass of its own of the stock class, it is made anew of ``new``.
+        """
+        old, stock = type(module), new.__bases__[-1]
+        made = _on_top_of(old, stock, new)
+        self._classes.append((module, old, made, new))
+        _rebind_forward(module, old, made)
+        module.__class__ = made
+
+    def remove(self, root: nn.Module | None = None) -> None:
+        """Undoes every change, and what copied our hooks inside of ``root``. Safe to call twice."""
+        self.installed = False
+        while self._handles:
+            self._handles.pop().remove()
+        while self._attributes:
+            owner, name, was_there, old = self._attributes.pop()
+            if was_there:
+                vars(owner)[name] = old
+            else:
+                vars(owner).pop(name, None)
+        while self._classes:
+            module, old, made, new = self._classes.pop()
+            now = type(module)
+            back = old if now is made else _on_top_of(now, new, new.__bases__[-1])
+            _rebind_forward(module, now, back)
+            module.__class__ = back
+        while self._forwards:
+            self._forwards.pop()[1].take_out()
+        # Quantization gives its modules the hooks of ours, an adapter added later is a copy of a patched module.
+        for module in () if root is None else root.modules():
+            _remove_copies(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether some model that holds the module is patched."""
+    return any(isinstance(hook, Hook) for hooks in _hooks_of(module) for hook in hooks.values())
+
+
+def _hooks_of(module: nn.Module) -> Iterator[MutableMapping[int, Any]]:
+    yield from (module._forward_pre_hooks, module._forward_hooks)
+
+
+def _remove_copies(module: nn.Module) -> None:
+    for hooks in _hooks_of(module):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+            del hooks[key]
+            for flags in (
+                "_forward_pre_hooks_with_kwargs",
+                "_forward_hooks_with_kwargs",
+                "_forward_hooks_always_called",
+            ):
+                getattr(module, flags, {}).pop(key, None)
+    for base in type(module).__mro__:
+        if "swapped_in" in vars(base):
+            old = type(module)
+            back = _on_top_of(old, base, base.__bases__[-1])
+            _rebind_forward(module, old, back)
+            module.__class__ = back
+            break
+    for name, value in list(vars(module).items()):
+        if (restore := getattr(type(value), "stock_of_copy", None)) is not None:
+            vars(module)[name] = restore(value)
+
+
+def _on_top_of(kind: type, base: type, other: type) -> type:
+    """``kind`` with ``other`` in place of ``base``: ``fully_shard`` makes a subclass of what it finds."""
+    if not issubclass(kind, base):
+        return kind
+    if kind is base:
+        return other
+    bases = tuple(_on_top_of(parent, base, other) for parent in kind.__bases__)
+    return type(kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in _PER_CLASS})
+
+
+def _rebind_forward(module: nn.Module, old: type, new: type) -> None:
+    """Accelerate stores a module's bound ``forward`` as ``_old_forward``: point it at the new class's."""
+    for name in ("_old_forward", "forward"):
+        bound = vars(module).get(name)
+        if getattr(bound, "__func__", None) is getattr(old, "forward", None) and bound is not None:
+            vars(module)[name] = getattr(new, "forward").__get__(module)  # noqa: B009  # mypy: not on type

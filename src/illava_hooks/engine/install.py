@@ -1,0 +1,123 @@
+"""From a family and a model to a patched model, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from illava_hooks.config import MergeConfig
+from illava_hooks.engine.attention_tap import TappedConfig
+from illava_hooks.engine.decoder_hooks import DecoderLayerHook, RankingHook, RestoreLengths, TextModelHook
+from illava_hooks.engine.encoder_layers import EncoderLayerHook, TowerHook
+from illava_hooks.engine.family import Family, ModelParts
+from illava_hooks.engine.hookset import has_hooks
+from illava_hooks.engine.model_hooks import AfterBase, BaseMethods, BeforeBase, BeforeHead, HeadMethods
+from illava_hooks.engine.proof import check_scores
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.errors import PatchStateError
+
+__all__ = ["install", "install_encoder"]
+
+
+def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) -> MergeSession:
+    """Makes all changes to a model, or none.
+
+    Args:
+        family: the model's.
+        parts: where its parts are.
+        config: settings that the family has checked.
+        model: the model that was given; it gets the session.
+
+    Raises:
+        UnsupportedModelError: its language model cannot be ranked, or a layer cannot be changed.
+        PatchStateError: a part belongs to another patched model too.
+        Exception: whatever else stopped it; the model is then as before.
+    """
+    _refuse_shared(parts)
+    for text in parts.text_models:
+        check_scores(text, [layer - 1 for layer in config.llm_layers])
+    session = MergeSession(config, model)
+    try:
+        install_encoder(family, parts, session)
+        if "language" in family.stages:
+            _install_language(family, parts, session)
+        _install_around(family, parts, session)
+    except BaseException:
+        session.hooks.remove()
+        raise
+    return session
+
+
+def install_encoder(family: Family, parts: ModelParts, session: MergeSession) -> None:
+    """The vision stage alone: feature methods whose outputs carry records of what merged.
+
+    Enough where the language model is somebody else's: it asks nothing of a decoder.
+
+    Args:
+        family: the model's.
+        parts: where its parts are; those of the decoder may be empty.
+        session: owns the changes.
+    """
+    family.install(parts, session)
+    for tower in parts.towers:
+        session.hooks.before(tower, TowerHook(session))
+    for index, layers in enumerate(parts.encoder_layers):
+        for layer in layers:
+            session.hooks.before(layer, EncoderLayerHook(index))
+
+
+def _install_language(family: Family, parts: ModelParts, session: MergeSession) -> None:
+    hooks, ranking = session.hooks, {layer - 1 for layer in session.config.llm_layers}
+    shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
+    for text in parts.text_models:
+        hooks.before(text, TextModelHook(family, shapes))
+        hooks.after(text, RestoreLengths())
+    for index, layers in enumerate(parts.decoder_layers):
+        for layer in layers:
+            if index in ranking:
+                attention: Any = layer.self_attn
+                hooks.swap(attention, "config", TappedConfig(attention.config))
+                hooks.after(layer, RankingHook(), always=True)
+            hooks.before(layer, DecoderLayerHook(index))
+
+
+def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:
+    hooks, base = session.hooks, parts.base
+    methods = BaseMethods(session, family, family.tokens_behind(base))
+    features = [f"get_{modality}_features" for modality in family.modalities]
+    hooks.before(base, BeforeBase(session, methods))
+    hooks.after(base, AfterBase(), always=True)
+    hooks.call_forward(base)
+    for name in features:
+        hooks.wrap(base, name, methods.features)
+    hooks.wrap(base, "get_placeholder_mask", methods.placeholders)
+    hooks.swap(base, "_illava_session", session)
+    if parts.top is not None:
+        head = HeadMethods(session)
+        hooks.before(parts.top, BeforeHead(session))
+        hooks.call_forward(parts.top)
+        hooks.wrap(parts.top, "generate", head.generate)
+        for name in features:
+            if hasattr(parts.top, name):
+                hooks.wrap(parts.top, name, head.features)
+        if hasattr(parts.top, "_expand_multimodal_outputs"):  # older releases expand pixels instead
+            hooks.wrap(parts.top, "_expand_multimodal_outputs", head.expand)
+        hooks.swap(parts.top, "_illava_session", session)
+
+
+def _refuse_shared(parts: ModelParts) -> None:
+    """Raises ``PatchStateError`` where a part is patched already, by way of another model that holds it too."""
+    shared: tuple[tuple[str, Iterable[nn.Module]], ...] = (
+        ("vision encoder", parts.towers),
+        ("text model", parts.text_models),
+        ("base model", [parts.base]),
+    )
+    for name, modules in shared:
+        for module in modules:
+            if has_hooks(module):
+                raise PatchStateError(
+                    f"the {name} {type(module).__name__} belongs to another patched model too; unpatch that one "
+                    "first, or give this model a copy of it"
+                )

@@ -1,0 +1,279 @@
+"""What stands around the base model and the model with its head.
+
+The base model's hooks open and close the state of a forward that merges, and see in between which images and videos
+it brings and where their placeholders stand. The head's hooks know which token scores, and what ``generate`` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illava_hooks.config import Modality
+from illava_hooks.engine.cache import MergedLayer
+from illava_hooks.engine.compat import cache_of
+from illava_hooks.engine.family import Family
+from illava_hooks.engine.hookset import CALLED, Called, Hook
+from illava_hooks.engine.records import VisualRecord, attach, records_of, without_records
+from illava_hooks.engine.scoring_query import ScoringQuery
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.transport import (
+    FORWARD,
+    QUERY,
+    ForwardState,
+    Generation,
+    begin_forward,
+    current_generation,
+    end_forward,
+    generating,
+    in_features,
+    running_forward,
+)
+from illava_hooks.errors import PatchStateError
+
+__all__ = ["AfterBase", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
+
+_PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+def carried(named: Mapping[str, Any]) -> list[Modality]:
+    """The modalities that a call brings."""
+    ready = named.get("mm_encoder_outputs") or {}
+    return [m for m, pixels in _PIXELS.items() if named.get(pixels) is not None or ready.get(m) is not None]
+
+
+def merges(session: MergeSession, named: Mapping[str, Any]) -> bool:
+    """Whether a call merges anything."""
+    modalities = carried(named)
+    return bool(modalities) and session.active and any(not session.config.schedule(m).is_identity for m in modalities)
+
+
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by name, to be read.
+
+    A subclass may take ``*args``: then the names are those of the first parent that has some.
+    """
+    if not args:
+        return kwargs
+    for kind in type(module).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(names) >= len(args):
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+    return kwargs
+
+
+# ---------------------------------------------------------------------- the base model
+
+
+class BeforeBase(Hook):
+    """Opens the state of a forward that merges; leaves other calls alone."""
+
+    def __init__(self, session: MergeSession, methods: BaseMethods) -> None:
+        """Belongs to one session; ``methods`` know what features look like."""
+        self.session, self.methods = session, methods
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Before the forward."""
+        query: ScoringQuery | None = kwargs.pop(QUERY, None)
+        kwargs = {**kwargs, CALLED: Called(module)}
+        named = named_arguments(module, args, kwargs)
+        if merges(self.session, named):
+            forward = ForwardState(self.session, query or ScoringQuery())
+            for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
+                if ready is not None:
+                    forward.records[modality] = self.methods.records(modality, ready)
+            begin_forward(forward)
+            kwargs[FORWARD] = forward
+        return args, kwargs
+
+
+class AfterBase(Hook):
+    """Closes the state, also after an exception; a planned merge that did not run is an error.
+
+    Feature outputs inside of the output get their stock keys back.
+    """
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """After the forward; without an output where it failed."""
+        forward: ForwardState | None = kwargs.get(FORWARD)
+        if forward is None:
+            return None
+        end_forward(forward)
+        if output[0] is None:
+            return None
+        if forward.run is None and forward.session.config.llm_layers:
+            raise PatchStateError(
+                "the language model was not reached by the visual tokens of this forward, and merged nothing; call "
+                "patch(model, ...) again after wrapping or replacing parts of the model"
+            )
+        if forward.run is not None:
+            forward.run.check_finished()
+        return without_records(output[0])
+
+
+class BaseMethods:
+    """Around the base model's methods: collects what the text model must know about visual tokens."""
+
+    def __init__(self, session: MergeSession, family: Family, behind: Mapping[Modality, int]) -> None:
+        """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
+        self.session, self.family, self.behind = session, family, behind
+
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_*_features``: remembers the records for the forward that asked."""
+        kwargs.pop(FORWARD, None)  # Qwen2-VL hands the keyword arguments of its forward on
+        if in_features():  # one that another one calls has no records of its own
+            return method(*args, **kwargs)
+        output = method(*args, **kwargs)
+        forward = running_forward()
+        if forward is not None and forward.session is self.session:
+            modality: Modality = "video" if "video" in method.__name__ else "image"
+            forward.records[modality] = self.records(modality, output)
+        elif current_generation() is None and self.session.active and self.session.config.llm_layers:
+            self.session.warn_once(
+                f"{method.__name__} was called outside of a forward: the vision encoder merges, but a language model "
+                "that is given inputs_embeds made from it cannot know where the visual tokens stand; hand the output "
+                "on as mm_encoder_outputs, or give the model pixel_values"
+            )
+        return output
+
+    def placeholders(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_placeholder_mask``: a modality's mask is right in the call that carries its features."""
+        result = method(*args, **kwargs)
+        forward = running_forward()
+        if forward is not None and forward.session is self.session:
+            call = inspect.signature(method).bind(*args, **kwargs).arguments
+            for modality, mask in self.family.placeholder_masks(result).items():
+                if call.get(f"{modality}_features") is not None:
+                    forward.placeholders[modality] = mask[..., 0]
+        return result
+
+    def records(self, modality: Modality, output: Any) -> list[VisualRecord]:
+        """Records of a feature output; of one that carries none, every token counts as kept.
+
+        Raises:
+            PatchStateError: features and records do not fit each other.
+        """
+        known = records_of(output)
+        lengths = [len(feature) + self.behind.get(modality, 0) for feature in output.pooler_output]
+        if known is None:
+            return [VisualRecord(modality, length) for length in lengths]
+        if [record.num_tokens for record in known] != lengths:
+            raise PatchStateError(
+                f"mm_encoder_outputs[{modality!r}] has {len(lengths)} entries and {len(known)} records of what merged "
+                "in them; where beams or num_return_sequences repeat them, patch the model with its head; else drop "
+                "the records"
+            )
+        return known
+
+
+# ---------------------------------------------------------------------- the model with its head
+
+
+class BeforeHead(Hook):
+    """Hands the scoring query down."""
+
+    def __init__(self, session: MergeSession) -> None:
+        """Belongs to one session."""
+        self.session = session
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Before the forward."""
+        named = named_arguments(module, args, kwargs)
+        kwargs = {**kwargs, CALLED: Called(module)}
+        if merges(self.session, named):
+            kwargs[QUERY] = query = self._query(named)
+            if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
+                self.session.warn_once(
+                    "a training forward came without labels and logits_to_keep (label smoothing and own losses take "
+                    "the labels out): its last token ranks the visual tokens, so an answer may rank those of its own "
+                    "prompt; hand labels to the model, or use llm_layers=[] while training"
+                )
+        return args, kwargs
+
+    def _query(self, named: Mapping[str, Any]) -> ScoringQuery:
+        """The prompt's last token in a generation without a cache, which sees all of it in each step; else as told."""
+        length, generation = _length(named), current_generation()
+        if generation is not None and cache_of(named) is None and _began(generation, self.session, named):
+            return ScoringQuery(from_end=length - generation.ids.shape[1] + 1)  # type: ignore[union-attr]
+        return ScoringQuery.of_call(named, length)
+
+
+def _length(named: Mapping[str, Any]) -> int:
+    ids = named.get("input_ids")
+    if ids is None:
+        ids = named.get("inputs_embeds")
+    return 0 if ids is None else int(ids.shape[1])
+
+
+def _began(generation: Generation, session: MergeSession, named: Mapping[str, Any]) -> bool:
+    """Whether a longer sequence of the same model goes on from a prompt, and is not another call's."""
+    prompt, ids = generation.ids, named.get("input_ids")
+    if prompt is None or generation.session is not session or ids is None or ids.shape[1] <= prompt.shape[1]:
+        return False
+    first_beams = ids[:: max(1, len(ids) // len(prompt)), : prompt.shape[1]]
+    return torch.equal(first_beams, prompt)
+
+
+class HeadMethods:
+    """Around methods of the model with its head."""
+
+    def __init__(self, session: MergeSession) -> None:
+        """Belongs to one session."""
+        self.session = session
+
+    def generate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``generate``: remembers the prompt, and lets caches of other calls read the mask anew."""
+        if not self.session.active:
+            return method(*args, **kwargs)
+        _refuse_chunks(method, kwargs)
+        for layer in getattr(cache_of(kwargs), "layers", ()):
+            if isinstance(layer, MergedLayer):
+                layer.forget_mask()
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        with generating(Generation(self.session, prompt if isinstance(prompt, Tensor) else None)):
+            return method(*args, **kwargs)
+
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_*_features``: a tuple holds what stock puts into it, without our records."""
+        output = method(*args, **kwargs)
+        return without_records(output) if isinstance(output, tuple) else output
+
+    def expand(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``_expand_multimodal_outputs``: records follow their features to beams and return sequences."""
+        call = inspect.signature(method).bind(*args, **kwargs)
+        outputs = call.arguments["mm_encoder_output"]
+        known = {m: records for m, out in outputs.items() if (records := records_of(out)) is not None}
+        shadow = {m: _Shadow(outputs[m].pooler_output) for m in known}
+        result = method(*args, **kwargs)
+        call.arguments["mm_encoder_output"] = shadow
+        method(*call.args, **call.kwargs)
+        for modality, records in known.items():
+            order = [int(row.flatten()[0]) for row in shadow[modality].pooler_output]
+            attach(result[modality], [records[index] for index in order])
+        return result
+
+
+class _Shadow:
+    """Stands in for a feature output: each image's features are its own number."""
+
+    def __init__(self, features: Any) -> None:
+        numbers = [torch.full((len(feature), 1), index) for index, feature in enumerate(features)]
+        self.pooler_output: Any = torch.stack(numbers) if isinstance(features, Tensor) else numbers
+
+
+def _refuse_chunks(generate: Any, kwargs: dict[str, Any]) -> None:
+    own = getattr(generate.__self__, "generation_config", None)
+    config = kwargs.get("generation_config") or own
+    size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if size is not None and carried(kwargs):
+        raise PatchStateError(
+            f"prefill_chunk_size is {size}; the end of a chunk is not the end of the prompt, whose query decides what "
+            "merges; use prefill_chunk_size=None or merging(model, False)"
+        )

@@ -1,0 +1,163 @@
+"""What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
+
+The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
+with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``. Decoder layer:
+``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes: ``2 n d_kv``
+values per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["DecoderShape", "EncoderShape", "MergeReport", "VisualReport", "encoder_flops", "kv_bytes", "llm_flops"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderShape:
+    """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs."""
+
+    depth: int
+    width: int
+    mlp_width: int
+    patches_per_unit: int
+    projector_flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads)."""
+
+    depth: int
+    width: int
+    mlp_width: int
+    kv_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class VisualReport:
+    """One image or video.
+
+    Attributes:
+        modality: ``"image"`` or ``"video"``.
+        sample: row of the batch.
+        vision_tokens: patches at each encoder layer's entry, and after the last.
+        prompt_tokens: visual tokens that the unpatched language model gets.
+        language_tokens: visual tokens at each decoder layer.
+    """
+
+    modality: str
+    sample: int
+    vision_tokens: tuple[int, ...]
+    prompt_tokens: int
+    language_tokens: tuple[int, ...]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
+        return self.language_tokens[-1] / max(1, self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """The last forward that introduced visual tokens.
+
+    Attributes:
+        visuals: one entry per image or video, images first.
+        sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
+        prompt_tokens: real tokens per sample without merging.
+        past_tokens: tokens that the cache stood for before this forward, per sample.
+        encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
+        projector_flops: projector or patch merger, merged and unmerged.
+        llm_flops: prefill of the decoder layers, merged and unmerged.
+        kv_bytes: keys and values of the prompt and of what was in the cache before it, merged and unmerged (padding
+            of the prompt not counted).
+    """
+
+    visuals: tuple[VisualReport, ...]
+    sequence_tokens: tuple[tuple[int, ...], ...]
+    prompt_tokens: tuple[int, ...]
+    past_tokens: int
+    encoder_flops: tuple[int, int]
+    projector_flops: tuple[int, int]
+    llm_flops: tuple[int, int]
+    kv_bytes: tuple[int, int]
+
+    @property
+    def images(self) -> tuple[VisualReport, ...]:
+        """The images alone."""
+        return tuple(v for v in self.visuals if v.modality == "image")
+
+    @property
+    def videos(self) -> tuple[VisualReport, ...]:
+        """The videos alone."""
+        return tuple(v for v in self.visuals if v.modality == "video")
+
+    @property
+    def kept_fraction(self) -> float:
+        """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
+        whole = sum(v.prompt_tokens for v in self.visuals)
+        return sum(v.language_tokens[-1] for v in self.visuals) / max(1, whole)
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Prefill FLOPs in all, merged and unmerged."""
+        stages = (self.encoder_flops, self.projector_flops, self.llm_flops)
+        return sum(s[0] for s in stages), sum(s[1] for s in stages)
+
+    def __str__(self) -> str:
+        """A table to read."""
+        lines = [
+            f"{v.modality} of sample {v.sample}: patches {_steps(v.vision_tokens)}; "
+            f"visual tokens {v.prompt_tokens} -> {_steps(v.language_tokens)}"
+            for v in self.visuals
+        ]
+        lines.append(f"kept fraction of visual tokens: {self.kept_fraction:.3f}")
+        rows = {"encoder": self.encoder_flops, "projector": self.projector_flops, "language model": self.llm_flops}
+        rows["prefill in all"] = self.flops
+        for name, (merged, whole) in rows.items():
+            if whole:
+                lines.append(f"{name:<15} {merged / 1e9:12.3f} of {whole / 1e9:12.3f} GFLOPs ({merged / whole:.3f})")
+        merged, whole = self.kv_bytes
+        lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / max(1, whole):.3f})")
+        return "\n".join(lines)
+
+
+def _steps(counts: Sequence[int]) -> str:
+    """``(9, 9, 7, 7)`` as ``9 -> 7``."""
+    return " -> ".join(str(n) for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]) or "none"
+
+
+def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
+    """FLOPs of one encoder segment.
+
+    Args:
+        shape: the encoder.
+        segment: tokens at the entry of each layer and after the last, ``depth + 1`` numbers.
+    """
+    d, f = shape.width, shape.mlp_width
+    return sum(
+        8 * n_a * d * d + 4 * n_a * n_a * d + 4 * n_m * d * f
+        for n_a, n_m in zip(segment[:-1], segment[1:], strict=True)
+    )
+
+
+def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | None = None) -> int:
+    """Prefill FLOPs of one sample.
+
+    Args:
+        shape: the decoder.
+        tokens: its length at each decoder layer.
+        past: keys of the cache at each layer; None: none.
+    """
+    d, f, kv = shape.width, shape.mlp_width, shape.kv_width
+    return sum(
+        4 * n * d * d + 4 * n * d * kv + 2 * n * n * d + 4 * n * p * d + 6 * n * d * f
+        for n, p in zip(tokens, past or [0] * len(tokens), strict=True)
+    )
+
+
+def kv_bytes(shape: DecoderShape, tokens: Sequence[int], value_bytes: int, past: Sequence[int] | None = None) -> int:
+    """Bytes of one sample's keys and values; ``tokens`` and ``past`` as in ``llm_flops``."""
+    return sum(2 * n * shape.kv_width * value_bytes for n in (*tokens, *(past or ())))

@@ -1,0 +1,113 @@
+"""The session of a patched model: its settings, its switch, and what its last forward left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from illava_hooks.config import MergeConfig
+from illava_hooks.engine.hookset import HookSet
+from illava_hooks.engine.provenance import Provenance
+from illava_hooks.engine.report import MergeReport
+from illava_hooks.errors import PatchStateError
+
+__all__ = ["MergeSession"]
+
+logger = logging.getLogger("illava_hooks")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Switch:
+    """One open ``merging`` context."""
+
+    enabled: bool
+
+
+#: By session, the open switches in the order in which they were opened.
+_switched: ContextVar[Mapping[int, tuple[_Switch, ...]]] = ContextVar("illava_switched", default={})  # noqa: B039  # never written to
+
+
+class MergeSession:
+    """The state of one patched model; ``patch`` returns it, ``session_of`` finds it.
+
+    Attributes:
+        config: the settings in use.
+        root: the model that was patched, with or without its head.
+        enabled: the switch for everybody; ``merging`` switches for one thread or task only.
+    """
+
+    def __init__(self, config: MergeConfig, root: Any) -> None:
+        """Starts enabled."""
+        self.config, self.root = config, root
+        self.enabled = True
+        self.hooks = HookSet()
+        self._warned: set[str] = set()
+        self._report: MergeReport | None = None
+        self._provenance: Provenance | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether merging is on, here and now."""
+        switches = _switched.get().get(id(self), ())
+        return switches[-1].enabled if switches else self.enabled
+
+    @contextlib.contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Switches merging for this thread or task while the context is open."""
+        switch = _Switch(bool(enabled))
+        _switched.set({**_switched.get(), id(self): (*_switched.get().get(id(self), ()), switch)})
+        try:
+            yield
+        finally:  # perhaps in another order, or in a context that never had the switch
+            left = tuple(other for other in _switched.get().get(id(self), ()) if other is not switch)
+            others = {key: open_ for key, open_ in _switched.get().items() if key != id(self)}
+            _switched.set({**others, id(self): left} if left else others)
+
+    @property
+    def report(self) -> MergeReport:
+        """Tokens, FLOPs and KV bytes of the last forward that brought visual tokens.
+
+        Raises:
+            PatchStateError: no such forward has run.
+        """
+        if self._report is None:
+            raise PatchStateError(
+                "no report yet: run the model on an image or a video first, with merging enabled and settings that "
+                "remove something"
+            )
+        return self._report
+
+    @property
+    def provenance(self) -> Provenance:
+        """Which source patches each surviving token of the last forward stands for.
+
+        Raises:
+            PatchStateError: not tracked, or no forward has run.
+        """
+        if not self.config.track:
+            raise PatchStateError("track is False; call patch(model, ..., track=True) to keep provenance")
+        if self._provenance is None:
+            raise PatchStateError("no provenance yet: run the model on an image or a video with merging enabled first")
+        return self._provenance
+
+    def warn_once(self, message: str) -> None:
+        """Logs a warning the first time that it is said in this session."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def finish(self, report: MergeReport | None, provenance: Provenance | None) -> None:
+        """Stores what the last forward did; without a report, what an encoder run alone did."""
+        self._report, self._provenance = report or self._report, provenance
+
+    def __repr__(self) -> str:
+        """The switch and the settings."""
+        return f"MergeSession(enabled={self.enabled}, config={self.config})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the settings and the hooks, not what the last forward left behind."""
+        return {**self.__dict__, "_report": None, "_provenance": None}

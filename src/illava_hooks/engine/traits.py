@@ -1,0 +1,30 @@
+"""What a family says about the rows of its vision encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["EncoderTraits"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncoderTraits:
+    """How patches lie in a row of the encoder, and which belong together.
+
+    Attributes:
+        patches_per_unit: patches that stay together, such as the 2x2 that a patch merger concatenates; in a row they
+            follow each other.
+        granularity: counts of removed patches are rounded down to multiples of this.
+        prefix: tokens in front of each row that never merge, such as a class token or registers.
+        order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where the encoder
+            permutes patches, for windows or blocks; None: equal.
+        published_score: what the published code ranks by; None where there is no published code.
+    """
+
+    patches_per_unit: int = 1
+    granularity: int = 1
+    prefix: int = 0
+    order: Tensor | None = None
+    published_score: str | None = None

@@ -1,1 +1,0 @@
-"""The language stage, the same for all families."""

@@ -1,0 +1,230 @@
+"""Qwen2-VL: one packed row of patches, 2x2 patch merger, M-RoPE."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
+
+from illava_hooks.config import MergeSchedule, Modality
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_layers import MergingLayer, change_layers, expand_output, run_features
+from illava_hooks.engine.family import Family, ModelParts, changed_layers
+from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.provenance import sparse
+from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.report import EncoderShape
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.engine.transport import ENCODER_RUN, in_features
+
+__all__ = ["FAMILY", "MergingQwen2VLVisionBlock", "Qwen2VL"]
+
+_PRESET = MergeSchedule((12, 13, 14, 15), 0.16, (6, 7, 8), 0.90)
+
+
+class MergingQwen2VLVisionBlock(MergingLayer, Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
+    """A vision block that merges between attention and MLP."""
+
+    attention_name = "attn"
+
+    def attend(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the stock block."""
+        out: Tensor = hidden + self.attn(self.norm1(hidden), *args, **kwargs)
+        return out
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """As in the stock block."""
+        out: Tensor = hidden + self.mlp(self.norm2(hidden))
+        return out
+
+
+MergingQwen2VLVisionBlock.__name__ = Qwen2VLVisionBlock.__name__  # `_no_split_modules` goes by name
+
+
+class Qwen2VL(Family):
+    """The family."""
+
+    name = "qwen2_vl"
+    model_types = ("qwen2_vl",)
+    presets = MappingProxyType({"image": _PRESET, "video": _PRESET})
+    published_llm_score = "query_lse"
+    encoder_layer_types = (Qwen2VLVisionBlock,)
+    other_tower = "visual has {kind} blocks; use a stock Qwen2-VL model"
+
+    def install(self, parts: ModelParts, session: MergeSession) -> None:
+        """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
+        changed = changed_layers(session.config, len(parts.encoder_layers))
+        change_layers(parts.encoder_layers, changed, {Qwen2VLVisionBlock: MergingQwen2VLVisionBlock}, session)
+        base: Any = parts.base
+        methods = FeatureMethods(base, session)
+        session.hooks.wrap(base, "get_image_features", methods.image_features)
+        session.hooks.wrap(base, "get_video_features", methods.video_features)
+        for tower in parts.towers:
+            session.hooks.after(tower, ExpandTower())
+
+    def encoder_shape(self, model: Any) -> EncoderShape:
+        """Sizes of the vision tower and the patch merger."""
+        vision = model.config.vision_config
+        patches = vision.spatial_merge_size**2
+        wide = vision.embed_dim * patches
+        return EncoderShape(
+            vision.depth,
+            vision.embed_dim,
+            int(vision.embed_dim * vision.mlp_ratio),
+            patches,
+            2 * wide * (wide + vision.hidden_size),
+        )
+
+    def text_positions(self, position_ids: Tensor) -> Tensor:
+        """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
+        return position_ids[1:] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
+
+
+def packed_traits(patches_per_token: int, published: bool) -> EncoderTraits:
+    """How patches lie in a packed row: groups of one visual token stay together, but for the published method."""
+    unit = 1 if published else patches_per_token
+    return EncoderTraits(unit, granularity=patches_per_token, published_score="query_lse")
+
+
+def shrink(kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
+    """RoPE tables and segment borders of the survivors of a packed row."""
+    tables = kwargs["position_embeddings"]
+    origins = run.patch_origins(merges)[0].to(tables[0].device)
+    lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return {
+        **kwargs,
+        "position_embeddings": tuple(table[origins] for table in tables),
+        "cu_seqlens": borders.to(tables[0].device, non_blocking=True),
+        "max_seqlen": max(lengths),
+    }
+
+
+class FeatureMethods:
+    """Around the model's feature methods."""
+
+    def __init__(self, base: Any, session: MergeSession) -> None:
+        """Belongs to one model and its session."""
+        self.base, self.session = base, session
+
+    def image_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_image_features``: same shapes, records attached."""
+        return self._features("image", "image_grid_thw", method, args, kwargs)
+
+    def video_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_video_features``: same shapes, records attached."""
+        return self._features("video", "video_grid_thw", method, args, kwargs)
+
+    def _features(self, modality: Modality, grid: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if in_features():
+            return method(*args, **kwargs)
+        merges = self.session.active and not self.session.config.schedule(modality).is_identity
+        if not merges:
+            return run_features(self.session, method, args, kwargs, None, self.base.config, _nothing)
+        call = inspect.signature(method).bind(*args, **kwargs).arguments
+        device = call["pixel_values" if modality == "image" else "pixel_values_videos"].device
+        grids, patches = call[grid].tolist(), self.base.visual.spatial_merge_size**2
+        run = packed_run(self.session, modality, grids, patches, device)
+
+        def note(output: Any) -> None:
+            run.records = packed_records(run, grids, patches)
+
+        return run_features(self.session, method, args, kwargs, run, self.base.config, note)
+
+
+def _nothing(output: Any) -> None:
+    pass
+
+
+def packed_run(
+    session: MergeSession, modality: Modality, grids: list[list[int]], patches_per_token: int, device: torch.device
+) -> EncoderRun:
+    """A run over the temporal slices of some images or videos, whose grids (t, h, w) count patches."""
+    lengths = [height * width for time, height, width in grids for _ in range(time)]
+    traits = packed_traits(patches_per_token, session.config.method.is_published)
+    return EncoderRun(session, modality, traits, lengths, 1, device, shrink=shrink)
+
+
+def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: int) -> list[VisualRecord]:
+    """The record of each image or video of a finished run."""
+    shown, first, records = _shown(run, patches_per_token), 0, []
+    for time, _, _ in grids:
+        records.append(_record(run, shown, first, first + time, patches_per_token))
+        first += time
+    return records
+
+
+class ExpandTower(Hook):
+    """Hook behind the vision tower: gives its outputs their unpatched lengths back before stock splits them."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the output alone when no run travels with the call."""
+        run: EncoderRun | None = kwargs.get(ENCODER_RUN)
+        if run is None:
+            return None
+        (out,) = output
+        expand_output(run, out)
+        merged = out.pooler_output
+        out.pooler_output = merged[_shown(run, module.spatial_merge_size**2).to(merged.device)]
+        return out
+
+
+def _shown(run: EncoderRun, patches_per_token: int) -> Tensor:
+    """``(n,)`` int64: the output of the patch merger at each place of the packed row.
+
+    Groups stay where they are. Single patches, as published, fill the first places of their slice; the last one
+    fills the rest.
+    """
+    if run.traits.patches_per_unit == patches_per_token:
+        return run.final.kept_at[0]
+    start, parts = 0, []
+    for units in run.lengths:
+        kept = units[-1] // patches_per_token
+        parts.append(torch.arange(units[0] // patches_per_token).clamp_max(kept - 1) + start)
+        start += kept
+    return torch.cat(parts).to(run.final.kept_at.device)
+
+
+def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_token: int) -> VisualRecord:
+    """The record of the image or video in segments ``first .. last - 1``.
+
+    Args:
+        run: the run of the encoder.
+        shown: ``(n,)`` int64, the merged token at each place of the packed row.
+        first: the first segment.
+        last: one past the last segment.
+        patches_per_token: patches of one visual token.
+    """
+    unit = run.traits.patches_per_unit
+    start = sum(units[0] for units in run.lengths[:first]) * unit // patches_per_token
+    num_tokens = sum(units[0] for units in run.lengths[first:last]) * unit // patches_per_token
+    place = torch.arange(num_tokens, device=shown.device)
+    here = shown[start : start + num_tokens]
+    if unit == 1:  # the first places of each slice; the others show what the last of them shows
+        keep = torch.cat([place[:1] == 0, here[1:] != here[:-1]])
+        survivor_of = torch.where(keep, place, 0).cummax(0).values
+    else:
+        keep = run.keep_mask(run.final)[0, start : start + num_tokens]
+        survivor_of = run.final.origins[0][here] - start
+    record = VisualRecord(run.modality, num_tokens, keep, survivor_of, run.patch_counts(first, last), run.layers)
+    if run.session.config.track:
+        units_per_token = patches_per_token // unit
+        lane = torch.arange(units_per_token).repeat(num_tokens)
+        skipped = sum(units[-1] for units in run.lengths[:first])
+        columns = here.cpu().repeat_interleave(units_per_token) * units_per_token + lane - skipped
+        width = sum(units[-1] for units in run.lengths[first:last])
+        rows = torch.arange(num_tokens).repeat_interleave(units_per_token)
+        share = torch.full(rows.shape, 1 / units_per_token, dtype=torch.float32)
+        record.sources = token_sources(run, first, last, sparse(rows, columns, share, (num_tokens, width)))
+        record.vision = vision_tracks(run, first, last)
+    return record
+
+
+FAMILY = Qwen2VL()

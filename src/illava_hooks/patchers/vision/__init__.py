@@ -1,1 +1,0 @@
-"""The vision stage, the same for all families."""
