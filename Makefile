@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test fuzz hf-tests test-integrations demo-test lint format quickstart wheel-test
+.PHONY: demo docs test fuzz hf-tests test-integrations test-clients demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -46,6 +46,34 @@ $(VLMEVAL)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > 		"$$($(VLMEVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ms-vlmeval==0.0.20
 	$(VLMEVAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt datasets decord jieba 		json_repair levenshtein math-verify nltk num2words openai opencv-python-headless pandas portalocker pylatexenc 		qwen-vl-utils requests rouge sty tabulate termcolor timeout-decorator validators
+	touch $@
+
+# Other libraries around a patched model, in an environment on top of the project's own: torch and transformers stay.
+# Older releases of some lie in folders of their own, in front of it.
+CLIENTS := build/clients
+OLDER := peft-0.18.1 peft-0.20.0 trl-1.8.0
+test_clients = ILLAVA_CLIENTS=$(1) PYTHONPATH=$(CURDIR)/$(CLIENTS)-$(1):$(CURDIR)/src \
+	$(CLIENTS)/bin/python -m pytest -n $(WORKERS) $(2)
+
+test-clients: $(SETUP) $(CLIENTS)/ready $(OLDER:%=$(CLIENTS)-%/ready)  ## PEFT, TRL and others around a patched model
+	$(call test_clients,newest,tests/clients tests/test_client_peft.py)
+	$(call test_clients,peft-0.18.1,tests/test_client_peft.py)
+	$(call test_clients,peft-0.20.0,tests/test_client_peft.py)
+	$(call test_clients,trl-1.8.0,tests/clients/test_trl.py)
+
+$(CLIENTS)/ready: tests/clients/requirements.txt constraints.txt
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(CLIENTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps colpali-engine==0.3.18
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r tests/clients/requirements.txt
+	touch $@
+
+$(CLIENTS)-%/ready: $(CLIENTS)/ready
+	rm -rf $(@D)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+		$(subst -,==,$*)
 	touch $@
 
 demo-test:  ## the demo page, also in a browser (Debian's chromium), in an environment of its own: gradio wants an older pillow

@@ -10,6 +10,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+#: Tests of other libraries run in an environment of their own: `make test-clients`.
+collect_ignore = [] if os.environ.get("ILLAVA_CLIENTS") else ["clients"]
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:

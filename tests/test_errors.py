@@ -40,7 +40,7 @@ from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
-SUPPORTED = sorted(kind for name in FAMILIES for kind in family_of(name).model_types)
+SUPPORTED = sorted(kind for name in FAMILIES for kind in (*family_of(name).model_types, *family_of(name).retrievers))
 
 GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
 

@@ -112,7 +112,7 @@ def session_of(model: Any) -> MergeSession | None:
         model: any model.
     """
     model = unwrapped(model)
-    for holder in (model, getattr(model, "model", None)):
+    for holder in (model, getattr(model, "base_model", None), getattr(model, "model", None)):
         session: Any = getattr(holder, "__dict__", {}).get("_illava_session")
         # By name: a notebook that imports the package anew finds the sessions of the old one.
         if type(session).__name__ == MergeSession.__name__:

@@ -39,6 +39,9 @@ class Method:
         proportional: whether encoder layers behind a merge weigh each token by its size: the logarithm of its number
             of original tokens is added to its attention logits (ToMe, arXiv 2210.09461, equation 1). A back-end
             that takes no bias gives way to SDPA in those layers.
+        quota: whether what a layout crops away of a tile (LLaVA-OneVision's unpadding) merges apart from what it
+            shows, so that the length of the prompt follows from shapes alone. It keeps fewer tokens, since attention
+            prefers what is shown.
 
     Raises:
         MergeConfigError: a name is not known.
@@ -50,6 +53,7 @@ class Method:
     merge: str | MergeRule = "recycle"
     layout: Layout = "aligned"
     proportional: bool = False
+    quota: bool = False
 
     def __post_init__(self) -> None:
         """Refuses names that nothing stands behind."""

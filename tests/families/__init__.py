@@ -131,7 +131,9 @@ class Family:
         silenced: Ends of the names of linear layers without which no layer of the tiny model changes a token.
         depth_name: The entry of the vision config that says how many layers there are.
 
+        retrievers: `model_type` of models around it that are no chat models, and that the library patches as well.
         embedded: How the command line calls the embedded model of the family; None where there is none.
+        embedded_settings: Settings that merge in both stages of the embedded model.
         embedded_floor: Share of the bundled questions that the embedded model answers at least.
         largest_aspect_ratio: Beyond it the stock processor refuses pictures.
         paper_kept: Fraction of visual tokens that the paper's settings keep; None where the paper has none.
@@ -179,7 +181,9 @@ class Family:
     silenced: ClassVar[tuple[str, ...]] = ("out_proj", "fc2", "o_proj", "down_proj")
     depth_name: ClassVar[str] = "num_hidden_layers"
 
+    retrievers: ClassVar[tuple[str, ...]] = ()
     embedded: ClassVar[str | None] = None
+    embedded_settings: ClassVar[Mapping[str, Any]] = {}
     largest_aspect_ratio: ClassVar[int | None] = None
     embedded_floor: ClassVar[float] = 0.0
     paper_kept: ClassVar[float | None] = None

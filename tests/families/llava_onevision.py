@@ -65,6 +65,7 @@ class LlavaOnevision(Family):
     head_makes_tuples = True
     records_hidden_states = True
     embedded = "tiny"
+    embedded_settings = {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.5}
     embedded_floor = 0.80
     paper_kept = 361 / 729 * 0.7  # 361 tokens of a tile, then 70 % of what enters
     shapes = {"llava-onevision-0.5b": 0.76, "llava-onevision-7b": 6.96}

@@ -59,7 +59,9 @@ class Qwen2VL(Family):
     adapter_targets = ("qkv", "q_proj", "k_proj")
     silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
+    retrievers = ("colqwen2",)
     embedded = "tiny-qwen2-vl"
+    embedded_settings = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6}
     largest_aspect_ratio = 200
     embedded_floor = 0.76
     paper_kept = 0.84**4 * 0.9**3  # four layers of the encoder, three of the decoder

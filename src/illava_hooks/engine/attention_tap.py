@@ -262,7 +262,9 @@ class EncoderTap:
             return attention(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             return self._by_segments(module, query, key, value, bias), None
-        takes_bias = attention is sdpa_attention_forward or attention.__name__ == "eager_attention_forward"
+        takes_bias = (
+            attention is sdpa_attention_forward or getattr(attention, "__name__", "") == "eager_attention_forward"
+        )
         attention = attention if takes_bias else sdpa_attention_forward
         weighed = bias[:, None, None].to(query)
         mask = weighed if attention_mask is None else attention_mask + weighed

@@ -133,6 +133,8 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         logical: int,
         valid: Tensor | None,
         trailing_text: int,
+        *,
+        moves: bool,
     ) -> None:
         """Says what the next keys will stand for.
 
@@ -143,6 +145,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             logical: tokens of the call that they stand for.
             valid: ``(B, past + kept)`` bool, which keys are real; None: all.
             trailing_text: trailing keys that are text.
+            moves: whether some keys stand elsewhere than in the logical sequence, seen from the right.
         """
         ledger, kept = self.ledger, columns.shape[1]
         before = ledger.known_columns(past, len(columns), columns.device)
@@ -156,7 +159,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             knows_mask=True,
         )
         self._announced = kept
-        if logical != kept or min(lengths) < max(lengths):
+        if logical != kept or moves:
             self.shared["differs"] = True
 
     def forget_mask(self) -> None:

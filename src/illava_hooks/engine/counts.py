@@ -13,7 +13,7 @@ from illava_hooks.config import MergeConfig, MergeSchedule, Modality
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.methods import Method
 
-__all__ = ["SegmentCounts", "encoder_counts", "max_removed", "split_visible"]
+__all__ = ["SegmentCounts", "encoder_counts", "max_removed", "shown_units"]
 
 
 def max_removed(method: Method, num_tokens: int) -> int:
@@ -57,18 +57,20 @@ def encoder_counts(config: MergeConfig, modality: Modality, traits: EncoderTrait
     return SegmentCounts(tuple(units), max((wish - patches for patches in removed), default=0))
 
 
-def split_visible(units: Sequence[int], num_visible: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A tile's counts, shared between what the prompt shows of it and what its layout crops away.
+def shown_units(units: Sequence[int], shown: int) -> tuple[int, ...]:
+    """How many units of a tile are shown, before, between and after the merges, where its parts merge apart.
 
-    What is shown keeps its share of the survivors, rounded up, so that the length of the prompt follows from shapes.
+    What the layout shows keeps its share of the survivors, rounded up, and what it crops away keeps one at least: so
+    the length of the prompt follows from shapes.
 
     Args:
         units: of the whole tile before, between and after the merges; at least 2 everywhere.
-        num_visible: units that are shown, more than none and fewer than all.
+        shown: units that are shown before any merge.
 
     Returns:
-        The counts of the shown and of the cropped units.
+        The counts of the shown units; those of the cropped ones are what is left of ``units``.
     """
+    if shown in (0, units[0]):
+        return tuple(n if shown else 0 for n in units)
     # Integers all the way: a float would round some quotients up to the next whole number.
-    shown = tuple(min(-(-num_visible * n // units[0]), n - 1) for n in units)
-    return shown, tuple(n - s for n, s in zip(units, shown, strict=True))
+    return tuple(min(-(-shown * n // units[0]), n - 1) for n in units)

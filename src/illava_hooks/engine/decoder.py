@@ -113,6 +113,7 @@ class DecoderRun:
         counts: one per stage: before, between and after the merges.
         states: the compact sequence of each stage that was reached.
         plans: one per merge that ran.
+        is_finished: whether the text model has ended; what runs then is a replay.
     """
 
     def __init__(self, config: MergeConfig, score: Score, counts: list[TokenCounts], state: PromptState) -> None:
@@ -128,6 +129,7 @@ class DecoderRun:
         self.layers = config.llm_layers
         self.states = [state]
         self.plans: list[MergePlan] = []
+        self.is_finished = False
         self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
 
     def merges_through(self, layer_idx: int) -> int:
@@ -138,6 +140,16 @@ class DecoderRun:
         """Whether the attention of a layer ranks the tokens that the next one merges, and they are not ranked yet."""
         following = layer_idx + 1
         return following in self.layers and len(self.plans) == self.layers.index(following)
+
+    def stage(self, layer_idx: int) -> PromptState:
+        """The compact sequence that a layer's attention sees.
+
+        Raises:
+            PatchStateError: a merge in front of it did not run.
+        """
+        merges = self.merges_through(layer_idx)
+        self._check_reached(merges)
+        return self.states[merges]
 
     def rank(self, layer_idx: int, inputs: ScoreInputs, keys: Tensor) -> None:
         """Scores the tokens that enter a merging layer, by the attention of the layer before.
@@ -156,6 +168,7 @@ class DecoderRun:
             PatchStateError: the layer before did not rank the tokens.
         """
         merges = self.layers.index(layer_idx)
+        self._check_reached(merges)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == merges:
             if layer_idx not in self._ranked:
@@ -174,7 +187,10 @@ class DecoderRun:
         Raises:
             PatchStateError: some layer was passed by.
         """
-        if len(self.plans) < len(self.layers):
+        self._check_reached(len(self.layers))
+
+    def _check_reached(self, merges: int) -> None:
+        if len(self.plans) < merges:
             raise PatchStateError(
                 f"decoder layer {self.layers[len(self.plans)]} did not merge, llm_layers is {list(self.layers)}; "
                 "another forward ran in its place: call patch(model, ...) again after wrapping or replacing parts of "

@@ -33,10 +33,12 @@ from illava_hooks.engine.compat import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.engine.decoder import DecoderRun, plan_counts
 from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.trace import Finish
 from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
+from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.methods import find_score
 
@@ -53,7 +55,7 @@ class DecoderCall:
         cache: the cache, or None.
         past: what it held before this call.
         valid: which keys of each layer are real, those to come included; None: all.
-        trailing_text: text tokens behind the last visual one.
+        prompt: what the compact sequence is made of.
         embeds: ``(B, N, C)``, what the text model was given: its first hidden state.
         finish: stores report and provenance.
         tap: what listens to the layer that runs; kept here, so that it goes with the call.
@@ -64,7 +66,7 @@ class DecoderCall:
     cache: Any = None
     past: Past | None = None
     valid: Sequence[Tensor | None] = ()
-    trailing_text: int = 0
+    prompt: CompactPrompt | None = None
     embeds: Tensor | None = None
     finish: Callable[[], None] | None = None
     tap: AttentionTap | None = None
@@ -89,6 +91,7 @@ class TextModelHook(Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans a prefill on the host
     def _prefill(self, module: Any, forward: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
         embeds, config = kwargs["inputs_embeds"], module.config
+        _check_layers_are_patched(module)
         cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
         check_layers(cache)
         past = past_of(cache, config.num_hidden_layers)
@@ -106,8 +109,8 @@ class TextModelHook(Hook):
         kwargs["attention_mask"] = ready_made(compact)
         self.family.compact(kwargs, columns, run)
         masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
-        finish = Finish(forward.session, self.shapes, run, prompt, past, embeds.element_size())
-        kwargs[DECODER_CALL] = DecoderCall(masks, run, cache, past, valid, prompt.trailing_text, embeds, finish)
+        finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
+        kwargs[DECODER_CALL] = DecoderCall(masks, run, cache, past, valid, prompt, embeds, finish)
         return kwargs
 
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
@@ -124,6 +127,21 @@ class TextModelHook(Hook):
             given = torch.arange(past, past + width, device=embeds.device)[None]
         positions = self.family.text_positions(given)
         return positions.expand(*positions.shape[:-2], batch, width).to(embeds.device)
+
+
+def _check_layers_are_patched(module: Any) -> None:
+    """Every layer will see the compact sequence.
+
+    Raises:
+        PatchStateError: one was put in behind ``patch``.
+    """
+    for index, wrapped in enumerate(module.layers):
+        for layer in inside(wrapped):
+            if not any(isinstance(hook, DecoderLayerHook) for hook in layer._forward_pre_hooks.values()):
+                raise PatchStateError(
+                    f"decoder layer {index} ({type(layer).__name__}) was put in behind patch and cannot merge; call "
+                    "patch(model, ...) again after replacing parts of the model"
+                )
 
 
 def _resolve_cache(module: Any, kwargs: dict[str, Any]) -> Any:
@@ -239,12 +257,16 @@ class DecoderLayerHook(Hook):
             run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
         if self.layer_idx in run.layers:
             hidden = run.merge(self.layer_idx, hidden)
-        rope = run.states[run.merges_through(self.layer_idx)].rope or ()
+        rope = run.stage(self.layer_idx).rope or ()
         kwargs["position_embeddings"] = tuple(as_given(table.to(hidden.device), cos) for table in rope)
         # Gaps in positions look like packed sequences to flash attention.
         kwargs["position_ids"] = None
         if call.cache is not None and kwargs.get(CACHE) is not None:
-            self._announce(call, run, hidden.device)
+            if run.is_finished:  # a wrapper around the layer replays it for its gradients
+                _refuse_past(call, self.layer_idx)
+                kwargs[CACHE] = None  # its keys are there already
+            else:
+                self._announce(call, run, hidden.device)
         if run.ranks_for(self.layer_idx):
             self._listen(call, run)
         return (hidden, *args[1:]), kwargs
@@ -258,7 +280,7 @@ class DecoderLayerHook(Hook):
     def _announce(self, call: DecoderCall, run: DecoderRun, device: torch.device) -> None:
         """Tells the layer's cache what the keys to come stand for."""
         merges, past = run.merges_through(self.layer_idx), call.past
-        assert past is not None and call.embeds is not None
+        assert past is not None and call.embeds is not None and call.prompt is not None
         counts, columns = run.counts[merges], run.states[merges].columns.to(device)
         layer = cache_layer(call.cache, self.layer_idx)
         layer.announce(
@@ -267,7 +289,17 @@ class DecoderLayerHook(Hook):
             counts.lengths,
             call.embeds.shape[1],
             call.valid[self.layer_idx],
-            call.trailing_text,
+            call.prompt.trailing_text,
+            moves=call.prompt.moves,
+        )
+
+
+def _refuse_past(call: DecoderCall, layer_idx: int) -> None:
+    """Raises ``PatchStateError`` where a layer that runs a second time needs the keys in front of its own."""
+    if call.past is not None and call.past.keys[layer_idx]:
+        raise PatchStateError(
+            f"decoder layer {layer_idx} is run again for its gradients behind a cache that holds keys; start from a "
+            "new cache, or checkpoint with model.gradient_checkpointing_enable()"
         )
 
 
@@ -295,7 +327,7 @@ class _Ranking:
         return attention(module, query, key, *args, **kwargs)
 
     def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
-        state = self.run.states[self.run.merges_through(self.layer_idx)].to(query.device)
+        state = self.run.stage(self.layer_idx).to(query.device)
         key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer
         row = torch.arange(len(query), device=query.device)
         inputs = ScoreInputs(
@@ -323,6 +355,7 @@ class RestoreLengths(Hook):
             return None
         (out,), run = output, call.run
         run.check_finished()
+        run.is_finished = True
         last = len(run.layers)
         out.last_hidden_state = run.expand(out.last_hidden_state, last)
         if out.hidden_states is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
-from illava_hooks.engine.counts import encoder_counts, split_visible
+from illava_hooks.engine.counts import encoder_counts, shown_units
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.session import MergeSession
@@ -145,6 +145,7 @@ class EncoderRun:
     def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, cut down to the survivors."""
         merges = self.merges_before(layer_idx)
+        self._check_reached(merges)
         return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
 
     def tap(self, layer_idx: int) -> EncoderTap:
@@ -169,7 +170,10 @@ class EncoderRun:
         Raises:
             PatchStateError: some layer was passed by.
         """
-        if len(self.plans) < len(self.layers):
+        self._check_reached(len(self.layers))
+
+    def _check_reached(self, merges: int) -> None:
+        if len(self.plans) < merges:
             layer = self.layers[len(self.plans)]
             raise PatchStateError(
                 f"vision encoder layer {layer} did not merge, vit_layers is {list(self.layers)}; another forward "
@@ -233,6 +237,7 @@ class EncoderRun:
         merges = self.layers.index(layer_idx)
         prefix, units = self._split(hidden)
         # A replay under gradient checkpointing finds the plan of the first run.
+        self._check_reached(merges)
         if len(self.plans) == merges:
             with torch.no_grad():
                 self._decide(merges, units.detach(), tap)
@@ -292,9 +297,8 @@ class EncoderRun:
             return None
         parts: list[tuple[int, ...]] = []
         for units, shown in zip(self.lengths, visible.counts, strict=True):
-            whole = 0 < shown < units[0]
-            none = (0,) * len(units)
-            parts += split_visible(units, shown) if whole else ((units, none) if shown else (none, units))
+            mine = shown_units(units, shown)
+            parts += [mine, tuple(n - m for n, m in zip(units, mine, strict=True))]
         return parts
 
     def _without_prefix(self, tokens: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from illava_hooks.engine.attention_tap import AttentionTap, TappedConfig
 from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.hookset import Hook, foreign_forward
+from illava_hooks.engine.hookset import CALLED, Called, Hook, foreign_forward
 from illava_hooks.engine.records import attach, vision_provenance
-from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.transport import ENCODER_RUN, MERGE_STEP, in_features, running
 from illava_hooks.errors import UnsupportedModelError
 
@@ -133,12 +133,8 @@ class EncoderLayerHook(Hook):
         return {**kwargs, MERGE_STEP: MergeStep(run, self.layer_idx)} if run.reaches(self.layer_idx) else kwargs
 
 
-class TowerHook(Hook):
+class TowerHook(SessionHook):
     """Pre-hook of the tower: a call from outside of the feature methods does not merge, and that is said."""
-
-    def __init__(self, session: MergeSession) -> None:
-        """Belongs to one session."""
-        self.session = session
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Changes nothing."""
@@ -147,6 +143,7 @@ class TowerHook(Hook):
                 f"the vision encoder {type(module).__name__} was called directly and merges nothing there; call the "
                 "model or its get_image_features, whose shapes are unpatched"
             )
+        return args, {**kwargs, CALLED: Called(module)}
 
 
 def run_features(

@@ -79,6 +79,7 @@ class Family:
         stages: where merging is supported.
         presets: what stands in for numbers that are not given, by modality; empty: ``patch`` asks for them.
         published_llm_score: what the published code ranks by in the language model; None: there is no such code.
+        head_methods: methods of a model with its head that must be there.
         encoder_layer_types: stock classes of encoder layers that the family can change.
         other_tower: what is said of a tower with layers of another ``{kind}``.
     """
@@ -89,6 +90,7 @@ class Family:
     stages: frozenset[Stage] = frozenset({"vision", "language"})
     presets: Mapping[Modality, MergeSchedule] = {}
     published_llm_score: str | None = None
+    head_methods: tuple[str, ...] = ("generate",)
     encoder_layer_types: tuple[type[nn.Module], ...] = ()
     other_tower: str = "the vision encoder has {kind} layers, which this family cannot patch; use a stock model"
 
@@ -111,9 +113,13 @@ class Family:
         """The decoder with its embedding."""
         return base.language_model
 
+    def config(self, model: Any) -> Any:
+        """The configuration of the model that joins vision and language."""
+        return model.config
+
     def text_config(self, model: Any) -> Any:
         """The configuration of the decoder."""
-        return model.config.text_config
+        return self.config(model).text_config
 
     def locate(self, model: Any) -> ModelParts:
         """The model's parts, all of them there.
@@ -139,6 +145,8 @@ class Family:
                 getattr(base, name)
             if "language" in self.stages:
                 _check_language_seams(parts)
+            for name in self.head_methods if parts.top is not None else ():
+                getattr(parts.top, name)
         except AttributeError as missing:
             raise UnsupportedModelError(
                 f"model {type(model).__name__} of transformers {transformers.__version__} lacks {missing.name!r}, "
@@ -155,7 +163,7 @@ class Family:
 
     def presets_of(self, model: Any) -> Mapping[Modality, MergeSchedule]:
         """The presets of one model: those of its own configuration (``illava_presets``), else the family's."""
-        own = getattr(model.config, "illava_presets", None)
+        own = getattr(self.config(model), "illava_presets", None)
         if not own:
             return self.presets
         return {
@@ -201,8 +209,26 @@ class Family:
         """Puts the vision stage in: layer classes, and wrappers around the feature methods."""
         raise NotImplementedError
 
+    def around(self, parts: ModelParts, session: MergeSession) -> bool:
+        """Puts in what stands around a model that is built otherwise than most; returns whether it did.
+
+        Most have a base model with feature methods, ``get_placeholder_mask`` and a text model, and a head around it.
+        """
+        return False
+
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of tower and projector, for the report."""
+        raise NotImplementedError
+
+    def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
+        """Visual tokens that enter the language model for one image or video, from its shape alone.
+
+        Args:
+            base: the model that joins vision and language; only its configuration and stock methods are read.
+            config: the settings.
+            modality: of the visual.
+            shape: what decides in this family: a grid of patches, or the size of a picture.
+        """
         raise NotImplementedError
 
     def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
@@ -261,11 +287,13 @@ def _by_index(layers: Sequence[Sequence[nn.Module]]) -> list[list[nn.Module]]:
 
 def _check_language_seams(parts: ModelParts) -> None:
     """Raises ``AttributeError`` with the name of what the language stage needs and a release does not have."""
-    for layers in parts.decoder_layers:
+    for index, layers in enumerate(parts.decoder_layers):
         for layer in layers:
-            _ = layer.self_attn
-    if parts.top is not None:
-        _ = parts.top.generate
+            if not hasattr(layer, "self_attn"):
+                raise UnsupportedModelError(
+                    f"decoder layer {index} is a {type(layer).__name__} without self_attn, whose tokens cannot be ranked; "
+                    "use a language model whose layers have one, such as Llama's or Qwen's"
+                )
     for function, argument in (
         *((type(text).forward, CACHE) for text in parts.text_models),
         (create_causal_mask, "allow_is_causal_skip"),

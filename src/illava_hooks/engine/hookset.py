@@ -11,7 +11,16 @@ from typing import Any
 import wrapt
 from torch import nn
 
-__all__ = ["CallForward", "Called", "Hook", "HookSet", "MethodWrapper", "foreign_forward", "has_hooks"]
+__all__ = [
+    "CallForward",
+    "Called",
+    "Hook",
+    "HookSet",
+    "MethodWrapper",
+    "foreign_forward",
+    "has_hooks",
+    "named_arguments",
+]
 
 #: Keyword under which a pre-hook tells ``CallForward`` that the module was called, and which module that was.
 CALLED = "illava_called"
@@ -26,6 +35,23 @@ class Hook:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """As PyTorch calls a hook with keyword arguments: without ``output`` before the forward, with it behind."""
         raise NotImplementedError
+
+
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments by name, to be read.
+
+    A subclass may take ``*args``: then the names are those of the first parent that has some.
+    """
+    if not args:
+        return kwargs
+    for kind in type(module).__mro__:
+        if "forward" not in vars(kind):
+            continue
+        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(names) >= len(args):
+            return {**dict(zip(names, args, strict=False)), **kwargs}
+    return kwargs
 
 
 class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
@@ -84,38 +110,54 @@ class Called:
 
 
 class CallForward:
-    """In place of a module's ``forward``: called directly, it goes through ``__call__``, where the hooks are.
+    """In place of a module's ``forward``: called directly, it does what the hooks of a call do.
 
     PEFT, sentence-transformers and others call ``model.forward(...)``. Which token scores, and that a forward merges
     at all, is decided in hooks of the call: without this, such a call would merge in one stage only.
     """
 
-    def __init__(self, module: nn.Module, hooks: HookSet) -> None:
-        """Stands in for ``module.forward`` while ``hooks`` are installed."""
-        self.module, self.hooks = module, hooks
-        self.inner = vars(module).get("forward")
+    def __init__(self, module: nn.Module, installed: Installed, before: Hook, after: Hook | None) -> None:
+        """Stands in for ``module.forward`` while hooks are ``installed``; ``before`` and ``after`` are two of them."""
+        self.module, self.installed, self.before, self.after = module, installed, before, after
+        # Accelerate's own forward calls this one, and puts it back where it was.
+        self.name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.inner = vars(module).get(self.name)
+        self.__doc__ = type(module).forward.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside a call the forward that was there before, else the call."""
+        """The forward that was there before, with the hooks around it where no call has run them."""
+        return self.run(self.module, args, kwargs)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same for a copy of the module that shares this object."""
         called: Called | None = kwargs.pop(CALLED, None)
-        if called is None and self.hooks.installed:
-            return self.module(*args, **kwargs)
+        if called is not None or not self.installed.now:
+            return self._forward(module if called is None else called.module, args, kwargs)
+        args, kwargs = self.before(module, args, kwargs) or (args, kwargs)
+        kwargs.pop(CALLED, None)
+        output = changed = None
+        try:
+            output = self._forward(module, args, kwargs)
+        finally:
+            if self.after is not None:
+                changed = self.after(module, args, kwargs, output)
+        return output if changed is None else changed
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
-        # Replicas and copies share this object, but each is called as itself.
-        module = self.module if called is None else called.module
         return type(module).forward(module, *args, **kwargs)
 
     def take_out(self) -> None:
         """Puts back what was there, wherever accelerate moved this to; who else holds it gets the stock forward."""
         own = vars(self.module)
-        if own.get("forward") is self:
-            if self.inner is None:
-                del own["forward"]
+        for name in ("forward", "_old_forward"):
+            if own.get(name) is not self:
+                continue
+            if self.inner is None and name == "forward":
+                del own[name]
             else:
-                own["forward"] = self.inner
-        elif own.get("_old_forward") is self:
-            own["_old_forward"] = self.__wrapped__
+                own[name] = self.__wrapped__
 
     @property
     def __wrapped__(self) -> Any:
@@ -123,9 +165,43 @@ class CallForward:
         return MethodType(type(self.module).forward, self.module) if self.inner is None else self.inner
 
     @property
+    def __self__(self) -> nn.Module:
+        """The module, as of a bound method."""
+        return self.module
+
+    @property
+    def __func__(self) -> Any:
+        """For any module: tools read the signature from it, or bind it to a copy."""
+        return _ForwardOfAny(self)
+
+    @property
     def __name__(self) -> str:
         """As stock's."""
         return "forward"
+
+
+class _ForwardOfAny:
+    """A ``CallForward`` that takes the module first, as functions of a class do."""
+
+    def __init__(self, stand_in: CallForward) -> None:
+        self.stand_in = stand_in
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.stand_in.run(module, args, kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.stand_in.module).forward)
+
+
+class Installed:
+    """Whether hooks are; shared by those that outlive them in somebody else's hands."""
+
+    now = True
 
 
 def foreign_forward(module: nn.Module) -> bool:
@@ -144,11 +220,11 @@ class HookSet:
 
     def __init__(self) -> None:
         """Starts with no change."""
-        self.installed = True
+        self.installed = Installed()
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
         self._classes: list[tuple[nn.Module, type, type, type]] = []
-        self._forwards: list[tuple[nn.Module, CallForward]] = []
+        self._forwards: list[CallForward] = []
 
     def before(self, module: nn.Module, hook: Hook) -> None:
         """Adds a forward pre-hook that sees keyword arguments."""
@@ -168,11 +244,14 @@ class HookSet:
         """Puts ``around(method, *args, **kwargs)`` around a method of one object."""
         self.swap(owner, name, MethodWrapper(getattr(owner, name), around))
 
-    def call_forward(self, module: nn.Module) -> None:
-        """Makes ``module.forward(...)`` the same as ``module(...)``; a pre-hook must mark calls with ``CALLED``."""
-        stand_in = CallForward(module, self)
-        vars(module)["forward"] = stand_in
-        self._forwards.append((module, stand_in))
+    def around_forward(self, module: nn.Module, before: Hook, after: Hook | None = None) -> None:
+        """Adds hooks that also hold for ``module.forward(...)``; ``before`` must mark calls with ``CALLED``."""
+        self.before(module, before)
+        if after is not None:
+            self.after(module, after, always=True)
+        stand_in = CallForward(module, self.installed, before, after)
+        vars(module)[stand_in.name] = stand_in
+        self._forwards.append(stand_in)
 
     def swap_class(self, module: nn.Module, new: type) -> None:
         """Gives ``module`` a subclass of its class, also where accelerate keeps the old ``forward``.
@@ -187,7 +266,7 @@ class HookSet:
 
     def remove(self, root: nn.Module | None = None) -> None:
         """Undoes every change, and what copied our hooks inside of ``root``. Safe to call twice."""
-        self.installed = False
+        self.installed.now = False
         while self._handles:
             self._handles.pop().remove()
         while self._attributes:
@@ -203,7 +282,7 @@ class HookSet:
             _rebind_forward(module, now, back)
             module.__class__ = back
         while self._forwards:
-            self._forwards.pop()[1].take_out()
+            self._forwards.pop().take_out()
         # Quantization gives its modules the hooks of ours, an adapter added later is a copy of a patched module.
         for module in () if root is None else root.modules():
             _remove_copies(module)
@@ -228,14 +307,15 @@ def _remove_copies(module: nn.Module) -> None:
                 "_forward_hooks_always_called",
             ):
                 getattr(module, flags, {}).pop(key, None)
-    for base in type(module).__mro__:
-        if "swapped_in" in vars(base):
-            old = type(module)
-            back = _on_top_of(old, base, base.__bases__[-1])
-            _rebind_forward(module, old, back)
-            module.__class__ = back
-            break
+    old = type(module)
+    if getattr(old, "swapped_in", False):
+        swapped = next(kind for kind in old.__mro__ if not getattr(kind.__bases__[-1], "swapped_in", False))
+        back = _on_top_of(old, swapped, swapped.__bases__[-1])
+        _rebind_forward(module, old, back)
+        module.__class__ = back
     for name, value in list(vars(module).items()):
+        if isinstance(value, CallForward):
+            value.take_out()
         if (restore := getattr(type(value), "stock_of_copy", None)) is not None:
             vars(module)[name] = restore(value)
 

@@ -10,10 +10,10 @@ from torch import nn
 from illava_hooks.config import MergeConfig
 from illava_hooks.engine.attention_tap import TappedConfig
 from illava_hooks.engine.decoder_hooks import DecoderLayerHook, RankingHook, RestoreLengths, TextModelHook
-from illava_hooks.engine.encoder_layers import EncoderLayerHook, TowerHook
+from illava_hooks.engine.encoder_layers import EncoderLayerHook
 from illava_hooks.engine.family import Family, ModelParts
 from illava_hooks.engine.hookset import has_hooks
-from illava_hooks.engine.model_hooks import AfterBase, BaseMethods, BeforeBase, BeforeHead, HeadMethods
+from illava_hooks.engine.model_hooks import AfterBase, AfterHead, BaseMethods, BeforeBase, BeforeHead, HeadMethods
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
@@ -43,7 +43,8 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
         install_encoder(family, parts, session)
         if "language" in family.stages:
             _install_language(family, parts, session)
-        _install_around(family, parts, session)
+        if not family.around(parts, session):
+            _install_around(family, parts, session)
     except BaseException:
         session.hooks.remove()
         raise
@@ -61,8 +62,6 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
         session: owns the changes.
     """
     family.install(parts, session)
-    for tower in parts.towers:
-        session.hooks.before(tower, TowerHook(session))
     for index, layers in enumerate(parts.encoder_layers):
         for layer in layers:
             session.hooks.before(layer, EncoderLayerHook(index))
@@ -87,17 +86,14 @@ def _install_around(family: Family, parts: ModelParts, session: MergeSession) ->
     hooks, base = session.hooks, parts.base
     methods = BaseMethods(session, family, family.tokens_behind(base))
     features = [f"get_{modality}_features" for modality in family.modalities]
-    hooks.before(base, BeforeBase(session, methods))
-    hooks.after(base, AfterBase(), always=True)
-    hooks.call_forward(base)
+    hooks.around_forward(base, BeforeBase(session, methods), AfterBase())
     for name in features:
         hooks.wrap(base, name, methods.features)
     hooks.wrap(base, "get_placeholder_mask", methods.placeholders)
     hooks.swap(base, "_illava_session", session)
     if parts.top is not None:
         head = HeadMethods(session)
-        hooks.before(parts.top, BeforeHead(session))
-        hooks.call_forward(parts.top)
+        hooks.around_forward(parts.top, BeforeHead(session), AfterHead())
         hooks.wrap(parts.top, "generate", head.generate)
         for name in features:
             if hasattr(parts.top, name):
@@ -111,7 +107,7 @@ def _refuse_shared(parts: ModelParts) -> None:
     """Raises ``PatchStateError`` where a part is patched already, by way of another model that holds it too."""
     shared: tuple[tuple[str, Iterable[nn.Module]], ...] = (
         ("vision encoder", parts.towers),
-        ("text model", parts.text_models),
+        ("language model", parts.text_models),
         ("base model", [parts.base]),
     )
     for name, modules in shared:

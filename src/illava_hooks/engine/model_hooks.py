@@ -17,13 +17,14 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.cache import MergedLayer
 from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
-from illava_hooks.engine.hookset import CALLED, Called, Hook
+from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.records import VisualRecord, attach, records_of, without_records
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.transport import (
     FORWARD,
     QUERY,
+    Asked,
     ForwardState,
     Generation,
     begin_forward,
@@ -35,7 +36,7 @@ from illava_hooks.engine.transport import (
 )
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["AfterBase", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
+__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
 
 _PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -52,23 +53,6 @@ def merges(session: MergeSession, named: Mapping[str, Any]) -> bool:
     return bool(modalities) and session.active and any(not session.config.schedule(m).is_identity for m in modalities)
 
 
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments by name, to be read.
-
-    A subclass may take ``*args``: then the names are those of the first parent that has some.
-    """
-    if not args:
-        return kwargs
-    for kind in type(module).__mro__:
-        if "forward" not in vars(kind):
-            continue
-        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(names) >= len(args):
-            return {**dict(zip(names, args, strict=False)), **kwargs}
-    return kwargs
-
-
 # ---------------------------------------------------------------------- the base model
 
 
@@ -81,17 +65,27 @@ class BeforeBase(Hook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Before the forward."""
-        query: ScoringQuery | None = kwargs.pop(QUERY, None)
+        asked: Asked = kwargs.pop(QUERY, None) or Asked(ScoringQuery())
+        asked.is_heard = True
         kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
         if merges(self.session, named):
-            forward = ForwardState(self.session, query or ScoringQuery())
+            forward = ForwardState(self.session, asked.query)
+            self._warn_of_answers(module, forward.query)
             for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
                 if ready is not None:
                     forward.records[modality] = self.methods.records(modality, ready)
             begin_forward(forward)
             kwargs[FORWARD] = forward
         return args, kwargs
+
+    def _warn_of_answers(self, module: Any, query: ScoringQuery) -> None:
+        if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
+            self.session.warn_once(
+                "a training forward came without labels and logits_to_keep (label smoothing and own losses take the "
+                "labels out): its last token ranks the visual tokens, so an answer may rank those of its own prompt; "
+                "hand labels to the model, or use llm_layers=[] while training"
+            )
 
 
 class AfterBase(Hook):
@@ -188,21 +182,28 @@ class BeforeHead(Hook):
         named = named_arguments(module, args, kwargs)
         kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
-            kwargs[QUERY] = query = self._query(named)
-            if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
-                self.session.warn_once(
-                    "a training forward came without labels and logits_to_keep (label smoothing and own losses take "
-                    "the labels out): its last token ranks the visual tokens, so an answer may rank those of its own "
-                    "prompt; hand labels to the model, or use llm_layers=[] while training"
-                )
+            kwargs[QUERY] = Asked(self._query(named))
         return args, kwargs
 
     def _query(self, named: Mapping[str, Any]) -> ScoringQuery:
         """The prompt's last token in a generation without a cache, which sees all of it in each step; else as told."""
         length, generation = _length(named), current_generation()
         if generation is not None and cache_of(named) is None and _began(generation, self.session, named):
-            return ScoringQuery(from_end=length - generation.ids.shape[1] + 1)  # type: ignore[union-attr]
+            return ScoringQuery(column=torch.tensor(generation.ids.shape[1] - 1))  # type: ignore[union-attr]
         return ScoringQuery.of_call(named, length)
+
+
+class AfterHead(Hook):
+    """A forward that was to merge, and whose base model did not know of it, is an error."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """After the forward."""
+        asked: Asked | None = kwargs.get(QUERY)
+        if asked is not None and not asked.is_heard and output[0] is not None:
+            raise PatchStateError(
+                "the base model did not merge: it was put in behind patch; call patch(model, ...) again after replacing "
+                "parts of the model"
+            )
 
 
 def _length(named: Mapping[str, Any]) -> int:

@@ -42,6 +42,8 @@ def _inside(module: Any) -> Iterator[Any]:
         yield from _inside(module.original_module)
         for copy in module.modules_to_save.values():
             yield from _inside(copy)
+    elif (only := _only_child(module)) is not None:
+        yield from _inside(only)
     else:
         yield module
 
@@ -57,6 +59,19 @@ def _wrapped(module: Any) -> Any:
         if name in held:
             return held[name]
     return None
+
+
+def _only_child(module: Any) -> Any:
+    """What a wrapper of somebody's own holds: it has nothing but one module; None for any other.
+
+    Models of transformers and layers of torch are no wrappers, even if they hold one module.
+    """
+    if not isinstance(module, nn.Module) or type(module).__module__.split(".")[0] in ("torch", "transformers"):
+        return None
+    held = module._modules
+    if len(held) != 1 or module._parameters or module._buffers:
+        return None
+    return next(iter(held.values()))
 
 
 def _is_adapter(module: Any) -> bool:

@@ -46,6 +46,7 @@ class CompactPrompt:
         counts: of the first stage of layers.
         prompt_lengths: real logical tokens per sample.
         trailing_text: real text tokens behind the last visual one, the least over the samples.
+        moves: whether some token stands elsewhere than in the logical sequence, seen from the right.
         state: the compact sequence, without RoPE tables.
     """
 
@@ -55,6 +56,7 @@ class CompactPrompt:
     counts: TokenCounts
     prompt_lengths: tuple[int, ...]
     trailing_text: int
+    moves: bool
     state: PromptState
 
 
@@ -101,6 +103,7 @@ def compact_prompt(
         counts=counts,
         prompt_lengths=tuple(counted["real"]),
         trailing_text=min(counted["trailing_text"]),
+        moves=bool(counted["moves"][0]),
         state=_state(marks, query, real, counts),
     )
 
@@ -162,6 +165,7 @@ def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visua
         "kept_of_visual": kept_of.index_add(0, visual, marks.keep.flatten().to(torch.int64))[1:],
         "first_of_visual": first.scatter_reduce(0, visual, places, "amin")[1:],
         "restarts": _restarts(text_positions, real)[None],
+        "moves": (marks.keep[:, :-1] & ~marks.keep[:, 1:]).any()[None].to(torch.int64),
     }
     numbers = iter(torch.cat(list(tables.values())).tolist())
     return {name: [next(numbers) for _ in range(len(table))] for name, table in tables.items()}
@@ -211,6 +215,6 @@ def _state(marks: _Marks, query: ScoringQuery, real: Tensor, counts: TokenCounts
         visual=visual if valid is None else visual.masked_fill(~valid, -1),
         origins=marks.origin.gather(1, columns),
         token_size=torch.ones(columns.shape, dtype=torch.float32, device=real.device),
-        query=kept_at.gather(1, query.column(real, _last_visual(marks))[:, None])[:, 0],
+        query=kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])[:, 0],
         columns=columns if valid is None else columns.masked_fill(~valid, -1),
     )

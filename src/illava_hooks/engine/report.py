@@ -67,7 +67,7 @@ class MergeReport:
         visuals: one entry per image or video, images first.
         sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
         prompt_tokens: real tokens per sample without merging.
-        past_tokens: tokens that the cache stood for before this forward, per sample.
+        past_tokens: real tokens that the cache stood for before this forward, per sample.
         encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
         projector_flops: projector or patch merger, merged and unmerged.
         llm_flops: prefill of the decoder layers, merged and unmerged.
@@ -78,7 +78,7 @@ class MergeReport:
     visuals: tuple[VisualReport, ...]
     sequence_tokens: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
-    past_tokens: int
+    past_tokens: tuple[int, ...]
     encoder_flops: tuple[int, int]
     projector_flops: tuple[int, int]
     llm_flops: tuple[int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from illava_hooks.config import MergeConfig
-from illava_hooks.engine.hookset import HookSet
+from illava_hooks.engine.hookset import Hook, HookSet
 from illava_hooks.engine.provenance import Provenance
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["MergeSession"]
+__all__ = ["MergeSession", "SessionHook"]
 
 logger = logging.getLogger("illava_hooks")
 
@@ -29,6 +30,19 @@ class _Switch:
 
 #: By session, the open switches in the order in which they were opened.
 _switched: ContextVar[Mapping[int, tuple[_Switch, ...]]] = ContextVar("illava_switched", default={})  # noqa: B039  # never written to
+
+
+class SessionHook(Hook):
+    """A hook that needs its session, on a part of a model that others may copy."""
+
+    def __init__(self, session: MergeSession) -> None:
+        """Belongs to one session."""
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SessionHook:
+        """With the whole model the session is copied; a copy of a part alone, as adapters make it, stays with it."""
+        whole = id(self.session.root) in memo
+        return type(self)(copy.deepcopy(self.session, memo) if whole else self.session)
 
 
 class MergeSession:

@@ -5,6 +5,7 @@ Provenance is only computed with ``track=True``; its matrices are sparse and liv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,7 @@ class Finish:
     run: DecoderRun
     prompt: CompactPrompt
     past: Past
+    masks: tuple[Tensor | None, Sequence[Tensor | None]]
     value_bytes: int
 
     def __call__(self) -> None:
@@ -76,13 +78,13 @@ class Finish:
         whole = [(segment[0],) * len(segment) for segment in merged]
         lengths = [[count.lengths[b] for count in counts] for b in samples]
         full = [[n] * decoder.depth for n in self.prompt.prompt_lengths]
-        held, logical = self.past.keys, [self.past.logical] * decoder.depth
+        held, logical = self._past(len(samples), decoder.depth)
         per_token = encoder.projector_flops
         return MergeReport(
             visuals=visuals,
             sequence_tokens=tuple(count.lengths for count in counts),
             prompt_tokens=self.prompt.prompt_lengths,
-            past_tokens=self.past.logical,
+            past_tokens=tuple(row[0] for row in logical),
             encoder_flops=(
                 sum(encoder_flops(encoder, s) for s in merged),
                 sum(encoder_flops(encoder, s) for s in whole),
@@ -92,14 +94,33 @@ class Finish:
                 sum(s[-1] // encoder.patches_per_unit * per_token for s in whole),
             ),
             llm_flops=(
-                sum(llm_flops(decoder, n, held) for n in lengths),
-                sum(llm_flops(decoder, n, logical) for n in full),
+                sum(llm_flops(decoder, n, p) for n, p in zip(lengths, held, strict=True)),
+                sum(llm_flops(decoder, n, p) for n, p in zip(full, logical, strict=True)),
             ),
             kv_bytes=(
-                sum(kv_bytes(decoder, n, self.value_bytes, held) for n in lengths),
-                sum(kv_bytes(decoder, n, self.value_bytes, logical) for n in full),
+                sum(kv_bytes(decoder, n, self.value_bytes, p) for n, p in zip(lengths, held, strict=True)),
+                sum(kv_bytes(decoder, n, self.value_bytes, p) for n, p in zip(full, logical, strict=True)),
             ),
         )
+
+    def _past(self, batch: int, depth: int) -> tuple[list[list[int]], list[list[int]]]:
+        """For each sample the real keys of the past at each layer, merged and unmerged; one transfer if padded."""
+        mask, valid = self.masks
+        merged = [[keys] * batch for keys in self.past.keys]
+        whole = [self.past.logical] * batch
+        if self.past.logical:
+            tables = [table for table in {id(t): t for t in valid if t is not None}.values()]
+            known = dict(zip(map(id, tables), _real(tables, self.past.keys, valid), strict=True))
+            merged = [known[id(t)] if t is not None else row for t, row in zip(valid, merged, strict=True)]
+            if mask is not None:
+                whole = mask[:, : self.past.logical].sum(1).tolist()
+        return [list(row) for row in zip(*merged, strict=True)], [[n] * depth for n in whole]
+
+
+def _real(tables: list[Tensor], keys: Sequence[int], valid: Sequence[Tensor | None]) -> list[list[int]]:
+    """How many of the past keys each table calls real, per sample."""
+    past = {id(table): held for table, held in zip(valid, keys, strict=True) if table is not None}
+    return [table[:, : past[id(table)]].sum(1).tolist() for table in tables]
 
 
 def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:

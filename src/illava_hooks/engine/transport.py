@@ -2,7 +2,7 @@
 
 | keyword | payload | put in by | taken out by |
 |---|---|---|---|
-| ``QUERY`` | ``ScoringQuery`` | hook of the model with its head | hook of the base model |
+| ``QUERY`` | ``Asked`` | hook of the model with its head | hook of the base model |
 | ``FORWARD`` | ``ForwardState`` | hook of the base model | hook of the text model; feature methods drop it |
 | ``ENCODER_RUN`` | ``EncoderRun`` | wrappers of the feature methods | hook of each encoder layer, of the tower |
 | ``MERGE_STEP`` | ``MergeStep`` | hook of an encoder layer | the layer's own forward |
@@ -39,6 +39,7 @@ __all__ = [
     "FORWARD",
     "MERGE_STEP",
     "QUERY",
+    "Asked",
     "ForwardState",
     "Generation",
     "begin_forward",
@@ -56,6 +57,19 @@ FORWARD = "illava_forward"
 ENCODER_RUN = "illava_encoder_run"
 MERGE_STEP = "illava_merge_step"
 DECODER_CALL = "illava_decoder_call"
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the model with its head says of a forward that merges.
+
+    Attributes:
+        query: which token scores.
+        is_heard: whether the base model took it: one that was put in later does not.
+    """
+
+    query: ScoringQuery
+    is_heard: bool = False
 
 
 @dataclass(slots=True, weakref_slot=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
 
-from illava_hooks.config import MergeSchedule, Modality
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality
+from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer, change_layers, expand_output, run_features
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
-from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.provenance import sparse
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
-from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.engine.transport import ENCODER_RUN, in_features
+from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
 
 __all__ = ["FAMILY", "MergingQwen2VLVisionBlock", "Qwen2VL"]
 
@@ -67,11 +68,11 @@ class Qwen2VL(Family):
         session.hooks.wrap(base, "get_image_features", methods.image_features)
         session.hooks.wrap(base, "get_video_features", methods.video_features)
         for tower in parts.towers:
-            session.hooks.after(tower, ExpandTower())
+            session.hooks.around_forward(tower, StartTower(session), ExpandTower())
 
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of the vision tower and the patch merger."""
-        vision = model.config.vision_config
+        vision = self.config(model).vision_config
         patches = vision.spatial_merge_size**2
         wide = vision.embed_dim * patches
         return EncoderShape(
@@ -81,6 +82,14 @@ class Qwen2VL(Family):
             patches,
             2 * wide * (wide + vision.hidden_size),
         )
+
+    def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
+        """Of one grid (t, h, w) of patches."""
+        time, height, width = shape
+        patches = int(base.visual.spatial_merge_size) ** 2
+        traits = packed_traits(patches, config.method.is_published)
+        units = encoder_counts(config, modality, traits, height * width).units[-1]
+        return time * (units * traits.patches_per_unit // patches)
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
@@ -161,18 +170,51 @@ def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: i
     return records
 
 
+class StartTower(SessionHook):
+    """Hook in front of the vision tower: a call from outside of the feature methods starts a run of its own.
+
+    So retrievers merge that call the tower themselves; in a forward that nobody opened, only the encoder does.
+    """
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves calls alone that bring a run, or are not to merge."""
+        grids = named_arguments(module, args, kwargs).get("grid_thw")
+        kwargs = {**kwargs, CALLED: Called(module)}
+        if grids is None or in_features() or not self.session.active:
+            return args, kwargs
+        modality: Modality = "video" if bool((grids[:, 0] > 1).any()) else "image"
+        if self.session.config.schedule(modality).is_identity:
+            return args, kwargs
+        forward = running_forward()
+        if forward is None or forward.session is not self.session:
+            self.session.warn_once(
+                f"the vision encoder {type(module).__name__} was called directly: it merges and keeps its shapes, but "
+                "the language model cannot know where the visual tokens stand; call the model with pixel_values"
+            )
+        patches = module.spatial_merge_size**2
+        run = packed_run(self.session, modality, grids.tolist(), patches, grids.device)
+        return args, {**kwargs, "return_dict": True, ENCODER_RUN: run}
+
+
 class ExpandTower(Hook):
     """Hook behind the vision tower: gives its outputs their unpatched lengths back before stock splits them."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the output alone when no run travels with the call."""
         run: EncoderRun | None = kwargs.get(ENCODER_RUN)
-        if run is None:
-            return None
         (out,) = output
+        if run is None or out is None:
+            return None
         expand_output(run, out)
         merged = out.pooler_output
-        out.pooler_output = merged[_shown(run, module.spatial_merge_size**2).to(merged.device)]
+        patches = module.spatial_merge_size**2
+        out.pooler_output = merged[_shown(run, patches).to(merged.device)]
+        if not in_features():
+            run.check_finished()
+            forward = running_forward()
+            if forward is not None and forward.session is run.session:
+                grids = named_arguments(module, args, kwargs)["grid_thw"].tolist()
+                forward.records[run.modality] = packed_records(run, grids, patches)
         return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,17 +11,18 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.compat import newlines_behind_videos
-from illava_hooks.engine.encoder_layers import MergingLayer, change_layers
+from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.patchers.llava_onevision.features import (
+    TRAITS,
     FeatureMethods,
     check_feature_choice,
     num_used,
     tokens_per_tile,
 )
-from illava_hooks.patchers.llava_onevision.packing import compact_grid, compact_pool, require_square
+from illava_hooks.patchers.llava_onevision.packing import compact_grid, compact_pool, kept_tokens, require_square
 
 __all__ = ["FAMILY", "LlavaOnevision", "MergingSiglipEncoderLayer", "compact_grid", "compact_pool"]
 
@@ -93,11 +94,17 @@ class LlavaOnevision(Family):
         """Swaps merging layers' classes and wraps the four methods of the vision stage."""
         changed = changed_layers(session.config, len(parts.encoder_layers))
         change_layers(parts.encoder_layers, changed, {SiglipEncoderLayer: MergingSiglipEncoderLayer}, session)
+        for tower in parts.towers:
+            session.hooks.around_forward(tower, TowerHook(session))
         methods = FeatureMethods(parts.base, session)
         session.hooks.wrap(parts.base, "get_image_features", methods.image_features)
         session.hooks.wrap(parts.base, "get_video_features", methods.video_features)
         session.hooks.wrap(parts.base, "pack_image_features", methods.pack)
         session.hooks.wrap(parts.base, "apply_pooling", methods.pool)
+
+    def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
+        """Of an image's (tiles, height, width), or of a video's (frames,); newlines included."""
+        return kept_tokens(base, config, modality, shape, TRAITS)
 
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of the SigLIP tower and the projector."""

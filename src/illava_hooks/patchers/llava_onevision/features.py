@@ -34,9 +34,6 @@ __all__ = ["FeatureMethods", "check_feature_choice", "num_used", "tokens_per_til
 #: Tiles of single patches; nothing but hidden states belongs to a token.
 TRAITS = EncoderTraits(published_score="received_attention")
 
-#: Whether what a layout crops away merges apart from what it shows.
-QUOTA = False
-
 
 class FeatureMethods:
     """What stands around the model's four methods of the vision stage."""
@@ -58,7 +55,8 @@ class FeatureMethods:
         tiles = self._tile_counts(sizes, call.get("batch_num_images"))
         aspect = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
         shown = torch.cat([self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)])
-        visible = Visible(shown.to(device), tuple(shown.sum(1).tolist()), QUOTA and self._is_aligned)
+        quota = self.session.config.method.quota and self._is_aligned
+        visible = Visible(shown.to(device), tuple(shown.sum(1).tolist()), quota)
         lengths = [tokens_per_tile(config)] * sum(tiles)
         run = EncoderRun(self.session, "image", TRAITS, lengths, len(lengths), device, visible=visible)
         return self._run(method, run, call, args, kwargs)

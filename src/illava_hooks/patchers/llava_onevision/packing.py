@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.engine.counts import encoder_counts, shown_units
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.provenance import product, selection, sparse, take_rows
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.merge.decision import nearest_kept
 from illava_hooks.merge.segments import host_table, scatter_back
@@ -31,6 +34,7 @@ __all__ = [
     "compact_grid",
     "compact_pool",
     "image_geometry",
+    "kept_tokens",
     "place_image",
     "place_published",
     "place_video",
@@ -130,6 +134,33 @@ def keep_heaviest(values: Tensor, mass: Tensor, num_kept: int, columns: int) -> 
     spread = survivor_of[..., None].expand_as(values)
     folded = torch.zeros_like(values, dtype=mass.dtype).scatter_add(1, spread, values * share[..., None])
     return Folded(folded.gather(1, spread).to(values.dtype), survivor_of == everywhere, survivor_of, share.float())
+
+
+def kept_tokens(
+    base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int], traits: EncoderTraits
+) -> int:
+    """Tokens that enter the language model, where shown and cropped tokens merge apart.
+
+    Args:
+        base: the ``LlavaOnevisionModel``.
+        config: the settings; layout ``"aligned"``.
+        modality: of the visual.
+        shape: (tiles, height, width) of an image, (frames,) of a video.
+        traits: of the tower.
+    """
+    vision = base.config.vision_config
+    num_tokens = int((vision.image_size // vision.patch_size) ** 2)
+    units = encoder_counts(config, modality, traits, num_tokens).units
+    if modality == "video":
+        pooled = int(type(base).apply_pooling(base, torch.zeros(1, num_tokens, 1)).shape[1])
+        return int(shape[0]) * math.ceil(pooled * units[-1] / num_tokens) + 1
+    tiles, *size = map(int, shape)
+    geometry = image_geometry(base, tiles, num_tokens, size, base.config.vision_aspect_ratio)
+    newlines = int(geometry.is_newline.sum())
+    if geometry.shrunk:  # the grid of tiles keeps its share of what it was interpolated to
+        inside = len(geometry.source) - num_tokens - newlines
+        return units[-1] + math.ceil(inside * units[-1] / num_tokens) + newlines
+    return newlines + sum(shown_units(units, shown)[-1] for shown in geometry.visible.sum(1).tolist())
 
 
 def require_square(num_tokens: int) -> int:
