@@ -48,6 +48,17 @@ _TEMPLATE = (
 )
 
 
+#: Where these models merge unless told otherwise: a key of their own configuration, at the paper's fractions of depth.
+_QWEN_PRESET = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.85}
+PRESETS: dict[str, Any] = {
+    "llava_onevision": {
+        "image": {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.70},
+        "video": {"vit_layers": [2, 3], "vit_r": 16, "llm_layers": [1], "llm_ratio": 0.70},
+    },
+    "qwen2_vl": {"image": _QWEN_PRESET, "video": _QWEN_PRESET},
+}
+
+
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer; what it does not know is ``<unk>``."""
     special = SPECIAL if family == "llava_onevision" else SPECIAL[:4] + QWEN_SPECIAL
@@ -154,6 +165,7 @@ def build_model(family: str, seed: int) -> Any:
                 tie_word_embeddings=False,
             )
         )
+    model.config.illava_presets = PRESETS[family]
     model.generation_config = GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<pad>"], do_sample=False, max_new_tokens=4
     )

@@ -23,9 +23,8 @@ from typer.testing import CliRunner
 
 import illava_hooks
 from families import VlmEvalKit, families, family_of
-from illava_hooks import patch, tiny
+from illava_hooks import PRESETS, patch, tiny
 from illava_hooks.cli import app
-from illava_hooks.config import PRESETS
 from illava_hooks.tools.datasets import Item, scene_items
 from illava_hooks.tools.evaluate import budget_settings, predict, read_rows
 from illava_hooks.tools.loading import load_model

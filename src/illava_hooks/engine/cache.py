@@ -31,7 +31,6 @@ __all__ = [
     "logical_mask",
     "past_of",
     "read_mask",
-    "ready_made",
     "real_tokens",
     "touches",
 ]
@@ -399,11 +398,6 @@ def read_mask(layer: MergedLayer, mask: Tensor, past: int | Tensor, num_new: int
         valid = valid | (torch.arange(length, device=valid.device) >= past + num_new)
     padded = not (may_ask and bool(valid.all()))
     layer.ledger = replace(layer.ledger, valid=valid if padded else None, knows_mask=True)
-
-
-def ready_made(embeds: Tensor) -> Tensor:
-    """A mask that text models take as prepared and do not look at: each decoder layer gets its own."""
-    return embeds.new_zeros(1, 1, 1, 1)
 
 
 def logical_mask(attention_mask: Any, prepared: bool) -> Tensor | None:

@@ -25,7 +25,6 @@ from illava_hooks.engine.cache import (
     logical_mask,
     past_of,
     read_mask,
-    ready_made,
     real_tokens,
     touches,
 )
@@ -117,7 +116,7 @@ class TextModelHook(Hook):
         columns, positions = prompt.columns, self._positions(kwargs.get("position_ids"), past.logical, embeds)
         compact = kwargs["inputs_embeds"] = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
-        kwargs["attention_mask"] = ready_made(compact)
+        kwargs["attention_mask"] = _ready_made(compact)
         self.family.compact(kwargs, columns, run)
         masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
@@ -153,6 +152,11 @@ def _check_layers_are_patched(module: Any) -> None:
                     f"decoder layer {index} ({type(layer).__name__}) was put in behind patch and cannot merge; call "
                     "patch(model, ...) again after replacing parts of the model"
                 )
+
+
+def _ready_made(embeds: Tensor) -> Tensor:
+    """A mask that text models take as prepared and do not look at: each decoder layer gets its own."""
+    return embeds.new_zeros(1, 1, 1, 1)
 
 
 def _resolve_cache(module: Any, kwargs: dict[str, Any]) -> Any:
@@ -230,7 +234,7 @@ def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             made[key] = layer_mask(config, embeds, layer, past, valid), layer.ledger
         masks.append(made[key][0])
         layer.ledger = made[key][1]
-    kwargs["attention_mask"] = ready_made(embeds)
+    kwargs["attention_mask"] = _ready_made(embeds)
     kwargs[DECODER_CALL] = DecoderCall(masks)
     return kwargs
 

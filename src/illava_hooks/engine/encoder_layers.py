@@ -25,6 +25,7 @@ __all__ = [
     "change_layers",
     "expand_output",
     "run_features",
+    "warn_of_direct_call",
 ]
 
 
@@ -139,11 +140,16 @@ class TowerHook(SessionHook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Changes nothing."""
         if not in_features() and self.session.active and self.session.config.vit_layers:
-            self.session.warn_once(
-                f"the vision encoder {type(module).__name__} was called directly and merges nothing there; call the "
-                "model or its get_image_features, whose shapes are unpatched"
-            )
+            warn_of_direct_call(self.session, module)
         return args, {**kwargs, CALLED: Called(module)}
+
+
+def warn_of_direct_call(session: MergeSession, tower: nn.Module) -> None:
+    """Says once that a tower that is called from outside of the feature methods merges nothing."""
+    session.warn_once(
+        f"the vision encoder {type(tower).__name__} was called directly and merges nothing there; call the model or its "
+        "get_image_features, whose shapes are unpatched"
+    )
 
 
 def run_features(

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
+from illava_hooks import tiny
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.modules import inside
@@ -164,18 +166,7 @@ class Family:
     def presets_of(self, model: Any) -> Mapping[Modality, MergeSchedule]:
         """The presets of one model: those of its own configuration (``illava_presets``), else the family's."""
         own = getattr(self.config(model), "illava_presets", None)
-        if not own:
-            return self.presets
-        return {
-            modality: MergeSchedule(
-                tuple(own[modality]["vit_layers"]),
-                own[modality]["vit_r"],
-                tuple(own[modality]["llm_layers"]),
-                own[modality]["llm_ratio"],
-            )
-            for modality in self.modalities
-            if modality in own
-        }
+        return schedules_of(own) if own else self.presets
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses what cannot work.
@@ -273,6 +264,18 @@ class Family:
         raise NotImplementedError
 
 
+def schedules_of(settings: Mapping[Modality, Mapping[str, Any]]) -> Mapping[Modality, MergeSchedule]:
+    """Presets as a configuration writes them down: the four settings by modality."""
+    return MappingProxyType(
+        {
+            modality: MergeSchedule(
+                tuple(given["vit_layers"]), given["vit_r"], tuple(given["llm_layers"]), given["llm_ratio"]
+            )
+            for modality, given in settings.items()
+        }
+    )
+
+
 def changed_layers(config: MergeConfig, depth: int) -> Sequence[int]:
     """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first."""
     if config.method.proportional and config.vit_layers:
@@ -343,16 +346,21 @@ def families() -> Iterator[Family]:
 
 
 class _Presets(Mapping[str, Mapping[Modality, MergeSchedule]]):
-    """The presets of all families, imported when they are asked for."""
+    """The presets of all families, and as ``family/tiny`` those of the embedded models; imported when asked for."""
 
     def __getitem__(self, name: str) -> Mapping[Modality, MergeSchedule]:
+        embedded = name.removesuffix("/tiny")
+        if embedded != name and embedded in get_args(tiny.TinyName):
+            own: Mapping[Any, Any] = tiny.presets(embedded)
+            return schedules_of(own)
         for family in families():
             if family.name == name:
                 return family.presets
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return (family.name for family in families() if family.presets)
+        yield from (family.name for family in families() if family.presets)
+        yield from (f"{name}/tiny" for name in get_args(tiny.TinyName))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

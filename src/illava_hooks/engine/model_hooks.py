@@ -77,6 +77,8 @@ class BeforeBase(Hook):
                     forward.records[modality] = self.methods.records(modality, ready)
             begin_forward(forward)
             kwargs[FORWARD] = forward
+        elif self.methods.made_outside and named.get("inputs_embeds") is not None and not carried(named):
+            self.methods.warn_of_embeds()
         return args, kwargs
 
     def _warn_of_answers(self, module: Any, query: ScoringQuery) -> None:
@@ -118,6 +120,7 @@ class BaseMethods:
     def __init__(self, session: MergeSession, family: Family, behind: Mapping[Modality, int]) -> None:
         """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
         self.session, self.family, self.behind = session, family, behind
+        self.made_outside = ""
 
     def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_*_features``: remembers the records for the forward that asked."""
@@ -130,12 +133,18 @@ class BaseMethods:
             modality: Modality = "video" if "video" in method.__name__ else "image"
             forward.records[modality] = self.records(modality, output)
         elif current_generation() is None and self.session.active and self.session.config.llm_layers:
-            self.session.warn_once(
-                f"{method.__name__} was called outside of a forward: the vision encoder merges, but a language model "
-                "that is given inputs_embeds made from it cannot know where the visual tokens stand; hand the output "
-                "on as mm_encoder_outputs, or give the model pixel_values"
-            )
+            self.made_outside = method.__name__
+            if self.session.root is not method.__self__:  # else a head that is not patched may be generating
+                self.warn_of_embeds()
         return output
+
+    def warn_of_embeds(self) -> None:
+        """Says once what features that were made outside of a forward are good for."""
+        self.session.warn_once(
+            f"{self.made_outside} was called outside of a forward: the vision encoder merges, but a language model that "
+            "is given inputs_embeds made from the features cannot know where the visual tokens stand; hand the output "
+            "on as mm_encoder_outputs, or give the model pixel_values"
+        )
 
     def placeholders(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``get_placeholder_mask``: a modality's mask is right in the call that carries its features."""

@@ -67,22 +67,22 @@ class MergeReport:
         visuals: one entry per image or video, images first.
         sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
         prompt_tokens: real tokens per sample without merging.
-        past_tokens: real tokens that the cache stood for before this forward, per sample.
         encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
         projector_flops: projector or patch merger, merged and unmerged.
         llm_flops: prefill of the decoder layers, merged and unmerged.
         kv_bytes: keys and values of the prompt and of what was in the cache before it, merged and unmerged (padding
             of the prompt not counted).
+        past_tokens: real tokens that the cache stood for before this forward, per sample.
     """
 
     visuals: tuple[VisualReport, ...]
     sequence_tokens: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
-    past_tokens: tuple[int, ...]
     encoder_flops: tuple[int, int]
     projector_flops: tuple[int, int]
     llm_flops: tuple[int, int]
     kv_bytes: tuple[int, int]
+    past_tokens: tuple[int, ...] = ()
 
     @property
     def images(self) -> tuple[VisualReport, ...]:

@@ -14,7 +14,13 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionBlock
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality
 from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.encoder_layers import MergingLayer, change_layers, expand_output, run_features
+from illava_hooks.engine.encoder_layers import (
+    MergingLayer,
+    change_layers,
+    expand_output,
+    run_features,
+    warn_of_direct_call,
+)
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.provenance import sparse
@@ -171,9 +177,10 @@ def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: i
 
 
 class StartTower(SessionHook):
-    """Hook in front of the vision tower: a call from outside of the feature methods starts a run of its own.
+    """Hook in front of the vision tower: starts a run where a forward that merges calls the tower itself.
 
-    So retrievers merge that call the tower themselves; in a forward that nobody opened, only the encoder does.
+    Retrievers do. A call that belongs to no forward merges nothing, since it may be another model's that shares the
+    tower; it is said once.
     """
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
@@ -187,10 +194,8 @@ class StartTower(SessionHook):
             return args, kwargs
         forward = running_forward()
         if forward is None or forward.session is not self.session:
-            self.session.warn_once(
-                f"the vision encoder {type(module).__name__} was called directly: it merges and keeps its shapes, but "
-                "the language model cannot know where the visual tokens stand; call the model with pixel_values"
-            )
+            warn_of_direct_call(self.session, module)
+            return args, kwargs
         patches = module.spatial_merge_size**2
         run = packed_run(self.session, modality, grids.tolist(), patches, grids.device)
         return args, {**kwargs, "return_dict": True, ENCODER_RUN: run}

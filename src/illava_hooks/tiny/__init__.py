@@ -6,12 +6,13 @@ words of ``questions.vocabulary``: enough to see and to measure what merging doe
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from illava_hooks.errors import InputError
 
-__all__ = ["TinyName", "folder", "load", "media"]
+__all__ = ["TinyName", "folder", "load", "media", "presets"]
 
 TinyName = Literal["llava_onevision", "qwen2_vl"]
 
@@ -28,6 +29,16 @@ def folder(name: str) -> Path:
     if name not in get_args(TinyName):
         raise InputError(f"tiny model is {name!r}; choose one of {list(get_args(TinyName))}")
     return Path(__file__).parent / name
+
+
+def presets(name: str) -> dict[str, Any]:
+    """What an embedded model's configuration says of where it merges: settings by modality.
+
+    Raises:
+        InputError: there is no embedded model of that name.
+    """
+    found: dict[str, Any] = json.loads((folder(name) / "config.json").read_text())["illava_presets"]
+    return found
 
 
 def media(name: str) -> Path:
