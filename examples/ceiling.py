@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 
 from illava_hooks import PRESETS
-from illava_hooks.engine.report import DecoderShape, EncoderShape, encoder_flops, kv_bytes, llm_flops
 from illava_hooks.config import MergeSchedule, llm_removed
+from illava_hooks.engine.report import DecoderShape, EncoderShape, encoder_flops, kv_bytes, llm_flops
 
 TEXT = 64
 SIGLIP = EncoderShape(
