@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from decode_helpers import SETTINGS
+from families import families, family_of
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, unpatch
-from tiny_models import IMAGE_ID, Inputs, Sample, Side, qwen_inputs, real_positions, tiny_qwen2_vl
+from tiny_models import IMAGE_ID, Inputs, Sample, Side, inputs_for, real_positions, tiny_model
 
+#: The family of the model inside.
+(INSIDE,) = (name for name in families() if "colqwen2" in family_of(name).retrievers)
 PAGE, LETTER = Sample(3, images=((64, 96),)), Sample(1, images=((48, 40),), text=(3, 9))
 QUERY = Sample(2, text=(12,))
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
@@ -20,7 +23,7 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 def retrieval_inputs(samples: list[Sample], side: Side = "left") -> Inputs:
     """Inputs as ColQwen2's processors give them: the patches of each image in a row of their own, padded."""
-    inputs = qwen_inputs(samples, side)
+    inputs = inputs_for(tiny_model(INSIDE), samples, side)
     if "pixel_values" in inputs:
         patches = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
         inputs["pixel_values"] = nn.utils.rnn.pad_sequence(list(patches), batch_first=True)
@@ -29,7 +32,7 @@ def retrieval_inputs(samples: list[Sample], side: Side = "left") -> Inputs:
 
 def tiny_retriever(make: Any) -> Any:
     """A model made from the config of the tiny Qwen2-VL, with its weights."""
-    plain = tiny_qwen2_vl()
+    plain = tiny_model(INSIDE)
     model = make(plain.config).eval()
     (model.vlm if hasattr(model, "vlm") else model).load_state_dict(plain.model.state_dict(), strict=False)
     return model
@@ -46,7 +49,7 @@ def embeddings(model: Any, inputs: Inputs, names: tuple[str, ...]) -> Tensor:
 @torch.no_grad()
 def by_hand(model: Any, inputs: Inputs, names: tuple[str, ...], settings: dict[str, Any] | None) -> Tensor:
     """The same from a plain Qwen2-VL and the model's last layer."""
-    plain = tiny_qwen2_vl()
+    plain = tiny_model(INSIDE)
     if settings:
         patch(plain, **settings)
     given = dict(inputs)
@@ -69,7 +72,7 @@ def check_retriever(make: Any, names: tuple[str, ...]) -> None:
         make: the model's class, as a function of the config of a Qwen2-VL.
         names: the inputs that the class takes.
     """
-    model, settings = tiny_retriever(make), SETTINGS["qwen2_vl"]
+    model, settings = tiny_retriever(make), SETTINGS[INSIDE]
     samples = [PAGE, LETTER]
     inputs, query = retrieval_inputs(samples), retrieval_inputs([QUERY])
     stock, asked = embeddings(model, inputs, names), embeddings(model, query, names)
@@ -107,7 +110,7 @@ def check_stages(make: Any, names: tuple[str, ...], stage: str) -> None:
     model = tiny_retriever(make)
     inputs = retrieval_inputs([PAGE])
     off = {"llm_layers": []} if stage == "encoder" else {"vit_layers": []}
-    settings = SETTINGS["qwen2_vl"] | off
+    settings = SETTINGS[INSIDE] | off
     stock = embeddings(model, inputs, names)
     patch(model, **settings)
     found = embeddings(model, inputs, names)

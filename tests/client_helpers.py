@@ -14,15 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from families import families, family
 from helpers import forward
 from illava_hooks import patch, tiny
 from tiny_models import FIRST_TEXT_ID, VOCAB_SIZE, Inputs
 
 #: Settings that merge in both stages of the embedded models.
-EMBEDDED: dict[str, dict[str, Any]] = {
-    "llava_onevision": {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.5},
-    "qwen2_vl": {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6},
-}
+EMBEDDED: dict[str, dict[str, Any]] = {name: dict(family(name).embedded_settings) for name in families(embedded=True)}
 QUESTION = "how many triangles are there ?"
 ANSWER = 3  #: tokens of the answer in `labelled`
 

@@ -1,6 +1,7 @@
 """What every test gets: one thread, a fixed seed, and no GPU test where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
@@ -19,6 +20,22 @@ def seed() -> int:
     value = 20241206
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Runs a test without autograd."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def golden_limit() -> Iterator[None]:
+    """Once all tests of a module have run, the largest error of every golden case is held to its limit."""
+    from golden_checks import check_limit
+
+    yield
+    check_limit()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

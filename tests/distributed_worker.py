@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from decode_helpers import IMAGE, IMAGES, SETTINGS, single
+from families import family_of
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, tiny_model
 
@@ -35,16 +36,14 @@ def labelled(model: Any, rank: int) -> Inputs:
 
 def layers_of(model: Any) -> list[nn.Module]:
     """The layers of both stages."""
-    base = model.model
-    vision = base.vision_tower.encoder.layers if model.config.model_type == "llava_onevision" else base.visual.blocks
-    return [*vision, *base.language_model.layers]
+    return [*family_of(model).encoder_layers(model), *model.model.language_model.layers]
 
 
 # ------------------------------------------------------------------------------------ the ways
 
 
 def ddp(model: Any) -> Any:
-    """Stock LLaVA-OneVision leaves the tower's last norm unused, which DDP must be told."""
+    """A stock model may leave parameters unused, such as a tower's last norm, which DDP must be told."""
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 

@@ -9,22 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_models import LLAVA_PATCH, QWEN_FRAMES_PER_SLICE, TILE, Sample, _llava_num_tiles, _qwen_grid
+from families import family_of
+from tiny_models import Sample
 
 #: Rules that give every token exactly one place; "cluster" and "drop" lose some.
 ONE_PLACE = ("recycle", "nearest", "diverse", "bipartite")
-
-
-def segments_of(model: Any, samples: Sequence[Sample]) -> list[list[int]]:
-    """Patches of every tile or frame of every image, then of every video, in prompt order."""
-    if model.config.model_type == "llava_onevision":
-        tile = (TILE // LLAVA_PATCH) ** 2
-        images = [_llava_num_tiles(model.config, size, len(s.images)) for s in samples for size in s.images]
-        return [[tile] * count for count in [*images, *(frames for s in samples for frames in s.videos)]]
-    grids = [_qwen_grid(1, size) for s in samples for size in s.images]
-    slices = [(math.ceil(frames / QWEN_FRAMES_PER_SLICE), s.video_size) for s in samples for frames in s.videos]
-    grids += [_qwen_grid(count, size) for count, size in slices]
-    return [[rows * columns] * time for time, rows, columns in grids]
 
 
 def removed_in_encoder(patches: int, vit_r: int | float, group: int, half_at_most: bool) -> int:
@@ -43,9 +32,10 @@ def check_report(model: Any, session: Any, samples: Sequence[Sample], real: Tens
     """The counts of every layer are those of the README, and text stays."""
     config, report = session.config, session.report
     schedule, half = config.image, config.method.merge == "bipartite"
-    group = 4 if model.config.model_type == "qwen2_vl" else 1
+    family = family_of(model)
+    group = family.patches_per_token
     expected = []
-    for segments in segments_of(model, samples):
+    for segments in family.segments(model, samples):
         steps = [sum(segments)]
         for layer in range(4):
             merges = layer in schedule.vit_layers and schedule.vit_r
@@ -65,8 +55,8 @@ def check_report(model: Any, session: Any, samples: Sequence[Sample], real: Tens
                 if layer in schedule.llm_layers:
                     tokens -= removed_in_decoder(tokens, schedule.llm_ratio, half)
                 assert visual.language_tokens[layer] == tokens > 0
-            if group == 4:
-                assert visual.language_tokens[0] == visual.vision_tokens[-1] // 4
+            if family.one_to_one:
+                assert visual.language_tokens[0] == visual.vision_tokens[-1] // group
 
 
 def check_widths(report: Any, cache: Any, static_length: int) -> None:
@@ -82,11 +72,11 @@ def check_widths(report: Any, cache: Any, static_length: int) -> None:
 def check_provenance(model: Any, session: Any) -> None:
     """Seats are places of the image, shares sum to 1, and where the rule loses none every patch has one place.
 
-    LLaVA-OneVision crops, interpolates and adds newlines between the stages: there shares need not sum to 1 later.
+    Where a family crops, interpolates or adds newlines between the stages, shares need not sum to 1 later.
     """
     provenance, report, method = session.provenance, session.report, session.config.method
     one_place = method.merge in ONE_PLACE
-    exact = model.config.model_type == "qwen2_vl"
+    exact = family_of(model).one_to_one
     for (stage, layer), found in provenance.merges.items():
         assert len(found.images) == len(report.visuals)
         for image, visual in zip(found.images, report.visuals, strict=True):

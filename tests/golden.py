@@ -1,8 +1,8 @@
-"""The golden cases: their numbers, the stock models with their weights, and the arithmetic of one merge.
+"""The golden cases: their numbers, and the arithmetic of one merge.
 
 The numbers in `data` come from the published code on tiny random models (see `data/README.md`). This module
-knows nothing of the library under test: it builds stock Hugging Face models, gives them the published weights
-under today's names, and holds what is needed to say what a merge must give.
+knows nothing of the library under test: it holds what is needed to say what a merge must give. The stock Hugging Face
+models that get the published weights under today's names are the families' (`tests/families/_*_golden.py`).
 """
 
 import functools
@@ -17,27 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from families import FAMILIES, family
 from helpers import TAKES_READY_FEATURES
 
 DATA = Path(__file__).parent / "data"
 NUM_LOGITS = 200  # the published numbers hold the logits of the ids 0..199
-
-QWEN2_VL_VOCAB = 256
-QWEN2_VL_IDS = {
-    151652: 200,
-    151653: 201,
-    151655: 202,
-    151656: 203,
-}  # published id -> id in the small vocabulary
 
 reached: dict[str, float] = {}
 """The largest error of every comparison, by its label: `report_reached` prints it."""
@@ -84,114 +71,6 @@ def rows(values: Tensor, ids: Sequence[int] | Tensor, num_rows: int) -> Tensor:
     return table
 
 
-def llava_onevision(vision: dict[str, Any], text: dict[str, Any], **config: Any) -> PreTrainedModel:
-    """Builds a stock LLaVA-OneVision with fixed random weights, its last two ids being image and video."""
-    vocab_size = text["vocab_size"]
-    torch.manual_seed(0)
-    model = LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False} | vision,
-            text_config={"model_type": "qwen2", "bos_token_id": None, "eos_token_id": None} | text,
-            image_token_index=vocab_size - 2,
-            video_token_index=vocab_size - 1,
-            **config,
-        )
-    )
-    return model.eval()
-
-
-TINY_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-}
-TINY_TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 16,
-}
-
-
-def encoder_model(case: str) -> PreTrainedModel:
-    """Builds the LLaVA-OneVision of a case A: its vision tower is the published one, the rest is small."""
-    config, num_tiles = cases()[case]["config"], cases()[case]["tiles"]
-    grid = [config["image_size"], config["image_size"] * (num_tiles - 1)]  # the first tile is the base
-    model = llava_onevision(config, TINY_TEXT, image_grid_pinpoints=[grid])
-    load_exactly(model.model.vision_tower, weights(f"{case}.w.vision_model."))
-    return model
-
-
-def encoder_inputs(case: str) -> dict[str, Tensor]:
-    """Returns the arguments of `get_image_features` for the one image of a case A."""
-    pixel_values = golden(case, "pixel_values_x32").float() / 32
-    height, width = pixel_values.shape[-2:]
-    return {
-        "pixel_values": pixel_values[None],
-        "image_sizes": torch.tensor([[height, width * (len(pixel_values) - 1)]]),
-    }
-
-
-def language_model() -> PreTrainedModel:
-    """Builds the LLaVA-OneVision of the cases B: its language model is the published one.
-
-    The published prompt is given as embeddings. Here its text rows are added to the embedding table, so that
-    the prompt can be given as ids; logits of the added ids are zero.
-    """
-    config = cases()["B1c"]["config"]
-    text = text_rows()
-    vocab_size = config["vocab_size"] + len(text) + 2
-    model = llava_onevision(TINY_VISION, config | {"vocab_size": vocab_size})
-    state = weights("B.w.")
-    table, head = state["model.embed_tokens.weight"], state.pop("lm_head.weight")
-    ids = range(len(table) + len(text))
-    state["model.embed_tokens.weight"] = rows(torch.cat([table, text]), ids, vocab_size)
-    load_exactly(model.model.language_model, {name.removeprefix("model."): value for name, value in state.items()})
-    load_exactly(model.lm_head, {"weight": rows(head, range(len(head)), vocab_size)})
-    return model
-
-
-def text_rows() -> Tensor:
-    """Returns the embeddings of the text of the prompt of the cases B, (text tokens, C)."""
-    start, stop = cases()["B1c"]["span"]
-    embeds = golden("B1", "inputs_embeds")[0]
-    return torch.cat([embeds[:start], embeds[stop:]])
-
-
-def qwen2_vl_model() -> PreTrainedModel:
-    """Builds the Qwen2-VL of the cases C and D, with a small vocabulary instead of the published one."""
-    config = cases()["qwen2_vl"]
-    ids = [QWEN2_VL_IDS.get(index, index) for index in tensors()["embed_row_ids"].tolist()]
-    no_specials = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
-            vision_config=config["vision_config"],
-            text_config=config["text_config"] | no_specials | {"vocab_size": QWEN2_VL_VOCAB},
-            **{
-                name: QWEN2_VL_IDS[published]
-                for name, published in (
-                    ("vision_start_token_id", 151652),
-                    ("vision_end_token_id", 151653),
-                    ("image_token_id", 151655),
-                    ("video_token_id", 151656),
-                )
-            },
-        )
-    )
-    state = weights("model.") | {"embed_tokens.weight": rows(tensors()["embed_rows"], ids, QWEN2_VL_VOCAB)}
-    head = rows(tensors()["lm_head_rows"], range(NUM_LOGITS), QWEN2_VL_VOCAB)
-    load_exactly(model.model.language_model, state)
-    load_exactly(model.model.visual, weights("visual."))
-    load_exactly(model.lm_head, {"weight": head})
-    return model.eval()
-
-
 # --------------------------------------------------------------------------------------------- prompts
 
 
@@ -228,40 +107,11 @@ def image_features(embeds: Tensor, spans: Sequence[tuple[int, int]]) -> dict[str
 
 
 def prompt_of(case: str) -> tuple[PreTrainedModel, Prompt]:
-    """Builds the stock model and the prompt of a case B or D."""
+    """Builds the stock model and the prompt of a case of a language stage."""
     if not TAKES_READY_FEATURES:
         pytest.skip("this release takes no ready-made features, which are all that is known of these prompts")
-    return llava_prompt(case) if case.startswith("B") else qwen2_vl_prompt(case)
-
-
-def llava_prompt(case: str) -> tuple[PreTrainedModel, Prompt]:
-    """Builds model and prompt of a case B."""
-    model = language_model()
-    start, stop = span = tuple(cases()[case]["span"])
-    embeds = golden("B1", "inputs_embeds")[0]
-    input_ids = torch.full((1, len(embeds)), model.config.image_token_id)
-    text = torch.arange(len(text_rows())) + cases()[case]["config"]["vocab_size"]
-    input_ids[0, :start], input_ids[0, stop:] = text[:start], text[start:]
-    inputs = {"input_ids": input_ids, "mm_encoder_outputs": image_features(embeds, [span])}
-    decode_position_ids = golden(case, "decode_position_ids")[:, None]
-    return model, Prompt(inputs, [span], torch.arange(len(embeds))[None], decode_position_ids)
-
-
-def qwen2_vl_prompt(case: str) -> tuple[PreTrainedModel, Prompt]:
-    """Builds model and prompt of a case D."""
-    model = qwen2_vl_model()
-    spans = [(start, stop) for start, stop in cases()[case]["spans"]]
-    input_ids = golden(case, "input_ids").clone()
-    for published, index in QWEN2_VL_IDS.items():
-        input_ids[input_ids == published] = index
-    inputs = {
-        "input_ids": input_ids[None],
-        "mm_token_type_ids": (input_ids == model.config.image_token_id).int()[None],
-        "image_grid_thw": torch.tensor(cases()[case]["image_grid_thw"]),
-        "mm_encoder_outputs": image_features(golden(case, "inputs_embeds"), spans),
-    }
-    position_ids = golden(case, "position_ids_full")[:, None]
-    return model, Prompt(inputs, spans, position_ids, golden(case, "decode_position_ids"))
+    (name,) = (name for name in FAMILIES if case in family(name).golden_cases)
+    return family(name).golden_prompt(case)
 
 
 # ----------------------------------------------------------------------------------------- one merge
@@ -307,7 +157,7 @@ def chained(merges: Sequence[Merge], num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def encoder_merges(case: str, num_segments: int = 1) -> list[list[Merge]]:
-    """Returns the merges of a case A or C: per segment (tile or image), layer after layer."""
+    """Returns the merges of a case of an encoder: per segment (tile or image), layer after layer."""
     layers = cases()[case]["settings"]["vit_layers"]
     indices = [
         [golden(case, f"{name}.{i}").view(num_segments, -1) for name in ("lowest", "kept_local")] for i in layers
@@ -316,13 +166,14 @@ def encoder_merges(case: str, num_segments: int = 1) -> list[list[Merge]]:
 
 
 def language_merges(case: str, spans: Sequence[tuple[int, int]]) -> list[list[Merge]]:
-    """Returns the merges of a case B or D: per visual span, layer after layer."""
+    """Returns the merges of a case of a language stage: per visual span, layer after layer."""
     settings = cases()[case]["settings"]
     merges: list[list[Merge]] = []
     for index in range(len(spans)):
         merges.append([])
         for layer in settings["llm_layers"]:
-            order = golden(case, f"order.{layer}" if case.startswith("B") else f"order.{layer}.{index}")
+            alone = f"order.{layer}"  # cases with one image only may leave its number out
+            order = golden(case, alone if f"{case}.{alone}" in tensors() else f"{alone}.{index}")
             num_merged = round(len(order) * (1 - settings["llm_ratio"]))
             merges[-1].append(Merge.from_order(order, len(order) - num_merged))
     return merges

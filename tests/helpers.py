@@ -13,12 +13,13 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import Cache
 
+from families import family, family_of
 from tiny_models import Inputs, Sample, inputs_for
 
 #: Settings that merge in both stages of the tiny models.
 MERGING: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [2], "llm_ratio": 0.5}
 
-#: Every kind of input; LLaVA-OneVision cuts the single images into tiles.
+#: Every kind of input; a family may cut single images into tiles.
 PROMPTS: dict[str, tuple[Sample, ...]] = {
     "image": (Sample(1, images=((60, 64),)),),
     "images": (Sample(2, images=((48, 30), (64, 64), (32, 32))),),
@@ -58,6 +59,11 @@ Found = dict[str, Tensor]
 def prompt(model: Any, kind: str, **kwargs: Any) -> Inputs:
     """The inputs of one kind for a model."""
     return inputs_for(model, PROMPTS[kind], **kwargs)
+
+
+def richest(name: str) -> str:
+    """The kind of prompt with most in it that a family takes."""
+    return "image and video" if family(name).with_videos else "images"
 
 
 # ---------------------------------------------------------------------------- what a model gives out
@@ -104,15 +110,8 @@ def generate(model: Any, inputs: Inputs, **kwargs: Any) -> Found:
 
 
 def feature_arguments(model: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """What the feature methods take, by modality; up to 5.17 LLaVA-OneVision's frames are `pixel_values`."""
-    arguments = {
-        "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
-        "video": ("pixel_values_videos", "video_grid_thw"),
-    }
-    found = {kind: {n: inputs[n] for n in names if n in inputs} for kind, names in arguments.items()}
-    if "pixel_values_videos" in inputs and not TAKES_READY_FEATURES and model.config.model_type == "llava_onevision":
-        found["video"] = {"pixel_values": inputs["pixel_values_videos"]}
-    return {kind: named for kind, named in found.items() if arguments[kind][0] in inputs}
+    """What the feature methods take, by modality."""
+    return family_of(model).feature_arguments(inputs)
 
 
 def feature_outputs(model: Any, inputs: Inputs, **kwargs: Any) -> dict[str, Any]:

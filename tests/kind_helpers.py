@@ -9,32 +9,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import LlamaForCausalLM
 
+from families import family_of
 from helpers import Found, assert_says, forward
 from illava_hooks import PatchStateError, UnsupportedModelError
 from tiny_models import Inputs
 
 #: What forwards and `generate` of this release call the cache.
-CACHE = (
-    "cache" if "cache" in inspect.signature(Qwen2VLForConditionalGeneration.forward).parameters else "past_key_values"
-)
-
-TOWERS = {"llava_onevision": "vision_tower", "qwen2_vl": "visual"}
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-#: For padded rows: LLaVA-OneVision counts positions over padding.
+#: For padded rows: some stock forwards count positions over padding.
 PADDED = {"atol": 2e-4, "rtol": 0.0}
 
 
 def tower(model: Any) -> nn.Module:
     """The vision tower of a model with its head."""
-    return getattr(model.model, TOWERS[model.config.model_type])
+    return getattr(model.model, family_of(model).tower_name)
 
 
-def vision_layers(model: Any) -> nn.ModuleList:
+def vision_layers(model: Any) -> Any:
     """The layers of the vision encoder."""
-    return tower(model).encoder.layers if model.config.model_type == "llava_onevision" else tower(model).blocks
+    return family_of(model).encoder_layers(model)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -73,14 +70,7 @@ def works_or_refuses(call: Callable[[], Any], *parts: str) -> Any:
 
 def prompt_positions(model: Any, inputs: Inputs) -> Tensor:
     """Positions of each row as if it were alone: ``(B, N)``, or ``(3, B, N)``; padding has any."""
-    mask = inputs["attention_mask"]
-    if model.config.model_type != "qwen2_vl":
-        return (mask.cumsum(1) - 1).clamp_min(0)
-    if "image_grid_thw" not in inputs and "video_grid_thw" not in inputs:
-        return (mask.cumsum(1) - 1).clamp_min(0).expand(3, *mask.shape)
-    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
-    given = {name: inputs[name] for name in names if name in inputs}
-    return model.model.get_rope_index(inputs["input_ids"], attention_mask=mask, **given)[0]
+    return family_of(model).positions(model, inputs)
 
 
 def prefill(model: Any, inputs: Inputs, cache: Any = None) -> tuple[Any, Tensor]:
@@ -94,8 +84,6 @@ def prefill(model: Any, inputs: Inputs, cache: Any = None) -> tuple[Any, Tensor]
 
 def feed(model: Any, cache: Any, ids: Tensor, start: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logits of more text behind a cache, from position ``start`` of each row on."""
-    where = start[:, None] + torch.arange(ids.shape[1])
-    if model.config.model_type == "qwen2_vl":
-        where = where.expand(3, *where.shape)
+    where = family_of(model).spread(start[:, None] + torch.arange(ids.shape[1]))
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=where, **{CACHE: cache}).logits

@@ -1,12 +1,12 @@
 """A slow reference of the patched models, written from the description of the method with lists and loops.
 
 It imports nothing of the library. A single sample without padding goes through the stock model's own weights
-(`q_proj`, layer norms, MLPs, projector, patch merger, rotary tables, `pack_image_features`, `apply_pooling`);
-everything that merging adds (scores, order, weights, who holds what, which positions a layer sees) is spelled
-out token by token.
+(projections, layer norms, MLPs, projector, rotary tables, packing); everything that merging adds (scores, order,
+weights, who holds what, which positions a layer sees) is spelled out token by token. The encoders are the families'
+(`tests/families/_*_reference.py`), on the segments, rules and attention of this file.
 
 Vocabulary: a *segment* is what one encoder merge works on (tile, frame, temporal slice), counted in *units*
-(LLaVA-OneVision: one token; Qwen2-VL: a group of 4 patches). A *visual* is one image or video in the prompt;
+(one token, or a group of patches that stay together). A *visual* is one image or video in the prompt;
 its tokens in the language model form one *span*. *Logical* positions are those of the unpatched sequence. The
 *holder* of a token that was merged away is the survivor that stands for it.
 
@@ -16,17 +16,15 @@ Legend: `N` tokens of a segment, `C` hidden width, `H` heads, `D` head width, `L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, rotate_half
 
-NEWLINE = -1
+from families import family_of
+
 TAKEN_BY_RECYCLER = 5
 RECYCLER_SHARE = 0.05
 
@@ -330,7 +328,7 @@ def decoder_scores(name: str, query: Tensor, key: Tensor, row: int) -> list[floa
     return logits[:, row].softmax(-1).mean(0).tolist()
 
 
-def _heads(projected: Tensor, head_dim: int) -> Tensor:
+def heads_of(projected: Tensor, head_dim: int) -> Tensor:
     """(N, H * D) to (H, N, D)."""
     return projected.view(len(projected), -1, head_dim).transpose(0, 1)
 
@@ -435,147 +433,7 @@ class Visual:
 @torch.no_grad()
 def vision_stage(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> list[Visual]:
     """Runs the vision encoder with merging: images first, then videos, each in the order of the inputs."""
-    stage = {"llava_onevision": _llava_visuals, "qwen2_vl": _qwen_visuals}[model.config.model_type]
-    return list(stage(model, inputs, settings))
-
-
-def _llava_visuals(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
-    if "pixel_values" in inputs:
-        numbers = inputs.get("batch_num_images")
-        alone = [True] * len(inputs["image_sizes"]) if numbers is None else [n == 1 for n in numbers for _ in range(n)]
-        for pixels, size, tiled in zip(inputs["pixel_values"], inputs["image_sizes"], alone, strict=True):
-            yield _llava_image(model, pixels, size, tiled, settings)
-    for pixels in inputs.get("pixel_values_videos", ()):
-        yield _llava_video(model, pixels, settings)
-
-
-def _llava_segment(
-    model: Any, pixels: Tensor, settings: ReferenceSettings, visible: list[bool] | None = None
-) -> Segment:
-    """One tile or frame (3, height, width) through the tower and the projector."""
-    tower = model.model.vision_tower
-    hidden = tower.embeddings(pixels[None])[0]
-    segment = Segment.full(len(hidden), unit=1, visible=visible)
-    num_layers = model.config.vision_feature_layer % (len(tower.encoder.layers) + 1)
-    for index, layer in enumerate(tower.encoder.layers[:num_layers]):
-        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        query, key, value = (
-            _heads(projection(normed), attention.head_dim)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        hidden = hidden + attention.out_proj(attend(query, key, value, causal=False))
-        if index in settings.vit_layers:
-            hidden = segment.merge(settings, hidden, query, key)
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    segment.values = model.model.multi_modal_projector(hidden)
-    return segment
-
-
-def _llava_image(model: Any, pixels: Tensor, size: Tensor, tiled: bool, settings: ReferenceSettings) -> Visual:
-    config = model.config
-    num_tiles = 1
-    if tiled:
-        num_tiles = image_size_to_num_patches(
-            size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size
-        )
-    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    places = _packed_places(model, num_tiles, tokens, size)
-    inside = set(places)
-    segments = [
-        _llava_segment(model, pixels[t], settings, [t * tokens + u in inside for u in range(tokens)])
-        for t in range(num_tiles)
-    ]
-    visual = _placed_visual(places, segments, tokens, model.model.image_newline)
-    full = _pack(model, torch.stack([s.expanded() for s in segments]), size, model.model.image_newline)
-    if len(full) == len(places):
-        return visual
-    return _shrunk_visual(model, visual, full, segments, size)
-
-
-def _pack(model: Any, tiles: Tensor, size: Tensor, newline: Tensor, aspect_ratio: str | None = None) -> Tensor:
-    """The stock packing of one image: (tiles, tokens, C) to (length, C)."""
-    packed, _ = model.model.pack_image_features(
-        [tiles],
-        size[None],
-        image_newline=newline,
-        vision_aspect_ratio=aspect_ratio or model.config.vision_aspect_ratio,
-    )
-    return packed[0]
-
-
-def _packed_places(model: Any, num_tiles: int, tokens: int, size: Tensor) -> list[int]:
-    """Which tile token (tile * tokens + unit) stands at each packed position, big images not shrunk."""
-    numbers = torch.arange(num_tiles * tokens, dtype=torch.float64).view(num_tiles, tokens, 1)
-    newline = torch.tensor([float(NEWLINE)], dtype=torch.float64)
-    packed = _pack(model, numbers, size, newline, aspect_ratio="anyres_max_1000000")
-    return [int(number) for number in packed[:, 0].tolist()]
-
-
-def _placed_visual(places: list[int], segments: list[Segment], tokens: int, newline: Tensor) -> Visual:
-    """An image whose packed positions are single tile tokens or newlines."""
-    position_of = {place: position for position, place in enumerate(places)}
-    expanded = [segment.expanded() for segment in segments]
-    values, kept, holder = [], [], []
-    for position, place in enumerate(places):
-        if place == NEWLINE:
-            values.append(newline)
-            kept.append(True)
-            holder.append(position)
-            continue
-        tile, unit = divmod(place, tokens)
-        values.append(expanded[tile][unit])
-        kept.append(unit in segments[tile].seats)
-        holder.append(position_of.get(tile * tokens + segments[tile].holder[unit]))
-    remaining = [position for position in range(len(places)) if kept[position]]
-    holder = [nearest_index(p, remaining) if held is None else held for p, held in enumerate(holder)]
-    return Visual("image", torch.stack(values), kept, holder, segments)
-
-
-def _shrunk_visual(model: Any, placed: Visual, full: Tensor, segments: list[Segment], size: Tensor) -> Visual:
-    """An image whose grid is interpolated down: the base tile stays as placed, the grid is chosen by mass.
-
-    `full` is the stock packing of the expanded features.
-    """
-    newline = torch.tensor([float(NEWLINE)])
-    masses = _pack(model, torch.stack([s.mass() for s in segments])[..., None], size, newline)[:, 0].tolist()
-    base = len(segments[0].holder)
-    newlines = [p for p in range(base, len(full)) if masses[p] == NEWLINE]
-    columns = newlines[0] - base
-    grid = [p for p in range(base, len(full)) if masses[p] != NEWLINE]
-    survivors = sum(len(s.seats) for s in segments[1:])
-    originals = sum(len(s.holder) for s in segments[1:])
-    num_kept = -(-len(grid) * survivors // originals)
-    values, chosen, held = choose_by_mass(full[grid], [masses[p] for p in grid], columns, num_kept)
-    out = full.clone()
-    out[:base] = placed.values[:base]
-    out[grid] = values
-    kept = placed.kept[:base] + [True] * (len(full) - base)
-    holder = placed.holder[:base] + list(range(base, len(full)))
-    for index, position in enumerate(grid):
-        kept[position] = index in chosen
-        holder[position] = grid[held[index]]
-    return Visual("image", out, kept, holder, segments)
-
-
-def _llava_video(model: Any, pixels: Tensor, settings: ReferenceSettings) -> Visual:
-    segments = [_llava_segment(model, frame, settings) for frame in pixels]
-    values, kept, holder = [], [], []
-    for segment in segments:
-        pooled = model.model.apply_pooling(segment.expanded()[None])[0]
-        masses = model.model.apply_pooling(segment.mass()[None, :, None])[0, :, 0].tolist()
-        num_kept = -(-len(pooled) * len(segment.seats) // len(segment.holder))
-        frame, chosen, held = choose_by_mass(pooled, masses, math.isqrt(len(pooled)), num_kept)
-        holder += [len(kept) + index for index in held]
-        kept += [index in chosen for index in range(len(pooled))]
-        values += list(frame)
-    newline = len(kept)
-    return Visual(
-        "video",
-        torch.stack([*values, model.model.image_newline]),
-        [*kept, True],
-        [*holder, newline],
-        segments,
-    )
+    return list(family_of(model).reference_visuals(model, inputs, settings))
 
 
 def choose_by_mass(
@@ -614,72 +472,6 @@ def _distance(first: int, second: int, columns: int) -> int:
     """Squared distance on the grid, exact."""
     rows = first // columns - second // columns
     return rows**2 + (first % columns - second % columns) ** 2
-
-
-def _qwen_visuals(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
-    for kind, pixel_name, grid_name in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        start = 0
-        for grid in inputs.get(grid_name, ()):
-            count = int(grid.prod())
-            yield _qwen_visual(model, kind, inputs[pixel_name][start : start + count], grid, settings)
-            start += count
-
-
-def _qwen_visual(model: Any, kind: str, pixels: Tensor, grid: Tensor, settings: ReferenceSettings) -> Visual:
-    visual = model.model.visual
-    hidden = visual.patch_embed(pixels)
-    angles = _patch_angles(visual, hidden, _patch_places(grid.tolist(), visual.spatial_merge_size))
-    slices, length = int(grid[0]), int(grid[1] * grid[2])
-    segments = []
-    for part in range(slices):
-        rows = slice(part * length, (part + 1) * length)
-        segments.append(_qwen_segment(visual, hidden[rows], tuple(table[rows] for table in angles), settings))
-    kept, holder = [], []
-    for segment in segments:
-        start = len(kept)
-        holder += [start + seat for seat in segment.holder]
-        kept += [unit in segment.seats for unit in range(len(segment.holder))]
-    return Visual(kind, torch.cat([segment.expanded() for segment in segments]), kept, holder, segments)
-
-
-def _patch_places(grid: list[int], merge_size: int) -> Tensor:
-    """Row and column of each patch, (patches, 2): groups row by row, patches row by row inside a group."""
-    slices, rows, columns = grid
-    places = [
-        [group_row + row, group_column + column]
-        for group_row in range(0, rows, merge_size)
-        for group_column in range(0, columns, merge_size)
-        for row in range(merge_size)
-        for column in range(merge_size)
-    ]
-    return torch.tensor(places * slices)
-
-
-def _qwen_segment(visual: Any, hidden: Tensor, angles: tuple[Tensor, ...], settings: ReferenceSettings) -> Segment:
-    """One temporal slice through the blocks and the patch merger."""
-    unit = visual.spatial_merge_size**2
-    segment = Segment.full(len(hidden) // unit, unit)
-    cos, sin = angles
-    for index, block in enumerate(visual.blocks):
-        attention = block.attn
-        query, key, value = (
-            part.view(len(hidden), attention.num_heads, -1)
-            for part in attention.qkv(block.norm1(hidden)).chunk(3, dim=-1)
-        )
-        query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-        query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-        hidden = hidden + attention.proj(attend(query, key, value, causal=False))
-        if index in settings.vit_layers:
-            survivors_before = segment.seats
-            hidden = segment.merge(settings, hidden, query, key)
-            rows = [survivors_before.index(seat) * unit + offset for seat in segment.seats for offset in range(unit)]
-            cos, sin = cos[rows], sin[rows]
-        hidden = hidden + block.mlp(block.norm2(hidden))
-    segment.values = visual.merger(hidden)
-    return segment
 
 
 # ---------------------------------------------------------------------------- language stage
@@ -781,7 +573,7 @@ def reference_forward(
     language = model.model.language_model
     length = inputs["input_ids"].shape[1]
     tokens = _language_tokens(model, inputs["input_ids"][0], visuals)
-    positions = _positions(model, inputs)
+    positions = family_of(model).positions(model, inputs)
     cos, sin = _rotary(language, tokens.hidden, positions)
     query_place = length - 1 if query is None else query
     kept, caches = [], []
@@ -905,16 +697,6 @@ def _merge_spans(
     return decisions
 
 
-def _positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Positions as the unpatched model has them: (1, L), or (3, 1, L) for M-RoPE."""
-    if model.config.model_type == "llava_onevision":
-        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
-    if not {"image_grid_thw", "video_grid_thw"} & set(inputs):
-        return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device).expand(3, 1, -1)
-    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
-    return model.model.get_rope_index(inputs["input_ids"], **{n: inputs[n] for n in names if n in inputs})[0]
-
-
 def _rotary(language: Any, hidden: Tensor, positions: Tensor) -> list[Tensor]:
     """Cosines and sines (L, D); old releases give the three axes apart, each dimension belongs to one."""
     tables = language.rotary_emb(hidden, positions)
@@ -925,18 +707,15 @@ def _rotary(language: Any, hidden: Tensor, positions: Tensor) -> list[Tensor]:
     return [torch.stack([table[a, 0, :, d] for d, a in enumerate(axis)], -1) for table in tables]
 
 
-def _patch_angles(visual: Any, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the patches; old releases give the angles themselves."""
-    if "x" in signature(visual.rotary_pos_emb.forward).parameters:
-        cos, sin = visual.rotary_pos_emb(hidden, places)
-        return cos, sin
-    angles = visual.rotary_pos_emb(places).repeat(1, 2)
-    return angles.cos(), angles.sin()
-
-
 def _as_axes(position: Tensor) -> Tensor:
     """(axes, 1, 1) to what the rotary table wants: (1, 1) for one axis, else as it is."""
     return position[0] if len(position) == 1 else position
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: the first half of each head turns against the second."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def _decoder_layer(
@@ -945,10 +724,10 @@ def _decoder_layer(
     """One decoder layer on (n, C): new hidden states, rotated query and key heads, the grown cache."""
     attention, normed = layer.self_attn, layer.input_layernorm(hidden)
     query, key, value = (
-        _heads(projection(normed), attention.head_dim)
+        heads_of(projection(normed), attention.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
+    query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
     if cache is not None:
         key, value = torch.cat([cache[0], key], dim=1), torch.cat([cache[1], value], dim=1)
     groups = len(query) // len(key)

@@ -14,7 +14,8 @@ from transformers import SiglipVisionConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip import modeling_siglip as siglip
 
-from helpers import MERGING, prompt
+from families import family_of
+from helpers import MERGING, prompt, richest
 from illava_hooks import PatchStateError, patch
 from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import AttentionTap, EncoderTap, TappedConfig
@@ -151,7 +152,7 @@ class TestTap:
 class TestInAModel:
     def test_both_ways_give_the_same(self, family: str, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(family, attn_implementation=back_end)
-        inputs = prompt(model, "image and video")
+        inputs = prompt(model, richest(family))
         session = patch(model, **MERGING, track=True)
         found = []
         for answers in (True, False):
@@ -183,12 +184,8 @@ class TestInAModel:
         model = tiny_model(family, attn_implementation=back_end)
         patch(model, **MERGING)
         layer = MERGING["vit_layers"][0]
-        base = model.model
-        attention = (
-            base.vision_tower.encoder.layers[layer].self_attn
-            if family == "llava_onevision"
-            else base.visual.blocks[layer].attn
-        )
+        known = family_of(family)
+        attention = known.encoder_attention(known.encoder_layers(model)[layer])
         seen: list[int] = []
         attention.register_forward_hook(lambda *_: seen.append(layer))
         with torch.no_grad():

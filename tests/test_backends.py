@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from decode_helpers import SETTINGS
+from families import families, families_and, family_of
 from helpers import needs_any_head_width
 from illava_hooks import patch
-from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
+from tiny_models import Sample, inputs_for, tiny_model
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "llava_onevision": {"vit_layers": [1, 2], "vit_r": 6, "llm_layers": [1, 3], "llm_ratio": 0.6},
-    "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
-}
 RAGGED = [
     Sample(text_seed=1, images=((48, 30), (64, 64))),
     Sample(text_seed=2),
     Sample(text_seed=3, images=((32, 90),), videos=(4,)),
 ]
+SAMPLES = {"ragged": RAGGED, "single": RAGGED[:1], "images": [*RAGGED[:2], Sample(text_seed=3, images=((32, 90),))]}
 
 
 class FlashKernel:
@@ -80,11 +79,10 @@ def generated(model: Any, samples: list[Sample]) -> list[Tensor]:
     return list(done.logits)
 
 
-@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1]], ids=["ragged", "single"])
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_flash_attention(family: str, kernel: str, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = FlashKernel()
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
+def test_flash_attention(family: str, kind: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash, samples = FlashKernel(), SAMPLES[kind]
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kernel, flash)
     reference, model = tiny_model(family), tiny_model(family)
     for config in (model.config, model.config.text_config, model.config.vision_config):
@@ -101,13 +99,15 @@ def test_flash_attention(family: str, kernel: str, samples: list[Sample], monkey
 @needs_any_head_width
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # fused needs a compiler
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own call
-def test_flex_attention() -> None:
-    """Unfused on the CPU; stock Qwen2-VL does not offer it."""
+@pytest.mark.parametrize("family", families(back_end="flex_attention"))
+def test_flex_attention(family: str) -> None:
+    """Unfused on the CPU."""
+    samples = SAMPLES["ragged" if family_of(family).with_videos else "images"]
     with torch.compiler.set_stance("force_eager"):
-        model = tiny_model("llava_onevision", attn_implementation="flex_attention")
-        reference = tiny_model("llava_onevision")
-        patch(model, **SETTINGS["llava_onevision"])
-        patch(reference, **SETTINGS["llava_onevision"])
-        ours, expected = generated(model, RAGGED), generated(reference, RAGGED)
+        model = tiny_model(family, attn_implementation="flex_attention")
+        reference = tiny_model(family)
+        patch(model, **SETTINGS[family])
+        patch(reference, **SETTINGS[family])
+        ours, expected = generated(model, samples), generated(reference, samples)
     for step, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(step, wanted, atol=2e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched, single, steps
+from families import families_and, families_and_methods, family_of
 from illava_hooks import METHODS
 from tiny_models import FAMILIES, Sample, inputs_for
 
@@ -26,21 +27,18 @@ def check_forward(model: Any, batch: list[Sample], side: Any) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("back_end", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward(family: str, back_end: str, batch: str, side: str) -> None:
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
+def test_forward(family: str, batch: str, back_end: str, side: str) -> None:
     check_forward(patched(family, attn_implementation=back_end), BATCHES[batch], side)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
 def test_forward_of_every_method(family: str, method: str) -> None:
     check_forward(patched(family, method=method), RAGGED, "left")
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_greedy(family: str, batch: str) -> None:
     model = patched(family)
     ids, logits = steps(model, inputs_for(model, BATCHES[batch]))
@@ -51,8 +49,7 @@ def test_greedy(family: str, batch: str) -> None:
             torch.testing.assert_close(ours[row], expected[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_beam_search(family: str, batch: str) -> None:
     model = patched(family)
     settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 5}
@@ -73,10 +70,9 @@ def test_padding_never_changes_an_answer(family: str, padding: int, side: str) -
     with torch.no_grad():
         expected = model(**inputs).logits
         padded = dict(inputs)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            if name in padded:
-                amount = (padding, 0) if side == "left" else (0, padding)
-                padded[name] = torch.nn.functional.pad(padded[name], amount)
+        for name in family_of(family).token_inputs:
+            amount = (padding, 0) if side == "left" else (0, padding)
+            padded[name] = torch.nn.functional.pad(padded[name], amount)
         logits = model(**padded).logits
     real = slice(padding, None) if side == "left" else slice(None, -padding)
     torch.testing.assert_close(logits[:, real], expected, **TOLERANCE)

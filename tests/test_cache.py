@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from decode_helpers import IMAGES, KINDS, RAGGED, SETTINGS, next_positions, patched, single
+from families import families_and, family_of
 from helpers import assert_says, before
 from illava_hooks import PatchStateError, merging, patch, unpatch
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+SAMPLES = {"one": [IMAGES], "ragged": RAGGED, "both": KINDS["both"]}
 
 
 def saved_and_loaded(cache: Any) -> Any:
@@ -48,12 +50,13 @@ def prefill(model: Any, inputs: Inputs, static: bool = False) -> Any:
 
 
 def turn(model: Any, inputs: Inputs, cache: Any, ids: Tensor, start: int = 0) -> Tensor:
-    """Logits of text behind a prompt; explicit positions, since Qwen2-VL keeps those of its last prompt."""
+    """Logits of text behind a prompt; explicit positions, where a model keeps those of its last prompt."""
     rows = len(inputs["input_ids"])
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, start + ids.shape[1]), value=1)
-    where = next_positions(model, inputs, start + ids.shape[1]) if rows == 1 else {}
-    if rows > 1 and model.config.model_type == "qwen2_vl":
-        where = {"position_ids": torch.arange(300, 300 + start + ids.shape[1]).expand(3, rows, -1)}
+    if rows == 1:
+        where = next_positions(model, inputs, start + ids.shape[1])
+    else:
+        where = family_of(model).explicit(torch.arange(300, 300 + start + ids.shape[1]).expand(rows, -1))
     where = {name: positions[..., start:] for name, positions in where.items()}
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **where).logits
@@ -64,12 +67,10 @@ def layers(cache: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("samples", ["one", "ragged", "both"])
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_copy_goes_on_like_the_original(family: str, how: str, samples: str, static: bool) -> None:
-    model = patched(family)
-    batch = {"one": [IMAGES], "ragged": RAGGED, "both": KINDS["both"]}[samples]
+@pytest.mark.parametrize(("family", "samples"), families_and(SAMPLES))
+def test_a_copy_goes_on_like_the_original(family: str, samples: str, how: str, static: bool) -> None:
+    model, batch = patched(family), SAMPLES[samples]
     inputs = inputs_for(model, batch)
     cache = prefill(model, inputs, static)
     twin = COPIES[how](cache)
@@ -87,8 +88,9 @@ def test_a_copy_goes_on_like_the_original(family: str, how: str, samples: str, s
 
 
 @pytest.mark.parametrize("how", COPIES)
-def test_a_copy_can_do_what_the_original_can(how: str) -> None:
-    model = patched("llava_onevision")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_can_do_what_the_original_can(family: str, how: str) -> None:
+    model = patched(family)
     inputs = inputs_for(model, RAGGED)
     cache = prefill(model, inputs)
     twin = COPIES[how](cache)
@@ -107,9 +109,10 @@ def test_a_copy_can_do_what_the_original_can(how: str) -> None:
     assert twin.get_seq_length() == left and cache.get_seq_length() > left
 
 
-def test_a_cache_travels_to_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_travels_to_another_process(family: str, tmp_path: Path) -> None:
     """The other process has not merged anything yet, and imports nothing of ours by itself."""
-    model = patched("qwen2_vl")
+    model = patched(family)
     cache = prefill(model, single(model, IMAGES))
     (tmp_path / "cache").write_bytes(pickle.dumps(cache))
     code = """
@@ -139,7 +142,7 @@ def test_an_unpatched_model_refuses_a_merged_cache(family: str, samples: str, st
     model, again, stock = tiny_model(family), tiny_model(family), tiny_model(family)
     for one in (model, again):
         patch(one, **{**SETTINGS[family], **STAGES[stage]})
-    inputs = inputs_for(model, {"one": [IMAGES], "ragged": RAGGED}[samples])
+    inputs = inputs_for(model, SAMPLES[samples])
     ids = torch.randint(20, 100, (len(inputs["input_ids"]), num_new))
     cache, spare = prefill(model, inputs), prefill(model, inputs)
     before = layers(cache)
@@ -159,7 +162,7 @@ def test_an_unpatched_model_refuses_a_merged_cache(family: str, samples: str, st
 def test_a_patched_model_goes_on_with_merging_off(family: str, samples: str) -> None:
     """Text merges nothing anyway; only the masks have to know what the cache holds."""
     model = patched(family)
-    inputs = inputs_for(model, {"one": [IMAGES], "ragged": RAGGED}[samples])
+    inputs = inputs_for(model, SAMPLES[samples])
     ids = torch.randint(20, 100, (len(inputs["input_ids"]), 2))
     expected = turn(model, inputs, prefill(model, inputs), ids)
     cache = prefill(model, inputs)

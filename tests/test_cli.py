@@ -19,12 +19,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from typer.testing import CliRunner
 
+from families import FAMILIES, families, family_of
 from illava_hooks import PRESETS, tiny
 from illava_hooks.cli import app
 from illava_hooks.tiny.scenes import DIRECTIONS
 
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
-MODELS = ("tiny", "tiny-qwen2-vl")
+#: The embedded models as the command line calls them, and their families.
+MODELS = {family_of(name).embedded: name for name in families(embedded=True)}
 
 
 def illava(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -161,7 +163,7 @@ class TestVisualize:
         assert done.returncode == 0, done.stderr
         files = [Path(line) for line in done.stdout.splitlines()]
         assert all(file.is_file() for file in files)
-        schedule = PRESETS[{"tiny": "llava_onevision/tiny", "tiny-qwen2-vl": "qwen2_vl/tiny"}[model]]["image"]
+        schedule = PRESETS[f"{MODELS[model]}/tiny"]["image"]
         stages = [f"vision-layer{layer:02d}" for layer in schedule.vit_layers]
         stages += [f"language-layer{layer:02d}" for layer in schedule.llm_layers]
         for stage in [*stages, "strip"]:
@@ -181,7 +183,7 @@ class TestInfo:
     def test_versions_and_torchvision(self) -> None:
         done = illava("info")
         assert done.returncode == 0, done.stderr
-        for word in ("torch ", "transformers", "torchvision", "works", "illava-v2", "qwen2_vl", "cpu"):
+        for word in ("torch ", "transformers", "torchvision", "works", "illava-v2", "cpu", *FAMILIES):
             assert word in done.stdout, word
 
     @pytest.mark.parametrize("model", MODELS)

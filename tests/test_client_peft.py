@@ -21,6 +21,7 @@ from client_helpers import (
     with_other_answer,
 )
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, patched, single, steps
+from families import family_of
 from helpers import assert_differ, assert_near, assert_same, forward
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, inputs_for, tiny_model
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 ORDERS = ("adapter first", "patch first")
 EXACT = {"atol": 1e-6, "rtol": 1e-6}
-TOWER = {"llava_onevision": "vision_tower", "qwen2_vl": "visual"}
+TOWER = {name: family_of(name).tower_name for name in FAMILIES}
 
 
 def adapted(family: str, order: str, *, identity: bool, task: str | None = "CAUSAL_LM", **settings: Any) -> Any:
@@ -38,7 +39,7 @@ def adapted(family: str, order: str, *, identity: bool, task: str | None = "CAUS
     model = tiny_model(family)
     if order == "patch first":
         patch(model, **SETTINGS[family])
-    targets = ["q_proj", "k_proj", "fc1"] if family == "llava_onevision" else ["qkv", "q_proj", "k_proj", "fc1"]
+    targets = [*family_of(family).adapter_targets, family_of(family).encoder_mlp]
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=targets, init_lora_weights=identity, task_type=task, **settings
     )

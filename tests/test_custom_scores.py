@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decode_helpers import BOTH, IMAGES, KINDS, RAGGED, SETTINGS
+from decode_helpers import IMAGES, KINDS, RAGGED, RICHEST, SETTINGS
 from helpers import assert_differ, assert_same, assert_says, forward
 from illava_hooks import MergeConfigError, Method, patch, session_of
 from illava_hooks.merge.scores import ScoreInputs
@@ -38,7 +38,7 @@ def run(family: str, method: Method, batch: Any) -> tuple[dict[str, Tensor], Any
 @pytest.mark.parametrize("stages", [STAGES[:1], STAGES[1:], STAGES], ids=["encoder", "language model", "both"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_dtype_works_like_float32(family: str, stages: tuple[str, ...], dtype: torch.dtype) -> None:
-    batch = [*RAGGED, BOTH]
+    batch = [*RAGGED, RICHEST[family]]
     expected, _ = run(family, Method("mine", **dict.fromkeys(stages, scored_by(torch.float32))), batch)
     found, session = run(family, Method("mine", **dict.fromkeys(stages, scored_by(dtype))), batch)
     assert_same(found, expected)

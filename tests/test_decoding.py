@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, next_positions, patched, single, steps
+from decode_helpers import IMAGE, IMAGES, KINDS, RAGGED, RICHEST, TEXT, next_positions, patched, single, steps
+from families import families_and, family_of
 from helpers import before, needs_ready_features, needs_tracing
 from illava_hooks import PatchStateError, merging, session_of
 from illava_hooks.engine.compat import CACHE
@@ -29,8 +30,7 @@ def text_turn(model: Any, cache: Any, ids: Tensor, positions: dict[str, Tensor])
         return model(input_ids=ids, **{CACHE: cache}, **positions).logits
 
 
-@pytest.mark.parametrize("kind", ["image", "images", "video", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "images", "video", "both"], KINDS))
 def test_generate_is_step_by_step_forward(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -45,8 +45,7 @@ def test_generate_is_step_by_step_forward(family: str, kind: str) -> None:
             torch.testing.assert_close(out.logits[:, -1], logits[step + 1], **CLOSE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_cache_lengths_are_the_plan(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -86,30 +85,24 @@ def test_second_turn_of_text(family: str, static: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_second_turn_with_a_new_image(family: str) -> None:
     """The new image merges by itself; what follows may be fed at once or token by token."""
-    model = patched(family)
-    first, second = single(model, IMAGE), single(model, BOTH)
+    model, known = patched(family), family_of(family)
+    first, second = single(model, IMAGE), single(model, RICHEST[family])
     visual = (second["input_ids"][0] < 10).nonzero().max() + 1  # the last placeholder or vision marker
     start = first["input_ids"].shape[1]
 
     def positions(count: slice) -> dict[str, Tensor]:
-        if family != "qwen2_vl":
-            return {}
-        grids = {name: second[name] for name in ("image_grid_thw", "video_grid_thw")}
-        types = second["mm_token_type_ids"]
-        table, _ = model.model.get_rope_index(second["input_ids"], mm_token_type_ids=types, **grids)
-        return {"position_ids": (next_positions(model, first, 1)["position_ids"] + table)[..., count]}
+        starts = next_positions(model, first, 1)
+        return {name: (start + known.positions(model, second))[..., count] for name, start in starts.items()}
 
     def run(pieces: list[slice]) -> tuple[Tensor, Any]:
         with torch.no_grad():
             cache = model(**first).past_key_values
             logits = []
             for index, piece in enumerate(pieces):
-                per_token = {n: second[n][:, piece] for n in ("input_ids", "mm_token_type_ids") if n in second}
-                skipped = ("input_ids", "mm_token_type_ids", "attention_mask")
-                pixels = {n: v for n, v in second.items() if n not in skipped} if index == 0 else {}
+                names = ["input_ids"] if index else [n for n in known.token_inputs if n != "attention_mask"]
+                per_token = {name: second[name][:, piece] for name in names}
+                pixels = {n: v for n, v in second.items() if n not in known.token_inputs} if index == 0 else {}
                 given = positions(piece)
-                if family == "qwen2_vl" and index:
-                    per_token.pop("mm_token_type_ids")
                 logits.append(model(**per_token, **pixels, **given, **{CACHE: cache}).logits)
             return torch.cat(logits, dim=1), cache
 
@@ -125,26 +118,22 @@ def test_second_turn_with_a_new_image(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batch_takes_a_second_turn(family: str) -> None:
-    model = patched(family)
+    model, known = patched(family), family_of(family)
     ids = torch.randint(20, 100, (2, 4))
     inputs = inputs_for(model, [IMAGES, TEXT])
     mask = torch.cat([inputs["attention_mask"], torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])], dim=1)
     where: dict[str, Tensor] = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -4:]}
     alone_where: list[dict[str, Tensor]] = [{}, {}]
     with torch.no_grad():
-        cache = model(
-            **inputs,
-            **(
-                {} if family == "qwen2_vl" else {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
-            ),
-        ).past_key_values
-        if family == "qwen2_vl":
+        counted = {} if known.keeps_positions else {"position_ids": known.positions(model, inputs)}
+        cache = model(**inputs, **counted).past_key_values
+        if known.keeps_positions:
             firsts = [
                 next_positions(model, single(model, IMAGES), 4)["position_ids"],
-                torch.arange(10, 14).expand(3, 1, 4),
+                known.spread(torch.arange(10, 14)[None]),
             ]
-            where = {"position_ids": torch.cat(firsts, dim=1)}
-            alone_where = [{"position_ids": firsts[0]}, {"position_ids": torch.arange(12, 14).expand(3, 1, 2)}]
+            where = {"position_ids": torch.cat(firsts, dim=-2)}
+            alone_where = [{"position_ids": firsts[0]}, known.explicit(torch.arange(12, 14)[None])]
         logits = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **where).logits
         for row, (sample, new) in enumerate(zip([IMAGES, TEXT], [ids[:1], ids[1:, 2:]], strict=True)):
             past = model(**single(model, sample)).past_key_values
@@ -161,8 +150,7 @@ def test_padded_batch_takes_a_second_turn(family: str) -> None:
         torch.testing.assert_close(logits[1, -1], alone[0, -1], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["image", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS))
 def test_prompt_lookup_equals_greedy(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -222,8 +210,7 @@ def test_streaming(family: str) -> None:
     assert torch.equal(torch.cat(stream.pieces), torch.cat([ids[0], torch.tensor([-1])]))
 
 
-@pytest.mark.parametrize("kind", ["image", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS))
 def test_without_a_cache_the_prompt_ranks(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -234,8 +221,7 @@ def test_without_a_cache_the_prompt_ranks(family: str, kind: str) -> None:
         torch.testing.assert_close(ours, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_static_cache(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -279,8 +265,8 @@ def test_cache_operations_carry_the_padding(family: str) -> None:
             return model(**inputs).past_key_values
 
     def decode(cache: Any, ids: Tensor, rows: Tensor) -> Tensor:
-        # Qwen2-VL keeps the rope deltas of the last prompt on the model, which know nothing of reordering.
-        where = {"position_ids": torch.full((3, len(ids), 1), 300)} if family == "qwen2_vl" else {}
+        # What a model keeps of the positions of its last prompt knows nothing of reordering.
+        where = family_of(family).explicit(torch.full((len(ids), 1), 300))
         with torch.no_grad():
             return model(input_ids=ids, attention_mask=mask[rows], **{CACHE: cache}, **where).logits
 
@@ -316,7 +302,8 @@ def test_crop_takes_text_only(family: str) -> None:
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
     torch.testing.assert_close(text_turn(model, cache, ids, positions), first, **CLOSE)
     before = key_lengths(cache)
-    with pytest.raises(PatchStateError, match="cannot crop 20 tokens: only the last 1[01] came after"):
+    last = 10 + family_of(family).markers_behind
+    with pytest.raises(PatchStateError, match=f"cannot crop 20 tokens: only the last {last} came after"):
         cache.crop(-20)
     assert key_lengths(cache) == before
     cache.crop(-10)
@@ -343,23 +330,17 @@ def test_reset_cache_starts_again(family: str) -> None:
 @needs_ready_features
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_and_ready_features(family: str) -> None:
-    model, plain = patched(family), tiny_model(family)
+    model, plain, known = patched(family), tiny_model(family), family_of(family)
     inputs = single(model, IMAGES)
     with torch.no_grad():
         expected = model(**inputs).logits
-        names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
-        pixels = {n: inputs[n] for n in names if n in inputs}
+        pixels = known.feature_arguments(inputs)["image"]
         embeds = model.get_input_embeddings()(inputs["input_ids"])
-        rest = {n: v for n, v in inputs.items() if n != "input_ids"}
-        where = {}
-        if family == "qwen2_vl":
-            types, grid = rest.pop("mm_token_type_ids"), inputs["image_grid_thw"]
-            where["position_ids"], _ = model.model.get_rope_index(
-                inputs["input_ids"], mm_token_type_ids=types, image_grid_thw=grid
-            )
+        of_ids = [name for name in known.token_inputs if name != "attention_mask"]
+        rest = {n: v for n, v in inputs.items() if n not in of_ids}
+        where = known.explicit_positions(model, inputs)
         torch.testing.assert_close(model(**rest, inputs_embeds=embeds, **where).logits, expected, **CLOSE)
-        kept = ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids")
-        bare = {n: inputs[n] for n in kept if n in inputs}
+        bare = known.beside_features(inputs)
         ready = model.get_image_features(**pixels, return_dict=True)
         given = model(**bare, mm_encoder_outputs={"image": ready}).logits
         torch.testing.assert_close(given, expected, **CLOSE)
@@ -383,11 +364,7 @@ def test_images_after_a_padded_turn_of_text(family: str) -> None:
         tables = []
         for row in rows:
             alone, start = single(model, seconds[row]), sum(texts[row].text)
-            if family == "qwen2_vl":
-                names = ("image_grid_thw", "mm_token_type_ids")
-                table, _ = model.model.get_rope_index(alone["input_ids"], **{n: alone[n] for n in names})
-            else:
-                table = torch.arange(alone["input_ids"].shape[1])[None]
+            table = family_of(family).positions(model, alone)
             tables.append(torch.nn.functional.pad(table + start, (width - table.shape[-1], 0)))
         return torch.cat(tables, dim=-2)
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from decode_helpers import BOTH, IMAGES, TEXT, patched, steps
+from decode_helpers import IMAGES, RICHEST, TEXT, patched, steps
+from families import families_and_methods
 from helpers import assert_differ, assert_near, forward
 from illava_hooks import METHODS, merging, session_of
 from tiny_models import FAMILIES, inputs_for
@@ -27,11 +28,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
 def test_forward(family: str, method: str, dtype: torch.dtype) -> None:
     model = patched(family, method=method, track=True)
-    inputs = inputs_for(model, [IMAGES, TEXT, BOTH])
+    inputs = inputs_for(model, [IMAGES, TEXT, RICHEST[family]])
     expected = forward(model, inputs)
     report = session_of(model).report
     with default_dtype(dtype):

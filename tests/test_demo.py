@@ -21,6 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from demo_server import Server, call, fetch, serving, upload
+from families import families, family_of
 from illava_hooks import session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.demo import forms, view
@@ -35,11 +36,14 @@ HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is in the demo extra")
 SCENE, QUESTION = str(tiny.media("scene.png")), "how many triangles are there ?"
 NONE = ("", "", "", "")
+#: The family of the model that is taken where none is named, and what the command line calls the others.
+(DEFAULT,) = (name for name in families(embedded=True) if family_of(name).embedded == "tiny")
+OTHERS = [family_of(name).embedded for name in families(embedded=True) if name != DEFAULT]
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine("tiny", *tiny.load("llava_onevision"))
+    return Engine("tiny", *tiny.load(DEFAULT))
 
 
 def last(engine: Engine, request: Request) -> Progress:
@@ -189,14 +193,14 @@ class TestEngine:
         assert last(engine, Request(load_media(SCENE), QUESTION)).texts[False] == "2"
         assert len(shown) < 5_000 and session_of(engine.model) is None
 
-    @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl"])
+    @pytest.mark.parametrize("name", families(embedded=True))
     def test_warm_up_leaves_no_trace(self, name: str) -> None:
         engine = Engine(name, *tiny.load(name))
         engine.warm_up()
         assert session_of(engine.model) is None
 
     def test_a_closed_engine_answers_no_more(self) -> None:
-        engine = Engine("tiny", *tiny.load("llava_onevision"))
+        engine = Engine("tiny", *tiny.load(DEFAULT))
         engine.close()
         with pytest.raises(Exception, match="the page is closing"):
             last(engine, Request(load_media(SCENE), QUESTION))
@@ -384,8 +388,9 @@ class TestThePage:
         assert done.stderr.count("\n") == 1
 
     @pytest.mark.slow
-    def test_the_other_family(self) -> None:
-        with serving("--model", "tiny-qwen2-vl") as other:
+    @pytest.mark.parametrize("model", OTHERS)
+    def test_another_family(self, model: str) -> None:
+        with serving("--model", model) as other:
             notes, plain, merged, table, *_ = self.ask(other.url, [SCENE], question="what color is the star ?")
             assert (notes, plain, merged) == ("", "blue", "blue") and "→" in table
             assert (

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor
 
-from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, patched, single
+from decode_helpers import BOTH, IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
+from families import families, families_and, family_of
 from helpers import assert_differ, assert_same, assert_says, forward, needs_tracing, tensors_of
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
 from kind_helpers import CACHE, CLOSE, said
@@ -29,6 +30,7 @@ def labels(inputs: Inputs) -> Tensor:
     return found
 
 
+SAMPLES = {"image": IMAGE, "both": BOTH}
 #: What a call is given beside its inputs.
 GIVEN: dict[str, Callable[[Inputs], dict[str, Any]]] = {
     "nothing more": lambda inputs: {},
@@ -58,11 +60,10 @@ def positional(model: Any, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize("sample", [IMAGE, BOTH], ids=["image", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_is_the_call(family: str, sample: Any, given: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
+def test_forward_is_the_call(family: str, kind: str, given: str) -> None:
     model = patched(family)
-    inputs = single(model, sample)
+    inputs = single(model, SAMPLES[kind])
     more = GIVEN[given](inputs)
     expected = everything(model, inputs, **more)
     report = session_of(model).report
@@ -75,13 +76,12 @@ def test_forward_is_the_call(family: str, sample: Any, given: str) -> None:
 
 
 @pytest.mark.parametrize("around", ["whole", "bare"])
-@pytest.mark.parametrize("sample", [IMAGE, BOTH], ids=["image", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_of_the_base_model_is_its_call(family: str, sample: Any, around: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
+def test_forward_of_the_base_model_is_its_call(family: str, kind: str, around: str) -> None:
     """Whether the model around it was patched, or it alone."""
     model = tiny_model(family)
     patch(model if around == "whole" else model.model, **SETTINGS[family])
-    inputs = single(model, sample)
+    inputs = single(model, SAMPLES[kind])
     expected = everything(model.model, inputs)
     assert_same(everything(model.model.forward, inputs), expected)
     assert max(layer.shape[-2] for name, layer in expected.items() if "keys" in name) < inputs["input_ids"].shape[1]
@@ -100,9 +100,10 @@ def test_forward_by_position(family: str, part: str) -> None:
     assert_same(everything(functools.partial(called.forward, *args), rest), expected)
 
 
-def test_labels_by_position() -> None:
-    """They rank as named ones do; stock LLaVA-OneVision takes no labels by position."""
-    model = patched("qwen2_vl")
+@pytest.mark.parametrize("family", families(takes_labels_by_position=True))
+def test_labels_by_position(family: str) -> None:
+    """They rank as named ones do; not every stock model takes labels by position."""
+    model = patched(family)
     inputs = single(model, IMAGE)
     named = {**inputs, "labels": labels(inputs)}
     args, rest = positional(model, named)
@@ -120,7 +121,7 @@ def test_forward_behind_a_cache(family: str, part: str) -> None:
     inputs, token = single(model, IMAGE), torch.tensor([[30]])
     called = model if part == "head" else model.model
     at = torch.tensor([[inputs["input_ids"].shape[1]]])
-    where = {"position_ids": at if family == "llava_onevision" else at.expand(3, 1, 1)}
+    where = {"position_ids": family_of(family).spread(at)}
     with torch.no_grad():
         found = [
             step(input_ids=token, **{CACHE: prefill(**inputs).past_key_values}, **where)[0]
@@ -322,7 +323,7 @@ def test_forward_in_threads(family: str) -> None:
     work = [
         (single(model, IMAGE), {"logits_to_keep": 5}, True),
         (inputs_for(model, [IMAGES, TEXT]), {}, True),
-        (single(model, BOTH), {}, False),
+        (single(model, RICHEST[family]), {}, False),
         (single(model, IMAGES), {"labels": labels(single(model, IMAGES))}, True),
     ]
 
@@ -346,8 +347,9 @@ def test_forward_in_threads(family: str) -> None:
 
 @needs_tracing
 @pytest.mark.slow
-def test_forward_compiled() -> None:
-    model = tiny_model("qwen2_vl", vision={"depth": 1}, text={"num_hidden_layers": 2})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_compiled(family: str) -> None:
+    model = tiny_model(family, vision={family_of(family).depth_name: 1}, text={"num_hidden_layers": 2})
     patch(model, vit_layers=[0], vit_r=0.25, llm_layers=[1], llm_ratio=0.5)
     inputs = single(model, IMAGE)
     more = {"logits_to_keep": 5}

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    CLIPVisionConfig,
     DynamicCache,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from decode_helpers import IMAGE, SETTINGS, patched, single
+from families import families, families_and_methods, family_of
 from helpers import assert_says
 from illava_hooks import (
     METHODS,
+    PRESETS,
     IllavaHooksError,
     MergeConfigError,
     Method,
@@ -34,10 +34,13 @@ from illava_hooks import (
     session_of,
 )
 from illava_hooks.config import MergeSchedule
-from illava_hooks.engine import family as families
+from illava_hooks.engine import family as engine_family
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
+
+#: Every `model_type` that the library knows.
+SUPPORTED = sorted(kind for name in FAMILIES for kind in (*family_of(name).model_types, *family_of(name).retrievers))
 
 GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
 
@@ -79,17 +82,24 @@ def test_wrong_values(family: str, case: str) -> None:
     assert session_of(model) is None
 
 
-def test_no_token_left_in_a_tile() -> None:
+@pytest.mark.parametrize("family", families(with_tiles=True))
+def test_no_token_left_in_a_tile(family: str) -> None:
+    tile = family_of(family).tile_patches
+    half = -(-tile // 2)
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model("llava_onevision"), [1, 2], 32, [1], 0.5)
-    assert_says(caught.value, "^vit_r is 32:", "2 layers", "none of the 64 tokens", "use at most 31")
-    patch(tiny_model("llava_onevision"), [1, 2], 31, [1], 0.5)
+        patch(tiny_model(family), [1, 2], half, [1], 0.5)
+    assert_says(
+        caught.value, f"^vit_r is {half}:", "2 layers", f"none of the {tile} tokens", f"use at most {half - 1}"
+    )
+    patch(tiny_model(family), [1, 2], half - 1, [1], 0.5)
 
 
-def test_preset_layers_that_the_model_lacks() -> None:
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in PRESETS])
+def test_preset_layers_that_the_model_lacks(family: str) -> None:
+    first = min(layer for layer in PRESETS[family]["image"].vit_layers if layer > 3)
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model("llava_onevision"))
-    assert_says(caught.value, "^vit_layers contains 5", "from the preset; give it yourself", r"0\.\.3")
+        patch(tiny_model(family))
+    assert_says(caught.value, f"^vit_layers contains {first}", "from the preset; give it yourself", r"0\.\.3")
 
 
 def test_a_method_is_checked_when_made() -> None:
@@ -106,7 +116,7 @@ def test_a_method_is_checked_when_made() -> None:
 def test_things_that_are_no_model(model: Any) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model)
-    assert_says(caught.value, type(model).__name__, r"supported are \['llava_onevision', 'qwen2_vl'\]", "give one")
+    assert_says(caught.value, type(model).__name__, f"supported are {re.escape(str(SUPPORTED))}", "give one")
 
 
 def test_another_model() -> None:
@@ -114,7 +124,7 @@ def test_another_model() -> None:
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=1))
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model)
-    assert_says(caught.value, "Qwen2ForCausalLM", "'qwen2'", "llava_onevision")
+    assert_says(caught.value, "Qwen2ForCausalLM", "'qwen2'", f"supported are {re.escape(str(SUPPORTED))}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +159,7 @@ def test_cropping_into_merged_tokens(family: str) -> None:
         length = cache.get_seq_length()
         with pytest.raises(PatchStateError) as caught:
             cache.crop(-20)
-    last = 7 if family == "llava_onevision" else 8  # <|vision_end|>
+    last = 7 + family_of(family).markers_behind
     said = (
         "^cannot crop 20 tokens",
         f"only the last {last} came after merged visual tokens",
@@ -157,34 +167,6 @@ def test_cropping_into_merged_tokens(family: str) -> None:
     )
     assert_says(caught.value, *said)
     assert cache.get_seq_length() == length
-
-
-def test_another_vision_tower() -> None:
-    text = tiny_model("llava_onevision").config.text_config
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=4),
-            text_config=Qwen2Config(**{name: getattr(text, name) for name in names}, num_key_value_heads=2),
-            image_token_index=5,
-            video_token_index=6,
-        )
-    )
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(UnsupportedModelError) as caught:
-        patch(model, [1], 4, [1], 0.5)
-    assert_says(caught.value, "^vision_tower has CLIPEncoderLayer layers", "only SigLIP towers", "use one")
-    assert session_of(model) is None and [type(module) for module in model.modules()] == before
-
-
-def test_foreign_blocks_in_a_qwen2_vl() -> None:
-    model = tiny_model("qwen2_vl")
-    model.model.visual.blocks = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
-    with pytest.raises(UnsupportedModelError) as caught:
-        patch(model, **GOOD)
-    assert_says(caught.value, "^visual has Linear blocks", "use a stock Qwen2-VL model")
-    assert session_of(model) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -215,39 +197,11 @@ def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.Monke
 def test_a_release_whose_masks_cannot_be_told_not_to_look(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As up to transformers 5.14: there a mask of ones is looked at, which waits for the device."""
     model = tiny_model(family)
-    monkeypatch.setattr(families, "create_causal_mask", lambda config, inputs_embeds, attention_mask: None)
+    monkeypatch.setattr(engine_family, "create_causal_mask", lambda config, inputs_embeds, attention_mask: None)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "lacks 'allow_is_causal_skip'", "transformers 5", "use a version")
     assert session_of(model) is None
-
-
-def test_feature_layers_on_both_sides_of_a_merge() -> None:
-    model = tiny_model("llava_onevision", vision_feature_layer=[-1, -3])
-    with pytest.raises(UnsupportedModelError) as caught:
-        patch(model, [1, 2], 4, [1], 0.5)
-    assert_says(caught.value, r"^vision_feature_layer is \[-1, -3\]", r"\[1, 2\]", "vit_layers below 2")
-    patch(model, [1], 4, [1], 0.5)
-
-
-def test_feature_layer_given_to_a_call() -> None:
-    model = patched("llava_onevision")
-    with pytest.raises(UnsupportedModelError, match="spans the merging layers"):
-        model(**single(model, IMAGE), vision_feature_layer=[-1, 1])
-    with pytest.raises(UnsupportedModelError, match="strategy is 'default'.*use 'full'"):
-        model(**single(model, IMAGE), vision_feature_select_strategy="default")
-
-
-def test_strategy_that_drops_a_token() -> None:
-    model = tiny_model("llava_onevision", vision_feature_select_strategy="default")
-    with pytest.raises(UnsupportedModelError, match="strategy is 'default'.*use 'full' or vit_layers"):
-        patch(model, **GOOD)
-
-
-def test_compact_layout_needs_a_square() -> None:
-    with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model("llava_onevision"), [1], 4, [1], 0.5, method="illava-reference")
-    assert_says(caught.value, "layout 'compact'", "leaves 60", "'aligned'", "49")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -257,8 +211,9 @@ def test_results_before_a_forward(family: str) -> None:
         _ = session.report
 
 
-def test_switching_an_unpatched_model() -> None:
-    with pytest.raises(PatchStateError, match="is not patched; call patch"), merging(tiny_model("qwen2_vl"), False):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_switching_an_unpatched_model(family: str) -> None:
+    with pytest.raises(PatchStateError, match="is not patched; call patch"), merging(tiny_model(family), False):
         pass
 
 
@@ -276,7 +231,7 @@ def test_packed_sequences(family: str) -> None:
     inputs = single(model, IMAGE)
     length = inputs["input_ids"].shape[1]
     restarting = torch.cat([torch.arange(length - 4), torch.arange(4)])[None]
-    positions = restarting if family == "llava_onevision" else restarting.expand(4, 1, -1)
+    positions = family_of(family).packed(restarting)
     with pytest.raises(PatchStateError) as caught:
         model(**{**inputs, "attention_mask": None}, position_ids=positions, use_cache=False)
     assert_says(caught.value, "^position_ids restart", "packed", "pad instead")
@@ -287,7 +242,7 @@ def test_masks_of_the_users_own(family: str) -> None:
     model = patched(family)
     inputs = single(model, IMAGE)
     length = inputs["input_ids"].shape[1]
-    where: dict[str, Tensor] = {"position_ids": torch.arange(length).expand(3, 1, -1)} if family == "qwen2_vl" else {}
+    where = family_of(family).explicit(torch.arange(length)[None])
     inputs["attention_mask"] = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     with pytest.raises(PatchStateError) as caught:
         model(**inputs, **where)
@@ -297,7 +252,8 @@ def test_masks_of_the_users_own(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(family)
-    patch(model, [0, 1, 2, 3], 12 if family == "llava_onevision" else 24, [1], 0.01)
+    tiles = family_of(family).with_tiles
+    patch(model, [0, 1, 2, 3], 12 if tiles else 24, [1], 0.01)
     samples = [Sample(text_seed=1, images=((16, 16), (24, 16))), Sample(text_seed=2, images=((48, 30), (8, 8)))]
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="illava_hooks"):
         for _ in range(2):
@@ -305,43 +261,30 @@ def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogC
     assert logits.isfinite().all()
     assert all(visual.language_tokens[-1] >= 1 for visual in session_of(model).report.visuals)
     said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
-    if family == "llava_onevision":
-        assert said == []  # tiles are always whole
+    if tiles:
+        assert said == []  # they are always whole
     else:
         assert len(said) == 1 and said[0].startswith("vit_r is 24, more than some images") and "\n" not in said[0]
-
-
-def test_tiles_are_clamped_where_a_method_can_give_only_half(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("llava_onevision")
-    session = patch(model, [1, 2], 30, [1], 0.5, method="tome")
-    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="illava_hooks"):
-        for _ in range(2):
-            model(**single(model, IMAGE))
-    tiles = session.report.images[0].vision_tokens[0] // 64
-    assert session.report.images[0].vision_tokens == tuple(tiles * n for n in (64, 64, 34, 17, 17))
-    (said,) = (record.getMessage() for record in caplog.records if record.name == "illava_hooks")
-    assert said.startswith("vit_r is 30, more than some images") and "use a smaller vit_r" in said and "\n" not in said
 
 
 class Failure(RuntimeError):
     """What a hook of the test raises."""
 
 
-def places(model: Any, family: str) -> dict[str, nn.Module]:
-    base = model.model
-    llava = family == "llava_onevision"
-    vision = base.vision_tower.encoder.layers if llava else base.visual.blocks
+def places(model: Any) -> dict[str, Any]:
+    base, known = model.model, family_of(model)
+    vision: Any = known.encoder_layers(model)
     return {
         "encoder layer": vision[2],
         "merging encoder layer's MLP": vision[1].mlp,
-        "projector": base.multi_modal_projector if llava else base.visual.merger,
+        "projector": known.projector(model),
         "decoder layer": base.language_model.layers[2],
         "scored attention": base.language_model.layers[0].self_attn.q_proj,
         "norm": base.language_model.norm,
     }
 
 
-@pytest.mark.parametrize("place", places(tiny_model("qwen2_vl"), "qwen2_vl"))
+@pytest.mark.parametrize("place", places(tiny_model(FAMILIES[0])))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> None:
     model = patched(family)
@@ -352,7 +295,7 @@ def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> 
         def fail(*_: Any) -> None:
             raise Failure
 
-        handle = places(model, family)[place].register_forward_hook(fail)
+        handle = places(model)[place].register_forward_hook(fail)
         with pytest.raises(Failure):
             model(**inputs)
         with pytest.raises(Failure):
@@ -366,14 +309,15 @@ def test_an_exception_leaves_the_next_forward_right(family: str, place: str) -> 
     assert not transport.running_forward() and not transport.current_generation() and not transport.in_features()
 
 
-def test_every_method_has_a_schedule_it_can_run() -> None:
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
+def test_every_method_has_a_schedule_it_can_run(family: str, method: str) -> None:
     """No name in METHODS is refused with the identity settings."""
-    for name in METHODS:
-        patch(tiny_model("llava_onevision"), [], 0, [], 1.0, method=name)
+    patch(tiny_model(family), [], 0, [], 1.0, method=method)
 
 
-def test_numpy_numbers_are_numbers() -> None:
-    session = patch(tiny_model("qwen2_vl"), np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numpy_numbers_are_numbers(family: str) -> None:
+    session = patch(tiny_model(family), np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5))
     assert session.config.image == MergeSchedule((1, 2), 4, (2,), 0.5)
     assert type(session.config.image.vit_layers[0]) is int and "vit_layers=(1, 2)" in repr(session)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from families import families, families_and_methods, family_of
 from helpers import needs_ready_features
 from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
@@ -45,7 +46,9 @@ from illava_hooks.tools.evaluate import (
     sweep,
 )
 
-FAMILIES = ("llava_onevision", "qwen2_vl")
+FAMILIES = families(embedded=True)
+#: The smallest shape of each family.
+NARROW = {name: next(iter(family_of(name).shapes)) for name in families(shapes=True)}
 
 
 class TestStatistics:
@@ -82,16 +85,18 @@ class TestBudgets:
         model, processor = tiny.load(family)
         session = patch(model, **budget_settings(PRESETS[f"{family}/tiny"]["image"], stage, kept))
         run_items(model, processor, scene_items(20), batch_size=20)
-        # Whole tokens per tile, whole 2x2 groups, and LLaVA-OneVision's newlines, which the encoder cannot merge.
+        # Whole tokens per tile, whole 2x2 groups, and newlines, which the encoder cannot merge.
         assert session.report.kept_fraction == pytest.approx(kept, abs=0.09 if stage == "encoder" else 0.06)
 
-    def test_whole_fraction_is_identity(self) -> None:
-        model = tiny.load("qwen2_vl")[0]
-        config = patch(model, **budget_settings(PRESETS["qwen2_vl/tiny"]["image"], "both", 1.0)).config
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_whole_fraction_is_identity(self, family: str) -> None:
+        model = tiny.load(family)[0]
+        config = patch(model, **budget_settings(PRESETS[f"{family}/tiny"]["image"], "both", 1.0)).config
         assert config.image.is_identity
 
-    def test_out_of_range(self) -> None:
-        schedule = PRESETS["qwen2_vl/tiny"]["image"]
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_out_of_range(self, family: str) -> None:
+        schedule = PRESETS[f"{family}/tiny"]["image"]
         for wrong in (0.0, 1.5):
             with pytest.raises(InputError, match="kept is"):
                 budget_settings(schedule, "both", wrong)
@@ -105,8 +110,9 @@ class TestBudgets:
 
 
 class TestSweep:
-    def test_rows_are_right_and_resumable(self, tmp_path: Path) -> None:
-        model, processor = tiny.load("llava_onevision")
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_rows_are_right_and_resumable(self, family: str, tmp_path: Path) -> None:
+        model, processor = tiny.load(family)
         items = scene_items(20)
         file = tmp_path / "rows.jsonl"
         settings: dict[str, Any] = {"stages": ["both"], "fractions": [1.0, 0.5], "file": file, "batch_size": 5}
@@ -130,7 +136,7 @@ class TestSweep:
         ],
     )
     def test_what_cannot_be_is_told_before_anything_runs(self, asked: Any, told: str) -> None:
-        model, processor = tiny.load("llava_onevision")
+        model, processor = tiny.load(FAMILIES[0])
         ran: list[str] = []
         with pytest.raises(InputError, match=told):
             sweep(model, processor, scene_items(5), *asked, advance=ran.append)
@@ -165,7 +171,8 @@ class TestSweep:
             load_items("nothing", 5)
 
     def test_command(self) -> None:
-        arguments = "evaluate --questions 20 --methods illava,uniform,downsample --kept 0.5 --model tiny-qwen2-vl"
+        model = family_of(FAMILIES[-1]).embedded
+        arguments = f"evaluate --questions 20 --methods illava,uniform,downsample --kept 0.5 --model {model}"
         result = CliRunner().invoke(app, arguments.split())
         assert result.exit_code == 0, result.output
         rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
@@ -176,7 +183,7 @@ class TestSweep:
 
 class TestBench:
     @needs_ready_features
-    @pytest.mark.parametrize("shape", ["llava-onevision-0.5b", "qwen2-vl-2b"])
+    @pytest.mark.parametrize("shape", NARROW.values())
     @pytest.mark.parametrize("kind", ["tiles", "images", "frames"])
     def test_workloads_run_and_merge(self, shape: str, kind: str) -> None:
         load = {
@@ -206,13 +213,13 @@ class TestBench:
             sizes[name] = model.num_parameters() / 1e9
         # Published sizes less the vocabularies: 152,000 words times the width, twice where they are not tied.
         assert sizes == pytest.approx(
-            {"llava-onevision-0.5b": 0.76, "llava-onevision-7b": 6.96, "qwen2-vl-2b": 1.98, "qwen2-vl-7b": 7.2},
-            rel=0.04,
+            {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}, rel=0.04
         )
 
     @needs_ready_features
-    def test_patched_model_is_measured_in_turn(self) -> None:
-        model = build_shape("qwen2-vl-2b", narrow=True)
+    @pytest.mark.parametrize("shape", NARROW.values())
+    def test_patched_model_is_measured_in_turn(self, shape: str) -> None:
+        model = build_shape(shape, narrow=True)
         inputs = build_workload(model, Workload(patches=256, text=20))
         plain, merged = measure_alternating(model, inputs, {}, rounds=2, new_tokens=1)
         assert [m.merged for m in plain] == [False] * 2 and [m.merged for m in merged] == [True] * 2
@@ -221,7 +228,7 @@ class TestBench:
         assert measure(model, inputs, 1).merged
 
     @needs_ready_features
-    @pytest.mark.parametrize("shape", ["llava-onevision-0.5b", "qwen2-vl-2b"])
+    @pytest.mark.parametrize("shape", NARROW.values())
     def test_decode_steps_read_as_many_keys(self, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = build_shape(shape, narrow=True)
         inputs = build_workload(model, Workload(tiles=2, patches=256, text=20))
@@ -284,9 +291,10 @@ class TestBench:
         assert flops_fit([found(100, 1.0), found(200, 2.0), found(300, 3.3)], merged=True) == pytest.approx(0.1)
 
     @needs_ready_features
-    def test_command(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("shape", [NARROW[name] for name in families(shapes=True, with_tiles=True)])
+    def test_command(self, shape: str, tmp_path: Path) -> None:
         plot = tmp_path / "plot.png"
-        arguments = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
+        arguments = f"bench --shape {shape} --narrow --tiles 2 --rounds 1 --new-tokens 2".split()
         result = CliRunner().invoke(app, [*arguments, "--plot", str(plot)])
         assert result.exit_code == 0, result.output
         for word in ("encoder", "language model", "KV cache", "Worth it?", "ideal", "as many keys"):
@@ -300,25 +308,30 @@ class TestBench:
         assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
 
     @needs_ready_features
-    def test_fresh_processes(self) -> None:
-        arguments = "bench --shape qwen2-vl-2b --narrow --patches 256 --rounds 1 --new-tokens 1 --fresh --json".split()
+    @pytest.mark.parametrize("family", families(shapes=True, one_to_one=True))
+    def test_fresh_processes(self, family: str) -> None:
+        shape = NARROW[family]
+        arguments = f"bench --shape {shape} --narrow --patches 256 --rounds 1 --new-tokens 1 --fresh --json".split()
         body = json.loads(CliRunner().invoke(app, arguments).stdout)
         assert [body[kind]["runs"][0]["merged"] for kind in ("unpatched", "merged")] == [False, True]
-        assert body["report"]["visuals"][0]["prompt_tokens"] == 64
+        assert body["report"]["visuals"][0]["prompt_tokens"] == 256 // family_of(family).patches_per_token
         # Only a fresh process has a peak that earlier runs did not leave room for.
         assert all(body[kind]["runs"][0]["encoder"]["peak_bytes"] > 0 for kind in ("unpatched", "merged"))
 
     @needs_ready_features
-    def test_sweeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("shape", [NARROW[name] for name in families(shapes=True, one_to_one=True)])
+    def test_sweeps(self, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(comparison.SWEEPS, "patches", (64, 256))
-        arguments = "bench --shape qwen2-vl-2b --narrow --rounds 1 --new-tokens 2 --sweep patches".split()
+        arguments = f"bench --shape {shape} --narrow --rounds 1 --new-tokens 2 --sweep patches".split()
         result = CliRunner().invoke(app, arguments)
         rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
         assert len(rows) == 3 and rows[1].startswith("| 64 patches") and "follow the FLOPs within" in result.stdout
         refused = CliRunner().invoke(app, [*arguments[:-1], "moons"])
         assert refused.exit_code == 2 and "sweep is 'moons'" in refused.stderr
 
-    def test_every_method_has_a_budget(self) -> None:
-        model, processor = tiny.load("qwen2_vl")
-        rows = sweep(model, processor, scene_items(5), [*METHODS, "uniform"], ["both"], [0.6], batch_size=5)
-        assert len(rows) == len(METHODS) + 2
+    @pytest.mark.parametrize("family", families(embedded=True, one_to_one=True))
+    def test_every_method_has_a_budget(self, family: str) -> None:
+        model, processor = tiny.load(family)
+        methods = [method for name, method in families_and_methods([*METHODS, "uniform"]) if name == family]
+        rows = sweep(model, processor, scene_items(5), methods, ["both"], [0.6], batch_size=5)
+        assert len(rows) == len(methods) + 1

@@ -16,6 +16,7 @@ import torch
 import offline
 import quickstart
 import results
+from families import family_of
 
 EXAMPLES = Path(offline.__file__).parent
 
@@ -42,8 +43,7 @@ def test_quickstart() -> None:
     titles = [section.split(":")[0] for section in sections]
     assert titles == [f"{family}, {kind}" for family in offline.FAMILIES for kind in ("photo", "video")]
     for title, section in zip(titles, sections, strict=True):
-        # The paper's settings: LLaVA-OneVision keeps 361 of 729, then 0.7; Qwen2-VL 0.84^4, then 0.9^3.
-        expected = 361 / 729 * 0.7 if title.startswith("llava") else 0.84**4 * 0.9**3
+        expected = family_of(title.partition(",")[0]).paper_kept
         kept = re.search(r"kept fraction of visual tokens: ([\d.]+)", section)
         assert kept and float(kept[1]) == pytest.approx(expected, abs=0.04), section  # rounding
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from transformers import DynamicCache, StaticCache
 
-from decode_helpers import BOTH, IMAGE, KINDS, TEXT, patched, single
+from decode_helpers import IMAGE, KINDS, RICHEST, TEXT, patched, single
 from illava_hooks import merging, session_of
 from illava_hooks.engine import attention_tap, transport
 from illava_hooks.engine import session as sessions
@@ -92,7 +92,7 @@ PLACES: dict[str, tuple[Callable[[nn.Module, RaiseOnce], Any], type[BaseExceptio
 def test_an_error_in_any_module(family: str, place: str) -> None:
     """Raised once in each module in turn, the head and the whole model included; in a forward or a generation."""
     model = patched(family)
-    inputs, (register, error) = single(model, BOTH), PLACES[place]
+    inputs, (register, error) = single(model, RICHEST[family]), PLACES[place]
     expected = answer(model, inputs)
     names = modules_that_run(model, inputs)
     assert len(names) > 60 and "lm_head" in names and "model.language_model.layers.3.mlp" in names

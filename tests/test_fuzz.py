@@ -5,7 +5,9 @@ A failure prints the case and a line that repeats it.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from families import families_and_methods, family_of
 from fuzz_oracles import check_provenance, check_report, check_widths
 from helpers import prompt
 from illava_hooks import METHODS, Method, patch, unpatch
@@ -53,17 +56,17 @@ def layers(first: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 @st.composite
 def sample_of(draw: st.DrawFn, frames: int) -> Sample:
-    """Text with some images, sometimes a video."""
+    """Text with some images, sometimes a video, if it may have frames."""
     side = st.integers(1, 12).map(lambda n: 8 * n)
     images = draw(st.lists(st.tuples(side, side), max_size=3))
-    videos = (frames,) if draw(st.integers(0, 3)) == 0 else ()
+    videos = (frames,) if frames and draw(st.integers(0, 3)) == 0 else ()
     text = tuple(draw(st.integers(0, 9)) for _ in range(len(images) + len(videos))) + (draw(st.integers(1, 9)),)
     order = "".join(draw(st.permutations("i" * len(images) + "v" * len(videos))))
     video_size = (8 * draw(st.integers(1, 5)), 8 * draw(st.integers(1, 5)))
     return Sample(draw(st.integers(0, 9)), tuple(images), videos, text, order, video_size)
 
 
-def methods() -> st.SearchStrategy[str | Method]:
+def methods(names: Collection[str]) -> st.SearchStrategy[str | Method]:
     """A name, or one of the 192 other choices of scores, rule and weighing."""
     own = st.builds(
         lambda encoder, language, rule, proportional: Method("own", encoder, language, rule, "aligned", proportional),
@@ -72,19 +75,21 @@ def methods() -> st.SearchStrategy[str | Method]:
         st.sampled_from(sorted(RULES)),
         st.booleans(),
     )
-    return st.one_of(st.sampled_from(sorted(METHODS)), own)
+    return st.one_of(st.sampled_from(sorted(names)), own)
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any case that `patch` accepts."""
-    frames = draw(st.integers(1, 6))
+def cases(draw: st.DrawFn, name: str) -> Case:
+    """Any case that `patch` accepts for a family."""
+    known = family_of(name)
+    frames = draw(st.integers(1, 6)) if known.with_videos else 0
     samples = tuple(draw(st.lists(sample_of(frames), min_size=1, max_size=3)))
-    vit_layers, method = draw(layers(0)), draw(methods())
-    most = 63 // max(1, len(vit_layers))
+    vit_layers, method = draw(layers(0)), draw(methods([m for f, m in families_and_methods(METHODS) if f == name]))
+    tile = known.tile_patches or 64
+    most = (tile - 1) // max(1, len(vit_layers))
     vit_r = draw(st.one_of(st.integers(0, most), st.floats(0.01, 0.9)))
     if method == "illava-reference":  # survivors of a tile must form a square there
-        vit_layers, vit_r = vit_layers[:1], 64 - draw(st.integers(1, 8)) ** 2
+        vit_layers, vit_r = vit_layers[:1], tile - draw(st.integers(1, math.isqrt(tile))) ** 2
     return Case(
         samples,
         draw(st.sampled_from(["left", "right"])),
@@ -128,8 +133,9 @@ def next_steps(model: Any, inputs: Inputs, cache: str) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=CASES, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
-@given(case=cases())
-def test_promises(family: str, case: Case) -> None:
+@given(data=st.data())
+def test_promises(family: str, data: st.DataObject) -> None:
+    case = data.draw(cases(family), label="case")
     model = model_of(family, case.dtype)
     inputs = batch_of(model, case.samples, case.side)
     width, real = inputs["input_ids"].shape[1], inputs["attention_mask"].bool()
@@ -169,8 +175,9 @@ def check_rows(model: Any, case: Case, inputs: Inputs, logits: Tensor) -> None:
             torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_text_only_prompt_is_untouched() -> None:
-    model = model_of("qwen2_vl")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_only_prompt_is_untouched(family: str) -> None:
+    model = model_of(family)
     inputs = {n: v.double() if v.is_floating_point() else v for n, v in prompt(model, "text").items()}
     with torch.no_grad():
         stock = model(**inputs).logits

@@ -10,16 +10,22 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RAGGED, TEXT, VIDEO, next_positions, patched, single
+from families import families, families_and, family_of
 from helpers import assert_differ, before, feature_outputs, needs_ready_features
 from illava_hooks import merging
 from illava_hooks.engine.compat import CACHE
-from tiny_models import FAMILIES, FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
+from tiny_models import FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 #: Another padding is another width of the same products.
 PADDED = {"atol": 2e-4, "rtol": 0.0}
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
-PIXELS = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos")
+BATCHES = {
+    "ragged": RAGGED,
+    "with video": [VIDEO, TEXT, BOTH],
+    "images": [IMAGES, IMAGE],
+    "with text": [BOTH, TEXT],
+}
 NEW = 4
 
 
@@ -43,13 +49,12 @@ def assert_same_answers(ours: Any, theirs: Any, **tolerance: float) -> None:
 
 @needs_ready_features
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_ready_features_give_what_pixels_give(family: str, kind: str, way: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
     expected = generated(model, inputs, **WAYS[way])
-    rest = {name: value for name, value in inputs.items() if name not in PIXELS}
+    rest = family_of(family).beside_features(inputs)
     with torch.no_grad():
         ready = feature_outputs(model, inputs, return_dict=True)  # fresh: beams write to them
     assert_same_answers(generated(model, rest, mm_encoder_outputs=ready, **WAYS[way]), expected, **CLOSE)
@@ -59,9 +64,10 @@ def test_ready_features_give_what_pixels_give(family: str, kind: str, way: str) 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_give_what_ids_give(kind: str, way: str) -> None:
-    """LLaVA-OneVision; the other family needs ids to place its tokens, patched or not (see below)."""
-    model = patched("llava_onevision")
+@pytest.mark.parametrize("family", families(generates_from_embeddings=True))
+def test_embeddings_give_what_ids_give(family: str, kind: str, way: str) -> None:
+    """Other families need ids to place their tokens, patched or not (see below)."""
+    model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -69,9 +75,10 @@ def test_embeddings_give_what_ids_give(kind: str, way: str) -> None:
     assert_same_answers(found, expected, **CLOSE)
 
 
-def test_stock_qwen2_vl_places_embeddings_otherwise() -> None:
-    """The day that this fails, the test above is for both families."""
-    model = tiny_model("qwen2_vl")
+@pytest.mark.parametrize("family", families(generates_from_embeddings=False))
+def test_stock_places_embeddings_otherwise(family: str) -> None:
+    """The day that this fails, the test above is for the family as well."""
+    model = tiny_model(family)
     inputs = single(model, IMAGE)
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -81,10 +88,10 @@ def test_stock_qwen2_vl_places_embeddings_otherwise() -> None:
 # ------------------------------------------------------------------------------- beams and padding
 
 
-@pytest.mark.parametrize("batch", [RAGGED, [VIDEO, TEXT, BOTH]], ids=["ragged", "with video"])
 @pytest.mark.parametrize("back_end", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_beams_of_a_batch_are_those_of_its_rows(family: str, back_end: str, batch: list[Any]) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(["ragged", "with video"], BATCHES))
+def test_all_beams_of_a_batch_are_those_of_its_rows(family: str, kind: str, back_end: str) -> None:
+    batch = BATCHES[kind]
     model = patched(family, attn_implementation=back_end)
     settings = {"num_beams": 3, "num_return_sequences": 3}
     whole = generated(model, inputs_for(model, batch, side="left"), **settings)
@@ -101,17 +108,15 @@ def test_all_beams_of_a_batch_are_those_of_its_rows(family: str, back_end: str, 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("padding", [1, 3, 20])
-@pytest.mark.parametrize("kind", ["images", "both", "ragged"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["images", "both", "ragged"], KINDS))
 def test_padding_never_changes_an_answer(family: str, kind: str, padding: int, way: str) -> None:
     """Also where padding is not the pad token: the mask decides."""
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
     expected = generated(model, inputs, **WAYS[way])
     padded = dict(inputs)
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        if name in padded:
-            padded[name] = torch.nn.functional.pad(padded[name], (padding, 0))
+    for name in family_of(family).token_inputs:
+        padded[name] = torch.nn.functional.pad(padded[name], (padding, 0))
     noise = torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, padded["input_ids"].shape)
     padded["input_ids"] = torch.where(padded["attention_mask"].bool(), padded["input_ids"], noise)
     assert_same_answers(generated(model, padded, **WAYS[way]), expected, **PADDED)
@@ -120,11 +125,10 @@ def test_padding_never_changes_an_answer(family: str, kind: str, padding: int, w
 # ------------------------------------------------------------------------------------ second turns
 
 
-@pytest.mark.parametrize("batch", [[IMAGES, IMAGE], [BOTH, TEXT]], ids=["images", "with text"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_second_turn_goes_on_with_the_cache(family: str, batch: list[Any]) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(["images", "with text"], BATCHES))
+def test_a_second_turn_goes_on_with_the_cache(family: str, kind: str) -> None:
     """Two rows through `generate` twice, against each row alone through `forward`, token by token."""
-    model = patched(family)
+    model, batch = patched(family), BATCHES[kind]
     inputs = inputs_for(model, batch)
     first = generated(model, inputs, use_cache=True)
     question = torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, (2, 5))
@@ -196,13 +200,12 @@ ASSISTANTS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["image", "both"])
 @pytest.mark.parametrize("who", ASSISTANTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_assisted_decoding_is_greedy_decoding(family: str, who: str, kind: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS))
+def test_assisted_decoding_is_greedy_decoding(family: str, kind: str, who: str) -> None:
     """Candidates come in threes and are taken or cropped away; nothing merges for their sake."""
-    if (family, who) == ("qwen2_vl", "a text model"):
-        pytest.skip("stock: a text model does not take the mm_token_type_ids that generate hands on")
+    if who == "a text model" and (more := family_of(family).token_inputs[2:]):
+        pytest.skip(f"stock: a text model does not take the {', '.join(more)} that generate hands on")
     if who == "a text model" and before("5.18"):
         pytest.skip("stock: generate hands pixels on to the assistant")
     model, assistant = patched(family), ASSISTANTS[who](family)
@@ -225,8 +228,7 @@ def test_assisted_decoding_is_greedy_decoding(family: str, who: str, kind: str) 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_hidden_states_have_the_stock_shapes(family: str, kind: str, way: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])

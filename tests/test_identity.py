@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import families_and, families_and_methods
 from helpers import (
     MERGING,
     PROMPTS,
@@ -26,6 +27,7 @@ from helpers import (
     generate,
     logits,
     prompt,
+    richest,
 )
 from illava_hooks import METHODS, merging, patch, unpatch
 from illava_hooks.engine.compat import CACHE
@@ -93,10 +95,9 @@ def stock(family: str, back_end: str, kind: str) -> Found:
 
 
 @pytest.mark.parametrize("identity", IDENTITIES, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("kind", PROMPTS)
 @pytest.mark.parametrize("back_end", BACK_ENDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bitwise_the_stock_model(family: str, back_end: str, kind: str, identity: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(PROMPTS))
+def test_bitwise_the_stock_model(family: str, kind: str, back_end: str, identity: Callable[..., Any]) -> None:
     model = tiny_model(family, attn_implementation=back_end)
     inputs = prompt(model, kind)
     with identity(model, inputs):
@@ -107,14 +108,13 @@ def test_bitwise_the_stock_model(family: str, back_end: str, kind: str, identity
 @pytest.mark.parametrize("family", FAMILIES)
 def test_feature_outputs_have_the_stock_entries(family: str, identity: Callable[..., Any]) -> None:
     model = tiny_model(family)
-    inputs = prompt(model, "image and video")
+    inputs = prompt(model, richest(family))
     expected = {kind: list(out) for kind, out in feature_outputs(model, inputs).items()}
     with identity(model, inputs):
         assert {kind: list(out) for kind, out in feature_outputs(model, inputs).items()} == expected
 
 
-@pytest.mark.parametrize("kind", VISUAL)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(VISUAL, PROMPTS))
 def test_merging_would_be_seen(family: str, kind: str) -> None:
     model = tiny_model(family)
     inputs = prompt(model, kind)
@@ -140,7 +140,7 @@ def test_text_alone_is_bitwise_stock_while_merging(family: str, back_end: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_alone_stay_stock_when_only_the_language_model_merges(family: str) -> None:
     model = tiny_model(family)
-    inputs = prompt(model, "image and video")
+    inputs = prompt(model, richest(family))
     expected = features(model, inputs)
     patch(model, **{**MERGING, "vit_layers": []})
     assert_same(features(model, inputs), expected)
@@ -196,17 +196,16 @@ STAGES = {
 
 #: Stock eager attention gives NaN for padding in float64: its mask overflows in a float32 softmax.
 IDLE_CASES = [
-    (back_end, kind, dtype)
+    (family, back_end, kind, dtype)
+    for family, kind in families_and(VISUAL, PROMPTS)
     for back_end in BACK_ENDS
-    for kind in VISUAL
     for dtype in (torch.float32, torch.float64)
     if (back_end, kind, dtype) != ("eager", "ragged", torch.float64)
 ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("back_end", "kind", "dtype"), IDLE_CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "back_end", "kind", "dtype"), IDLE_CASES)
 def test_idle_machinery(family: str, back_end: str, kind: str, stage: str, dtype: Any) -> None:
     check_idle(family, kind, STAGES[stage], everything, attn_implementation=back_end, dtype=dtype)
 
@@ -216,8 +215,14 @@ def test_idle_machinery_with_right_padding(family: str) -> None:
     check_idle(family, "ragged", IDLE, forward, side="right", dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", VISUAL)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_idle_methods(family: str, kind: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "method", "kind"),
+    [
+        (family, method, kind)
+        for family, method in families_and_methods(METHODS)
+        for name, kind in families_and(VISUAL, PROMPTS)
+        if name == family
+    ],
+)
+def test_idle_methods(family: str, method: str, kind: str) -> None:
     check_idle(family, kind, {**IDLE, "method": method}, everything, dtype=torch.float64)

@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from families import families, family_of
 from helpers import assert_says
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.integrations.arguments import split_arguments
 
+EMBEDDED = families(embedded=True)
+#: How lmms-eval calls the families that it has.
+HARNESSES = {name: harness for name in EMBEDDED if (harness := family_of(name).lmms_eval) is not None}
+ON_ONE_DEVICE = [name for name, harness in HARNESSES.items() if harness.names_device]
 OFF = {"vit_layers": [], "vit_r": 0, "llm_layers": [], "llm_ratio": 1.0}
 PUBLISHED = {
     "enable_illava_vit": True,
@@ -62,7 +67,7 @@ class TestArguments:
         assert split_arguments(only_vit)[0] == expected
         assert split_arguments({**PUBLISHED, "enable_illava_llm": no})[0] == expected
         assert split_arguments({"enable_illava_vit": no})[0] == OFF
-        model, _ = tiny.load("llava_onevision")
+        model, _ = tiny.load(EMBEDDED[0])
         config = patch(model, **split_arguments({"enable_illava_vit": no})[0]).config
         assert config.image.is_identity and config.video.is_identity
 
@@ -89,9 +94,7 @@ class Harness:
 
     def __init__(self, pretrained: str, device: str = "cuda", device_map: str = "") -> None:
         self.given = {"device": device, "device_map": device_map}
-        self.model: Any = (
-            tiny.load(pretrained)[0] if pretrained in ("llava_onevision", "qwen2_vl") else torch.nn.Linear(1, 1)
-        )
+        self.model: Any = tiny.load(pretrained)[0] if pretrained in EMBEDDED else torch.nn.Linear(1, 1)
 
 
 @pytest.fixture
@@ -106,9 +109,9 @@ def lmms_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ours = "illava_hooks.integrations.lmms_eval.models"
     for parent in ("lmms_eval", "lmms_eval.models", "lmms_eval.models.chat", "lmms_eval.models.simple"):
         module(parent)
-    for kind in ("chat", "simple"):
-        module(f"lmms_eval.models.{kind}.llava_hf", LlavaHf=type(f"{kind}Llava", (Harness,), {}))
-    module("lmms_eval.models.simple.qwen2_vl", Qwen2_VL=type("Qwen2_VL", (Harness,), {}))
+    for harness in HARNESSES.values():
+        for place, name in harness.models.items():
+            module(f"lmms_eval.models.{place}", **{name: type(f"{place}.{name}", (Harness,), {})})
     module("lmms_eval.models.registry_v2", ModelManifest=lambda name, **paths: (name, paths))
     told: list[str] = []
     module("loguru", logger=type("Logger", (), {"info": staticmethod(told.append)}), told=told)
@@ -124,19 +127,14 @@ class TestLmmsEval:
         from illava_hooks.integrations.lmms_eval import manifests
 
         found = dict(manifests())
-        assert set(found) == {"llava_onevision_illava", "qwen2_vl_illava"}
+        assert set(found) == {f"{name}_illava" for name in HARNESSES}
         for paths in found.values():
             for path in paths.values():
                 module, _, name = path.rpartition(".")
                 assert module == lmms_eval.__name__ and issubclass(getattr(lmms_eval, name), Harness)
 
     @pytest.mark.parametrize(
-        ("name", "family"),
-        [
-            ("LlavaOnevisionIllava", "llava_onevision"),
-            ("LlavaOnevisionIllavaSimple", "llava_onevision"),
-            ("Qwen2VLIllava", "qwen2_vl"),
-        ],
+        ("name", "family"), [(name, family) for family, harness in HARNESSES.items() for name in harness.ours]
     )
     def test_the_loaded_model_is_patched(self, lmms_eval: Any, name: str, family: str) -> None:
         made = getattr(lmms_eval, name)(pretrained=family, device="cpu", vit_layers="3-4", vit_r=0.25, llm_ratio=1.0)
@@ -144,23 +142,27 @@ class TestLmmsEval:
         assert session is not None
         assert session.config == patch(tiny.load(family)[0], [3, 4], 0.25, llm_ratio=1.0).config
         assert len(sys.modules["loguru"].told) == 1 and "(3, 4)" in sys.modules["loguru"].told[0]
-        # The harness's default for LLaVA, an empty text, is no device map for transformers any more.
-        assert made.given == {"device": "cpu", "device_map": "cpu" if family == "llava_onevision" else ""}
+        # The harness's default of some classes, an empty text, is no device map for transformers any more.
+        assert made.given == {"device": "cpu", "device_map": "cpu" if HARNESSES[family].names_device else ""}
 
-    def test_a_device_map_that_is_given_stays(self, lmms_eval: Any) -> None:
-        made = lmms_eval.LlavaOnevisionIllava(pretrained="llava_onevision", device_map="auto")
+    @pytest.mark.parametrize("family", ON_ONE_DEVICE)
+    def test_a_device_map_that_is_given_stays(self, lmms_eval: Any, family: str) -> None:
+        made = getattr(lmms_eval, HARNESSES[family].ours[0])(pretrained=family, device_map="auto")
         assert made.given == {"device": "cuda", "device_map": "auto"}
 
+    @pytest.mark.parametrize("family", ON_ONE_DEVICE)
     def test_several_processes_spread_as_the_harness_does(
-        self, lmms_eval: Any, monkeypatch: pytest.MonkeyPatch
+        self, lmms_eval: Any, monkeypatch: pytest.MonkeyPatch, family: str
     ) -> None:
         monkeypatch.setattr(lmms_eval, "PartialState", lambda: type("State", (), {"num_processes": 2}))
-        made = lmms_eval.LlavaOnevisionIllava(pretrained="llava_onevision")
+        made = getattr(lmms_eval, HARNESSES[family].ours[0])(pretrained=family)
         assert made.given["device_map"] == ""
 
-    def test_wrong_settings_are_refused(self, lmms_eval: Any) -> None:
+    @pytest.mark.parametrize("family", HARNESSES)
+    def test_wrong_settings_are_refused(self, lmms_eval: Any, family: str) -> None:
+        ours = getattr(lmms_eval, HARNESSES[family].ours[0])
         with pytest.raises(MergeConfigError) as caught:
-            lmms_eval.Qwen2VLIllava(pretrained="qwen2_vl", llm_layers="0-1")
+            ours(pretrained=family, llm_layers="0-1")
         assert_says(caught.value, "llm_layers contains 0", "1..5")
         with pytest.raises(UnsupportedModelError):
-            lmms_eval.Qwen2VLIllava(pretrained="another")
+            ours(pretrained="another")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from families import families
 from illava_hooks import tiny
 from illava_hooks.tools.datasets import load_items, scene_items
 from illava_hooks.tools.evaluate import predict
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("family", families(embedded=True))
 def test_a_file_gives_the_same_answers_without_a_warning(family: str, tmp_path: Path) -> None:
     drawn = scene_items(5)
     lines = []
@@ -28,7 +29,8 @@ def test_a_file_gives_the_same_answers_without_a_warning(family: str, tmp_path: 
     assert predict(model, processor, read) == predict(model, processor, drawn)
 
 
-def test_easy_vqa_gives_no_warning() -> None:
+@pytest.mark.parametrize("family", families(embedded=True))
+def test_easy_vqa_gives_no_warning(family: str) -> None:
     pytest.importorskip("easy_vqa", reason="pip install easy-vqa")
-    model, processor = tiny.load("llava_onevision")
+    model, processor = tiny.load(family)
     assert len(predict(model, processor, load_items("easy-vqa", 2))) == 2

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT, patched, single
+from families import families_and
 from helpers import Found, assert_differ, assert_near, forward
 from illava_hooks import session_of
-from tiny_models import FAMILIES, FIRST_TEXT_ID, Inputs, Sample, inputs_for
+from tiny_models import FAMILIES, FIRST_TEXT_ID, IMAGE_ID, VIDEO_ID, Inputs, Sample, inputs_for
 
 SAMPLES = {"image": IMAGE, "images": IMAGES, "video and image": BOTH}
 ANSWER = 3
@@ -20,7 +21,7 @@ ANSWER = 3
 def behind_visuals(inputs: Inputs, row: int = 0) -> int:
     """The first position behind the last placeholder of a row."""
     ids = inputs["input_ids"][row]
-    return int(((ids == 5) | (ids == 6)).nonzero().max()) + 1
+    return int(((ids == IMAGE_ID) | (ids == VIDEO_ID)).nonzero().max()) + 1
 
 
 def labels_of(inputs: Inputs, kind: str, answer: int = ANSWER) -> Tensor:
@@ -71,8 +72,7 @@ def assert_no_tails(seats: list[Tensor], entered: list[Tensor]) -> None:
         assert not torch.equal(left, there[len(there) - len(left) :])
 
 
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_labels_before_the_visuals_do_not_rank(family: str, kind: str) -> None:
     model = patched(family, track=True)
     inputs = single(model, SAMPLES[kind])
@@ -87,8 +87,7 @@ def test_labels_before_the_visuals_do_not_rank(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("labelled", ["text", "everything"])
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_text_labelled_on_both_sides(family: str, kind: str, labelled: str) -> None:
     """Each text token is a label, or each token: the first one behind the visuals counts, markers included."""
     model = patched(family, track=True)
@@ -106,8 +105,7 @@ def test_text_labelled_on_both_sides(family: str, kind: str, labelled: str) -> N
 
 
 @pytest.mark.parametrize("labelled", ["before", "nothing"])
-@pytest.mark.parametrize("kind", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_without_later_labels_the_last_token_ranks(family: str, kind: str, labelled: str) -> None:
     model = patched(family, track=True)
     inputs = single(model, SAMPLES[kind])

@@ -8,14 +8,21 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from families import FAMILIES, family
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "illava_hooks"
+TESTS = ROOT / "tests"
+
+#: Where tests may know a family by its name.
+OF_ONE_FAMILY = ("families", "families_only", "data")
 
 #: The floor of each part of the package; a part is a module or a folder directly under the package.
 FLOORS = {
@@ -190,9 +197,39 @@ def undocumented(tree: ast.Module) -> list[str]:
     return missing
 
 
-def run_python(code: str) -> dict[str, object]:
+def says(text: str, name: str) -> bool:
+    """Whether a text holds a name at the start of a word, as `family_one`, `family-one` or `FamilyOne`."""
+    spelled = re.compile(r"(?<![a-z0-9])" + "[^a-z0-9]?".join(name.split("_")))
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", text)
+    return any(spelled.search(written.lower()) for written in (text, words))
+
+
+def names_in_code(tree: ast.AST, names: Iterable[str]) -> list[str]:
+    """List the strings and identifiers of a file that name a family, however they spell it.
+
+    Docstrings and comments may tell why something is as it is, and do not count.
+
+    Args:
+        tree: A parsed file.
+        names: The families, as `config.model_type` has them.
+    """
+    bodies = [node for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
+    first = [node.body[0].value for node in bodies if node.body and isinstance(node.body[0], ast.Expr)]
+    docstrings = {id(value) for value in first if isinstance(value, ast.Constant)}
+    wanted = list(names)
+    found = []
+    for node in ast.walk(tree):
+        said: list[Any] = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname", "module")]
+        if isinstance(node, ast.Constant) and id(node) not in docstrings:
+            said.append(node.value)
+        texts = [text for text in said if isinstance(text, str)]
+        found += [text for text in texts if any(says(text, name) for name in wanted)]
+    return found
+
+
+def run_python(code: str, *arguments: str) -> dict[str, object]:
     """Run code in a fresh interpreter and return the JSON that it prints last."""
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -244,6 +281,21 @@ class TestTheWalker:
         tree = ast.parse("class A:\n  def b(self): ...\n  def _c(self): ...\ndef d():\n  'Say.'\n  def e(): ...")
         assert sorted(undocumented(tree)) == ["A", "A.b", "the module itself"]
 
+    def test_finds_families_by_name(self) -> None:
+        code = """
+            'A family_one model.'
+            import x.family_one as family
+            from family_one import other
+            def f(family_one):
+                'FamilyOne again.'
+                return {'family-one/tiny': FamilyOneModel, f'{family}_family_one': other}
+            FAMILY_ONE, family_two = 1, 'myfamily one'
+        """
+        found = names_in_code(ast.parse(textwrap.dedent(code)), ["family_one"])
+        expected = ["x.family_one", "family_one", "family_one", "family-one/tiny", "FamilyOneModel", "_family_one"]
+        assert sorted(found) == sorted([*expected, "FAMILY_ONE"])
+        assert says("iLLaVA's MyLlavaModel", "llava") and not says("iLLaVA's illava_hooks", "llava")
+
 
 class TestTheHouse:
     """Where things may stand."""
@@ -273,8 +325,21 @@ class TestTheHouse:
                 assert all(name.startswith("illava_hooks.merge.") for name in foreign), (module, foreign)
 
     def test_the_reference_knows_nothing_of_the_library(self) -> None:
-        names = set(imported_names(ast.parse((ROOT / "tests" / "reference.py").read_text()), "reference", False))
-        assert "torch.Tensor" in names and not {name for name in names if name.startswith("illava_hooks")}
+        files = [TESTS / "reference.py", TESTS / "golden.py", TESTS / "tiny_models.py"]
+        files += [path for path in (TESTS / "families").glob("*.py") if not path.stem.endswith("_spots")]
+        assert len(files) > 6
+        for path in files:
+            names = set(imported_names(ast.parse(path.read_text()), path.stem, path.name == "__init__.py"))
+            assert not {name for name in names if name.startswith("illava_hooks")}, path
+            assert path.stem != "reference" or "torch.Tensor" in names
+
+    def test_only_a_familys_own_tests_name_it(self) -> None:
+        """A new family needs a module in `tests/families`, and no other file of the suite."""
+        shared = {path: path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py")}
+        shared = {path: ast.parse(path.read_text()) for path, top in shared.items() if top not in OF_ONE_FAMILY}
+        assert len(shared) > 70
+        found = {str(path.relative_to(TESTS)): names_in_code(tree, FAMILIES) for path, tree in shared.items()}
+        assert {name: names for name, names in found.items() if names} == {}
 
     def test_files_are_short(self) -> None:
         lengths = {name: len(path.read_text().splitlines()) for name, path in modules_of(PACKAGE).items()}
@@ -355,9 +420,8 @@ class TestImporting:
                 "modeling_flash_attention_utils", "generation.utils", "utils.generic",
                 "utils.output_capturing",
                 "models.auto.modeling_auto", "models.auto.configuration_auto",
-                "models.llava_onevision.modeling_llava_onevision", "models.qwen2_vl.modeling_qwen2_vl",
-                "models.siglip.modeling_siglip", "models.qwen2.modeling_qwen2",
             )]
+            watched += [f"transformers.models.{name}" for name in sys.argv[1:]]
             watched = [importlib.import_module(name) for name in watched]
 
             def contents(value, depth=2):  # registries are containers that live in modules and classes
@@ -400,7 +464,8 @@ class TestImporting:
             torch.nn.modules.module._global_forward_hooks[0] = print
             by_hand = changed(before, snapshot())
             print(json.dumps([sorted(before), by_package, by_modules, len(modules), by_hand]))
-            """
+            """,
+            *sorted({module for name in FAMILIES for module in family(name).stock_modules}),
         )
         watched, by_package, by_modules, num_modules, by_hand = outcome
         assert "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS" in watched

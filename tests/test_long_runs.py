@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched
+from families import family_of
 from helpers import assert_differ
 from illava_hooks import merging, session_of
 from illava_hooks.engine import attention_tap, transport
@@ -39,6 +40,13 @@ BATCHES: dict[str, list[Sample]] = {
     "batch": RAGGED,
     "other sizes": [Sample(text_seed=8, images=((96, 64), (40, 24)), text=(3, 2, 4))],
 }
+
+
+def batches(family: str) -> dict[str, list[Sample]]:
+    """Those of `BATCHES` that a family takes."""
+    return {name: batch for name, batch in BATCHES.items() if family_of(family).takes(batch)}
+
+
 #: Arguments of `generate`, in turn.
 WAYS: tuple[dict[str, Any], ...] = (
     {},
@@ -88,7 +96,7 @@ def resident() -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_many_generations(family: str, track: bool) -> None:
     model = patched(family, track=track)
-    prompts = [inputs_for(model, batch) for batch in BATCHES.values()]
+    prompts = [inputs_for(model, batch) for batch in batches(family).values()]
 
     def call(number: int) -> None:
         way = WAYS[number % len(WAYS)]
@@ -111,14 +119,8 @@ def test_many_generations(family: str, track: bool) -> None:
 
 
 def logits_of(model: Any, inputs: Inputs) -> Callable[[bool], Tensor]:
-    """A forward with explicit positions: stock Qwen2-VL keeps those of its last prompt on the model."""
-    where: dict[str, Tensor] = {}
-    if model.config.model_type == "qwen2_vl":
-        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-        types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
-        where["position_ids"], _ = model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=types, attention_mask=mask, **grids
-        )
+    """A forward; with explicit positions where stock keeps those of its last prompt on the model."""
+    where = family_of(model).explicit_positions(model, inputs)
 
     @torch.no_grad()
     def run(enabled: bool) -> Tensor:
@@ -132,10 +134,10 @@ def logits_of(model: Any, inputs: Inputs) -> Callable[[bool], Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_threads_answer_as_alone(family: str) -> None:
     """Some with merging, some without, on one model at the same time."""
-    model = patched(family)
-    runs = [logits_of(model, inputs_for(model, batch)) for batch in BATCHES.values()]
+    model, known = patched(family), batches(family)
+    runs = [logits_of(model, inputs_for(model, batch)) for batch in known.values()]
     expected = {enabled: [run(enabled) for run in runs] for enabled in (True, False)}
-    for name, merged, stock in zip(BATCHES, expected[True], expected[False], strict=True):
+    for name, merged, stock in zip(known, expected[True], expected[False], strict=True):
         if name != "text":
             assert_differ(merged, stock)
     hooks, start = hooks_of(model), Barrier(THREADS)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import Any
 
 import peft
@@ -18,9 +19,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import illava_hooks
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single, steps
+from families import family_of
 from helpers import assert_differ, assert_same, assert_says, forward, needs_tracing
 from illava_hooks import IllavaHooksError, PatchStateError, UnsupportedModelError, merging, patch, session_of, unpatch
-from kind_helpers import CLOSE, TOWERS, decoder_layers, tower, vision_layers
+from kind_helpers import CLOSE, decoder_layers, tower, vision_layers
 from tiny_models import FAMILIES, Inputs, tiny_model
 
 # PEFT asks the model for the old name of a property.
@@ -68,8 +70,7 @@ compiled = functools.partial(torch.compile, backend="eager")
 
 
 def shallow(family: str) -> Any:
-    depth = "num_hidden_layers" if family == "llava_onevision" else "depth"
-    return tiny_model(family, vision={depth: 2}, text={"num_hidden_layers": 2})
+    return tiny_model(family, vision={family_of(family).depth_name: 2}, text={"num_hidden_layers": 2})
 
 
 def compile_language_model(model: Any) -> None:
@@ -77,7 +78,7 @@ def compile_language_model(model: Any) -> None:
 
 
 def compile_tower(model: Any) -> None:
-    setattr(model.model, TOWERS[model.config.model_type], compiled(tower(model)))
+    setattr(model.model, family_of(model).tower_name, compiled(tower(model)))
 
 
 def compile_layers(model: Any) -> None:
@@ -129,7 +130,7 @@ def test_compiled_parts(family: str, part: str, order: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "part", "order"),
-    [("llava_onevision", "layers", "before patch"), ("qwen2_vl", "regions", "after patch")],
+    [(name, *case) for name, case in zip(FAMILIES, cycle([("layers", "before patch"), ("regions", "after patch")]))],
 )
 def test_traced_parts(family: str, part: str, order: str) -> None:
     check_compiled(family, part, order)
@@ -139,12 +140,12 @@ def test_traced_parts(family: str, part: str, order: str) -> None:
 
 
 def part_names(family: str) -> list[str]:
-    return [TOWERS[family], "language_model"]
+    return [family_of(family).tower_name, "language_model"]
 
 
 def saved_part(model: Any, part: str) -> Any:
     """A wrapper in which a whole part is trained, with weights of its own, and adapters in the other part."""
-    other = "fc1" if part == "language_model" else "gate_proj"
+    other = family_of(model).encoder_mlp if part == "language_model" else "gate_proj"
     config = peft.LoraConfig(r=4, target_modules=[other], modules_to_save=[part], init_lora_weights=False)
     torch.manual_seed(5)
     wrapper = peft.get_peft_model(model, config).eval()
@@ -260,7 +261,7 @@ def wrap_language_model(model: Any, wrap: Callable[[nn.Module], nn.Module]) -> N
 
 
 def wrap_tower(model: Any, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    setattr(model.model, TOWERS[model.config.model_type], wrap(tower(model)))
+    setattr(model.model, family_of(model).tower_name, wrap(tower(model)))
 
 
 WRAPPED: dict[str, Callable[[Any, Any], None]] = {
@@ -308,7 +309,7 @@ def test_gradients_through_checkpointed_parts(family: str, part: str) -> None:
 
 
 def fresh_layer(model: Any, layers: Callable[[Any], nn.ModuleList], index: int) -> None:
-    layers(model)[index] = copy.deepcopy(layers(tiny_model(model.config.model_type))[index])
+    layers(model)[index] = copy.deepcopy(layers(tiny_model(family_of(model).name))[index])
 
 
 #: A part that is exchanged behind `patch` for one that was never patched, with the same weights.
@@ -316,12 +317,12 @@ REPLACED: dict[str, Callable[[Any], None]] = {
     "a vision layer": lambda model: fresh_layer(model, vision_layers, 1),
     "a decoder layer": lambda model: fresh_layer(model, decoder_layers, 3),
     "the tower": lambda model: setattr(
-        model.model, TOWERS[model.config.model_type], tower(tiny_model(model.config.model_type))
+        model.model, family_of(model).tower_name, tower(tiny_model(family_of(model).name))
     ),
     "the language model": lambda model: setattr(
-        model.model, "language_model", tiny_model(model.config.model_type).model.language_model
+        model.model, "language_model", tiny_model(family_of(model).name).model.language_model
     ),
-    "the base model": lambda model: setattr(model, "model", tiny_model(model.config.model_type).model),
+    "the base model": lambda model: setattr(model, "model", tiny_model(family_of(model).name).model),
 }
 
 
@@ -419,7 +420,7 @@ def test_forwards_of_instances(family: str, place: str, how: str, order: str) ->
 def pair(family: str, part: str) -> tuple[Any, Any]:
     """Two models that have a part in common; their weights differ elsewhere."""
     model = tiny_model(family)
-    name = TOWERS[family] if "tower" in part else "language_model"
+    name = family_of(family).tower_name if "tower" in part else "language_model"
     shared = getattr(model.model, name)
     if part == "tower of a copy":  # as policy and reference of one training have it
         other = copy.deepcopy(model, {id(shared): shared})

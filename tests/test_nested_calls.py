@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from decode_helpers import BOTH, SETTINGS, patched, single, steps
+from families import families, families_and, family_of
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, tiny_model
@@ -34,12 +35,8 @@ class Calls(LogitsProcessor):
 
 @torch.no_grad()
 def uncached(model: Any, inputs: Inputs) -> Tensor:
-    """Logits of a call without a cache; positions are given, since Qwen2-VL keeps those of the call before."""
-    where = {}
-    if model.config.model_type == "qwen2_vl":
-        grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-        types = inputs["mm_token_type_ids"]
-        where["position_ids"], _ = model.model.get_rope_index(inputs["input_ids"], mm_token_type_ids=types, **grids)
+    """Logits of a call without a cache; positions are given where a model keeps those of the call before."""
+    where = family_of(model).explicit_positions(model, inputs)
     return model(**inputs, **where, use_cache=False).logits
 
 
@@ -52,8 +49,7 @@ def another(family: str) -> Any:
 
 @pytest.mark.parametrize("outer_cache", [True, False])
 @pytest.mark.parametrize("who", ["itself", "another"])
-@pytest.mark.parametrize("kind", LONGER)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(LONGER))
 def test_a_call_inside_generate_is_a_call_of_its_own(family: str, kind: str, who: str, outer_cache: bool) -> None:
     model = patched(family)
     called = model if who == "itself" else another(family)
@@ -72,9 +68,10 @@ def test_a_call_inside_generate_is_a_call_of_its_own(family: str, kind: str, who
     torch.testing.assert_close(torch.stack(disturbed), torch.stack(undisturbed), atol=1e-6, rtol=1e-6)
 
 
-def test_a_call_inside_a_generation_from_embeddings() -> None:
+@pytest.mark.parametrize("family", families(generates_from_embeddings=True))
+def test_a_call_inside_a_generation_from_embeddings(family: str) -> None:
     """The prompt has no ids then that a longer call could be compared with."""
-    model = patched("llava_onevision")
+    model = patched(family)
     outer, inner = single(model, SHORT), single(model, LONGER["image"])
     expected = uncached(model, inner)
     outer["inputs_embeds"] = model.get_input_embeddings()(outer.pop("input_ids")).detach()
@@ -100,9 +97,10 @@ def test_generate_inside_generate(family: str, who: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["exhausted", "closed", "thrown"])
-def test_a_switch_closed_in_another_context(end: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_switch_closed_in_another_context(family: str, end: str) -> None:
     """Servers run each step of a generator in a context of its own."""
-    model = patched("qwen2_vl")
+    model = patched(family)
     inputs = single(model, SHORT)
     session = session_of(model)
     with torch.no_grad():
@@ -131,8 +129,9 @@ def test_a_switch_closed_in_another_context(end: str) -> None:
             assert torch.equal(model(**inputs).logits, stock)
 
 
-def test_a_generator_left_to_the_garbage_collector() -> None:
-    model = patched("qwen2_vl")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generator_left_to_the_garbage_collector(family: str) -> None:
+    model = patched(family)
     session = session_of(model)
 
     def holding() -> Iterator[bool]:

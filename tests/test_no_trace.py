@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single
+from families import family_of
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
 from illava_hooks.engine.hookset import HookSet
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -244,8 +245,9 @@ def test_switches_nest_and_survive_exceptions(family: str) -> None:
         pass
 
 
-def test_switches_are_local_to_thread_and_task() -> None:
-    model = patched("qwen2_vl")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_switches_are_local_to_thread_and_task(family: str) -> None:
+    model = patched(family)
     session = session_of(model)
     assert session is not None
     seen: list[bool] = []
@@ -274,7 +276,7 @@ def test_switches_are_local_to_thread_and_task() -> None:
 
 def hooked(model: Any, family: str) -> list[nn.Module]:
     base = model.model
-    vision = base.vision_tower.encoder.layers if family == "llava_onevision" else base.visual.blocks
+    vision = family_of(family).encoder_layers(model)
     return [*vision, *base.language_model.layers, base.language_model, base, vision[1].mlp]
 
 
@@ -324,7 +326,7 @@ def test_accelerate_hooks(family: str, order: str, taken_off_first: str) -> None
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for the old name
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_after_patch_are_seen_by_the_scores(family: str) -> None:
-    targets = ["q_proj", "k_proj"] if family == "llava_onevision" else ["qkv", "q_proj", "k_proj"]
+    targets = list(family_of(family).adapter_targets)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
 
     def adapted(patch_first: bool) -> Any:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, patched, single
+from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
+from families import family_of
 from helpers import (
     assert_differ,
     assert_same,
@@ -57,14 +58,15 @@ def test_embeddings_built_from_features(family: str, caller: str, caplog: pytest
 
 
 @pytest.mark.parametrize("caller", ["head", "base"])
-@pytest.mark.parametrize("modality", ["image", "video"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "modality"), [(name, modality) for name in FAMILIES for modality in family_of(name).modalities]
+)
 def test_features_outside_of_a_forward(
     family: str, modality: str, caller: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The language stage would merge and may never hear of them."""
     model = patched(family)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     called = model if caller == "head" else model.model
     with torch.no_grad():
         for _ in range(2):
@@ -74,21 +76,18 @@ def test_features_outside_of_a_forward(
 
 #: Calls of the tower itself, which hand nothing over to the language stage.
 def run_tower(model: Any, inputs: Inputs) -> Any:
-    if model.config.model_type == "qwen2_vl":
-        return tower(model)(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    return tower(model)(inputs["pixel_values"].flatten(0, 1))
+    pixels, named = family_of(model).tower_arguments(inputs)
+    return tower(model)(pixels, **named)
 
 
 def run_tower_with_hidden_states(model: Any, inputs: Inputs) -> Any:
-    if model.config.model_type == "qwen2_vl":
-        return tower(model)(inputs["pixel_values"], inputs["image_grid_thw"], output_hidden_states=True)
-    return tower(model)(inputs["pixel_values"].flatten(0, 1), output_hidden_states=True)
+    pixels, named = family_of(model).tower_arguments(inputs)
+    return tower(model)(pixels, *named.values(), output_hidden_states=True)
 
 
 def run_tower_forward(model: Any, inputs: Inputs) -> Any:
-    if model.config.model_type == "qwen2_vl":
-        return tower(model).forward(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-    return tower(model).forward(inputs["pixel_values"].flatten(0, 1))
+    pixels, named = family_of(model).tower_arguments(inputs)
+    return tower(model).forward(pixels, **named)
 
 
 TOWER_CALLS = {
@@ -124,7 +123,7 @@ FINE: dict[str, Callable[[Any, Inputs], Any]] = {
     "text embeddings": lambda model, x: model(
         inputs_embeds=model.get_input_embeddings()(single(model, TEXT)["input_ids"])
     ),
-    "both kinds": lambda model, x: model(**single(model, BOTH)),
+    "both kinds": lambda model, x: model(**single(model, RICHEST[family_of(model).name])),
     "switched off": lambda model, x: switched_off(model, x),
 }
 
@@ -208,7 +207,7 @@ def attention_that_skips(model: Any, index: int) -> None:
 
 def swap_layer(model: Any, which: Callable[[Any], nn.ModuleList], index: int) -> None:
     """Puts another layer of the stock class there, one that does nothing."""
-    layer = which(tiny_model(model.config.model_type))[index]
+    layer = which(tiny_model(family_of(model).name))[index]
     bypass(layer)
     which(model)[index] = layer
 
@@ -222,7 +221,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a vision layer": (lambda model: swap_layer(model, vision_layers, 2), r"vision|encoder|vit"),
     "class of a vision layer": (
-        lambda model: stock_class(vision_layers(model)[1], model.config.model_type, 1, vision_layers),
+        lambda model: stock_class(vision_layers(model)[1], family_of(model).name, 1, vision_layers),
         r"vision|encoder|vit",
     ),
     "hooks of a vision layer": (lambda model: hookless(vision_layers(model)[1]), r"vision|encoder|vit"),

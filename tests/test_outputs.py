@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decode_helpers import BOTH, RAGGED, patched, single
+from decode_helpers import RAGGED, RICHEST, patched, single
+from families import family_of
 from helpers import RECORDS, feature_outputs
 from illava_hooks import merging
 from tiny_models import FAMILIES, FIRST_TEXT_ID, inputs_for
@@ -19,7 +20,7 @@ def test_tuples_are_returned_where_stock_returns_them(
     family: str, caller: str, configured: bool, asked: bool | None
 ) -> None:
     model = patched(family)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     called = model.model if caller == "inside" else model
     model.config.return_dict = configured
     options = {} if asked is None else {"return_dict": asked}
@@ -27,7 +28,7 @@ def test_tuples_are_returned_where_stock_returns_them(
         found = feature_outputs(called, inputs, **options)
         with merging(model, False):
             expected = feature_outputs(called, inputs, **options)
-    assert set(found) == {"image", "video"}
+    assert set(found) == set(family_of(family).modalities)
     for kind, output in found.items():
         assert type(output) is type(expected[kind])
         if isinstance(output, tuple):
@@ -40,11 +41,11 @@ def test_tuples_are_returned_where_stock_returns_them(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_outputs_compare(family: str, track: bool) -> None:
     model = patched(family, track=track)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     with torch.no_grad():
         first, second = (feature_outputs(model, inputs) for _ in range(2))
         other = feature_outputs(model, {**inputs, "pixel_values": -inputs["pixel_values"]})
-    for kind in ("image", "video"):
+    for kind in family_of(family).modalities:
         torch.testing.assert_close(dict(first[kind]), dict(second[kind]), atol=0, rtol=0)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(first["image"][RECORDS], other["image"][RECORDS])
@@ -68,7 +69,7 @@ def test_gradients_reach_the_first_hidden_state(family: str) -> None:
 def test_visual_outputs_of_a_forward_keep_the_order_of_their_parts(family: str, caller: str) -> None:
     """From 5.24 on a forward returns them; as tuples they are told apart by their order alone."""
     model = patched(family)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     called = model.model if caller == "inside" else model
     with torch.no_grad():
         found = called(**inputs, output_hidden_states=True)

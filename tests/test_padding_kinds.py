@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT, patched, single
+from families import families_and
 from helpers import assert_differ, needs_ready_features
 from illava_hooks import merging, session_of
 from kind_helpers import CACHE, CLOSE, PADDED, feed, prefill, prompt_positions
@@ -211,13 +212,14 @@ def test_a_zero_comes_and_goes(family: str) -> None:
 
 # ------------------------------------------------------------------------------------ longer than needed
 
+SAMPLES = {"one": [IMAGE], "padded": ROWS, "with video": [BOTH]}
+
 
 @pytest.mark.parametrize("value", [0, 1])
-@pytest.mark.parametrize("samples", [[IMAGE], ROWS, [BOTH]], ids=["one", "padded", "with video"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_mask_as_long_as_a_static_cache(family: str, samples: list[Sample], value: int) -> None:
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
+def test_a_mask_as_long_as_a_static_cache(family: str, kind: str, value: int) -> None:
     """Columns behind the tokens of a call say nothing about them, in a prefill and in each step behind it."""
-    model = patched(family)
+    model, samples = patched(family), SAMPLES[kind]
     inputs, new = inputs_for(model, samples), some_ids(len(samples), 3)
     width, where = inputs["input_ids"].shape[1], prompt_positions(model, inputs)
 

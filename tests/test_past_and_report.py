@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, patched, single
+from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
+from families import family_of
 from helpers import assert_says, needs_ready_features
 from illava_hooks import METHODS, IllavaHooksError, Method, merging, patch, session_of
 from kind_helpers import CACHE, feed, prefill, prompt_positions
@@ -142,7 +143,7 @@ class Operators(TorchDispatchMode):
 
 
 def identity(model: Any) -> None:
-    patch(model, **{**SETTINGS[model.config.model_type], "vit_r": 0, "llm_ratio": 1.0})
+    patch(model, **{**SETTINGS[family_of(model).name], "vit_r": 0, "llm_ratio": 1.0})
 
 
 def too_little(model: Any) -> None:
@@ -151,7 +152,7 @@ def too_little(model: Any) -> None:
 
 
 def as_ever(model: Any) -> None:
-    patch(model, **SETTINGS[model.config.model_type])
+    patch(model, **SETTINGS[family_of(model).name])
 
 
 #: Prefills that merge nothing: how the model is patched, what it is given, and whether merging is on.
@@ -226,14 +227,15 @@ WEIGHED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("samples", [[IMAGES, TEXT, BOTH], [IMAGE]], ids=["ragged", "single"])
+@pytest.mark.parametrize("rows", ["ragged", "single"])
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("method", WEIGHED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weighed_tokens_beside_flash_attention(
-    family: str, method: str, kernel: str, samples: list[Sample], flash: Callable[[Any, str], FlashKernel]
+    family: str, method: str, kernel: str, rows: str, flash: Callable[[Any, str], FlashKernel]
 ) -> None:
     """Equal to SDPA, or refused by `patch` in one line that names the method and the back-end."""
+    samples = {"ragged": [IMAGES, TEXT, RICHEST[family]], "single": [IMAGE]}[rows]
     reference, model = tiny_model(family), tiny_model(family)
     simulated = flash(model, kernel)
     patch(reference, **SETTINGS[family], method=WEIGHED[method])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, single, steps
+from families import family_of
 from helpers import assert_differ, assert_same, forward, generate
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, inputs_for, tiny_model
@@ -22,7 +23,7 @@ TASKS = (None, "CAUSAL_LM")
 
 def adapted(family: str, task: str | None = None) -> Any:
     """A tiny model with adapters that matter, in evaluation mode."""
-    targets = ["q_proj", "k_proj"] if family == "llava_onevision" else ["qkv", "q_proj", "k_proj"]
+    targets = list(family_of(family).adapter_targets)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type=task)
     torch.manual_seed(5)
     return peft.get_peft_model(tiny_model(family), config).eval()

@@ -11,7 +11,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip import modeling_siglip as siglip
 
-from helpers import MERGING, prompt
+from families import family_of
+from helpers import MERGING, prompt, richest
 from illava_hooks import Method, patch, unpatch
 from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import EncoderTap
@@ -134,7 +135,7 @@ class TestInAModel:
             model = tiny_model(family, attn_implementation=back_end.split()[0])
             patch(model, **MERGING, method="diverse")
             with torch.no_grad():
-                found.append(model(**prompt(model, "image and video")).logits)
+                found.append(model(**prompt(model, richest(family))).logits)
         torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(found[0], found[2], atol=2e-5, rtol=1e-5)
 
@@ -152,8 +153,7 @@ class TestInAModel:
         monkeypatch.setattr(EncoderRun, "tap", tap)
         with torch.no_grad():
             model(**prompt(model, "image"))
-        base = model.model
-        depth = len(base.vision_tower.encoder.layers if family == "llava_onevision" else base.visual.blocks)
+        depth = len(family_of(family).encoder_layers(model))
         first = MERGING["vit_layers"][0]
         assert seen == {layer: layer > first for layer in range(first, depth)}
 

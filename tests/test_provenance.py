@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from decode_helpers import SETTINGS
+from families import FAMILIES, families_and, family_of
+from fuzz_oracles import removed_in_encoder
 from helpers import needs_ready_features
 from illava_hooks import PatchStateError, patch
 from illava_hooks.methods import Method
-from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
+from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "llava_onevision": {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": [1, 3], "llm_ratio": 0.6},
-    "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
-}
 MERGING = ("recycle", "nearest", "diverse", "bipartite", "cluster")
 CASES = {
     "tiles": Sample(text_seed=1, images=((48, 30),)),
@@ -31,27 +30,15 @@ CASES = {
 }
 
 
-class Identity(nn.Module):
-    """Stands in for a projector."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-
 def still_model(family: str) -> Any:
     """A model whose layers pass hidden states on unchanged."""
     model = tiny_model(family, dtype=torch.float64)
-    silent = ("out_proj", "fc2", "o_proj", "down_proj", "attn.proj")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(silent):
+        if isinstance(module, nn.Linear) and name.endswith(family_of(family).silenced):
             nn.init.zeros_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    if family == "llava_onevision":
-        model.model.multi_modal_projector.act = Identity()
-        for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+    family_of(family).make_projector_linear(model)
     return model
 
 
@@ -68,47 +55,34 @@ class InputsOf:
 
 def patches_by_image(model: Any, family: str, inputs: Inputs) -> list[Tensor]:
     """Patch embeddings of each image and video, in the unpatched model: (P, C)."""
-    layer = model.model.vision_tower.encoder.layers[0] if family == "llava_onevision" else model.model.visual.blocks[0]
-    seen = InputsOf(layer).seen
+    known = family_of(family)
+    seen = InputsOf(known.encoder_layers(model)[0]).seen
     with torch.no_grad():
         model(**inputs)
-    if family == "llava_onevision":
-        counts = [len(inputs[k]) for k in ("image_sizes", "pixel_values_videos") if k in inputs]
-        parts = [part for hidden, count in zip(seen, counts, strict=True) for part in hidden.chunk(count)]
-        return [part.flatten(0, 1) for part in parts]
-    grids = [inputs[k].prod(-1).tolist() for k in ("image_grid_thw", "video_grid_thw") if k in inputs]
-    return [part for hidden, sizes in zip(seen, grids, strict=True) for part in hidden.split(sizes)]
+    return known.split_patches(seen, inputs)
 
 
 @pytest.mark.parametrize("rule", MERGING)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(CASES))
 def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: str) -> None:
-    model = still_model(family)
+    model, known = still_model(family), family_of(family)
     inputs = inputs_for(model, [CASES[case]])
     sources = patches_by_image(model, family, inputs)
     method = Method(rule, merge=rule)
     session = patch(model, **SETTINGS[family], method=method, track=True)
-    last_layer = (
-        model.model.vision_tower.encoder.layers[3] if family == "llava_onevision" else model.model.visual.blocks[3]
-    )
-    seen = InputsOf(last_layer).seen
+    seen = InputsOf(known.encoder_layers(model)[3]).seen
     final = InputsOf(model.model.language_model.norm).seen
     with torch.no_grad():
         model(**inputs)
     tracked = session.provenance.at("vision", 2).images
-    survivors = torch.cat([hidden.reshape(-1, hidden.shape[-1]) for hidden in seen])
+    survivors = torch.cat([known.patches(hidden) for hidden in seen])
     rebuilt = torch.cat([image.weights.double() @ patches for image, patches in zip(tracked, sources, strict=True)])
     torch.testing.assert_close(rebuilt, survivors, atol=1e-6, rtol=1e-6)
-    if family == "qwen2_vl":
-        return  # its patch merger is not linear: the language stage has the next test
-    projector = model.model.multi_modal_projector
     language = session.provenance.at("language", 3).images
-    visual = []
-    for image, patches in zip(language, sources, strict=True):
-        mixed = projector(image.weights.double() @ patches)
-        text = image.weights.to_dense().sum(1) < 0.5
-        visual.append(torch.where(text[:, None], model.model.image_newline, mixed))
+    pairs = zip(language, sources, strict=True)
+    visual = [known.projected(model, image.weights.double(), patches) for image, patches in pairs]
+    if any(one is None for one in visual):
+        return  # the projector is not linear: the language stage has the next test
     expected = torch.cat(visual)
     hidden = final[-1][0]
     distance = torch.cdist(expected, hidden).min(1).values
@@ -120,17 +94,17 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
 
 @needs_ready_features
 @pytest.mark.parametrize("rule", MERGING)
-def test_language_weights_of_qwen2_vl(rule: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_language_weights(family: str, rule: str) -> None:
     """With ready-made features the source of a visual token is itself."""
-    model = still_model("qwen2_vl")
+    model, known = still_model(family), family_of(family)
     inputs = inputs_for(model, [CASES["two images"]])
     with torch.no_grad():
-        features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    session = patch(model, **SETTINGS["qwen2_vl"], method=Method(rule, merge=rule), track=True)
+        features = model.get_image_features(**known.feature_arguments(inputs)["image"], return_dict=True)
+    session = patch(model, **SETTINGS[family], method=Method(rule, merge=rule), track=True)
     final = InputsOf(model.model.language_model.norm).seen
-    rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with torch.no_grad():
-        model(**rest, mm_encoder_outputs={"image": features})
+        model(**known.beside_features(inputs), mm_encoder_outputs={"image": features})
     images = session.provenance.at("language", 3).images
     visual = torch.cat([image.weights.double() @ f for image, f in zip(images, features.pooler_output, strict=True)])
     assert torch.cdist(visual, final[-1][0]).min(1).values.max() < 1e-6
@@ -138,8 +112,7 @@ def test_language_weights_of_qwen2_vl(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "bipartite"])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(CASES))
 def test_each_source_has_one_place_and_weights_sum_to_one(family: str, case: str, rule: str) -> None:
     model = tiny_model(family)
     inputs = inputs_for(model, [CASES[case]])
@@ -158,17 +131,18 @@ def test_each_source_has_one_place_and_weights_sum_to_one(family: str, case: str
             assert len(dense) == len(image.seats) == visual.language_tokens[layer]
             assert (dense.sum(1) < 1 + 1e-5).all()
             assert image.seats.max() < visual.prompt_tokens
-            if family == "qwen2_vl":
+            if family_of(family).one_to_one:
                 torch.testing.assert_close(dense.sum(1), torch.ones(len(dense)), atol=1e-5, rtol=0)
                 assert ((dense > 0).sum(0) == 1).all()
 
 
-def test_provenance_must_be_asked_for() -> None:
-    model = tiny_model("qwen2_vl")
-    session = patch(model, **SETTINGS["qwen2_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_provenance_must_be_asked_for(family: str) -> None:
+    model = tiny_model(family)
+    session = patch(model, **SETTINGS[family])
     with pytest.raises(PatchStateError, match="track is False"):
         _ = session.provenance
-    session = patch(model, **SETTINGS["qwen2_vl"], track=True)
+    session = patch(model, **SETTINGS[family], track=True)
     with pytest.raises(PatchStateError, match="no provenance yet"):
         _ = session.provenance
     with torch.no_grad():
@@ -177,28 +151,16 @@ def test_provenance_must_be_asked_for() -> None:
         session.provenance.at("vision", 3)
 
 
-def test_features_alone_have_provenance_of_the_vision_stage() -> None:
-    model = tiny_model("llava_onevision")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_alone_have_provenance_of_the_vision_stage(family: str) -> None:
+    model, known = tiny_model(family), family_of(family)
     inputs = inputs_for(model, [CASES["tiles"]])
-    session = patch(model, **SETTINGS["llava_onevision"], track=True)
+    session = patch(model, **SETTINGS[family], track=True)
     with torch.no_grad():
-        model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        model.get_image_features(**known.feature_arguments(inputs)["image"])
     (image,) = session.provenance.at("vision", 2).images
-    assert image.weights.shape == (3 * 36, 3 * 64)
-
-
-def test_every_visual_keeps_its_place_where_only_some_merge() -> None:
-    model = tiny_model("llava_onevision", vision={"num_hidden_layers": 8}, text={"num_hidden_layers": 6})
-    inputs = inputs_for(model, [Sample(text_seed=6, images=((48, 30),), videos=(4,))])
-    model.config.illava_presets = {  # a preset of the model's own: only so can images and videos differ
-        "image": {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.7},
-        "video": {"vit_layers": [2, 3], "vit_r": 16, "llm_layers": [1], "llm_ratio": 0.7},
-    }
-    session = patch(model, track=True)
-    with torch.no_grad():
-        model(**inputs)
-    seats = {layer: [len(v.seats) for v in session.provenance.at("vision", layer).images] for layer in (2, 3, 4)}
-    tiles, frames = int(seats[2][0] / 64), 4
-    assert seats == {2: [64 * tiles, 48 * frames], 3: [48 * tiles, 32 * frames], 4: [32 * tiles, 32 * frames]}
-    untouched = session.provenance.at("vision", 2).images[0]
-    torch.testing.assert_close(untouched.weights.to_dense(), torch.eye(64 * tiles))
+    (whole,) = known.segments(model, [CASES["tiles"]])
+    left = whole
+    for _ in SETTINGS[family]["vit_layers"]:
+        left = [n - removed_in_encoder(n, SETTINGS[family]["vit_r"], known.patches_per_token, False) for n in left]
+    assert image.weights.shape == (sum(left), sum(whole)) and sum(left) < sum(whole)

@@ -2,7 +2,7 @@
 
 First the tiny models: a stock batch gives what its rows give alone. Then the reference: without merging it is
 the stock model, and each merge rule gives numbers worked out by hand. Last the library against the reference,
-through the public API, in float64, where both families keep rounding out of the way.
+through the public API, in float64, where the families keep rounding out of the way.
 """
 
 import math
@@ -13,26 +13,14 @@ import torch
 from torch import Tensor
 
 import reference as ref
-from helpers import TAKES_READY_FEATURES, feature_outputs
+from families import families, families_and, family_of
+from helpers import feature_outputs
 from illava_hooks import patch
-from illava_hooks.methods import Method
-from tiny_models import FAMILIES, Inputs, Sample, inputs_for, real_positions, tiny_model
+from reference_checks import MERGED, RULES, SAMPLES, SETTINGS, TOLERANCE, assert_close, check_forward, library_method
+from tiny_models import Inputs, Sample, inputs_for, real_positions, tiny_model
 
-RULES = ("recycle", "cluster", "nearest", "diverse", "bipartite", "drop")
-SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6}
 NEW_TOKENS = 5
-
-SAMPLES = {
-    "image": Sample(1, images=((48, 30),)),
-    "two images": Sample(2, images=((48, 30), (64, 64))),
-    "video": Sample(3, videos=(4,)),
-    "video, image": Sample(4, images=((60, 40),), videos=(2,), order="vi", text=(2, 1, 5)),
-    "text": Sample(5, text=(9,)),
-}
-MERGED = ("image", "two images", "video")
-
 STOCK_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
-TOLERANCE = 1e-6
 
 
 # ------------------------------------------------------------------------------ tiny models
@@ -46,8 +34,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_stock_batch_equals_its_rows(family: str, batch: str, side: Any) -> None:
     model, samples = tiny_model(family), BATCHES[batch]
     inputs = inputs_for(model, samples, side)
@@ -58,8 +45,7 @@ def test_stock_batch_equals_its_rows(family: str, batch: str, side: Any) -> None
             torch.testing.assert_close(logits[row, real_positions(inputs, row)], alone, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_stock_batch_generates_what_its_rows_generate(family: str, batch: str) -> None:
     model, samples = tiny_model(family), BATCHES[batch]
     ids = model.generate(**inputs_for(model, samples), max_new_tokens=NEW_TOKENS)
@@ -72,21 +58,19 @@ def test_stock_batch_generates_what_its_rows_generate(family: str, batch: str) -
 
 
 @pytest.mark.parametrize("dtype", STOCK_TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(SAMPLES, with_reference=True))
 def test_unmerged_reference_is_the_stock_model(family: str, case: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype=dtype)
     inputs = inputs_for(model, [SAMPLES[case]])
     with torch.no_grad():
         stock = model(**inputs, output_hidden_states=True)
     ours = ref.reference_forward(model, inputs)
-    _assert_close(ours.logits, stock.logits[0], STOCK_TOLERANCE[dtype])
-    _assert_close(ours.hidden, stock.hidden_states[-1][0], STOCK_TOLERANCE[dtype])
+    assert_close(ours.logits, stock.logits[0], STOCK_TOLERANCE[dtype])
+    assert_close(ours.hidden, stock.hidden_states[-1][0], STOCK_TOLERANCE[dtype])
     assert ours.kv_lengths == [inputs["input_ids"].shape[1]] * 4
 
 
-@pytest.mark.parametrize("case", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(SAMPLES, with_reference=True))
 def test_unmerged_reference_generates_like_the_stock_model(family: str, case: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES[case]])
@@ -94,16 +78,7 @@ def test_unmerged_reference_generates_like_the_stock_model(family: str, case: st
     ours = ref.reference_generate(model, inputs, max_new_tokens=NEW_TOKENS)
     assert ours.ids == ids
     assert ours.kv_lengths == lengths
-    _assert_close(ours.logits, logits, TOLERANCE)
-
-
-def test_unmerged_reference_shrinks_big_images_like_the_stock_model() -> None:
-    model = tiny_model("llava_onevision", dtype=torch.float64, vision_aspect_ratio="anyres_max_2")
-    inputs = inputs_for(model, [Sample(7, images=((60, 64),))])
-    with torch.no_grad():
-        stock = model(**inputs).logits[0]
-    assert len(stock) < 64 * 5, "nothing was shrunk"
-    _assert_close(ref.reference_forward(model, inputs).logits, stock, TOLERANCE)
+    assert_close(ours.logits, logits, TOLERANCE)
 
 
 # -------------------------------------------------------------------- merge rules, by hand
@@ -112,7 +87,7 @@ def test_unmerged_reference_shrinks_big_images_like_the_stock_model() -> None:
 def test_recycle_weighs_the_lowest_most() -> None:
     merge = ref.recycle([0.4, 0.1, 0.3, 0.2, 0.5], 2)
     assert merge.kept == [0, 2, 4]
-    assert merge.survivor_of == [0, 2, 2, 2, 4]
+    assert merge.holder == [0, 2, 2, 2, 4]
     assert _applied(merge, [1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([1, (3 * 2 + 2 * 4 + 1 * 3) / 6, 5])
 
 
@@ -138,7 +113,7 @@ def test_cluster_halves_and_adds_the_most_similar() -> None:
     hidden[3, 0], hidden[0, 0], hidden[0, 1], hidden[1, 2] = 1.0, 2 * math.log(3), 4.0, 8.0
     merge = ref.cluster([0.1, 0.2, 0.9, 0.8], 2, hidden)
     assert merge.kept == [2, 3]
-    assert merge.survivor_of == [3, 3, 2, 3]
+    assert merge.holder == [3, 3, 2, 3]
     # Similarities 2 ln 3 and 0 over sqrt(4): weights 3/4 and 1/4.
     assert _applied(merge, [100.0, 10.0, 7.0, 2.0]) == pytest.approx([7, 0.5 * 2 + 0.375 * 100 + 0.125 * 10])
 
@@ -148,7 +123,7 @@ def test_cluster_takes_five_and_loses_the_rest() -> None:
     merge = ref.cluster([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 6, hidden)
     assert merge.kept == [6, 7]
     assert [token for token, _ in merge.recipe[6]] == [6, 0, 2, 4, 5, 3]
-    assert merge.survivor_of == [6, None, 6, 6, 6, 6, 6, 7]
+    assert merge.holder == [6, None, 6, 6, 6, 6, 6, 7]
     assert merge.holder_or_nearest()[1] == 6
 
 
@@ -163,7 +138,7 @@ def test_nearest_averages_by_size() -> None:
     sizes = [1.0, 2.0, 3.0, 1.0]
     merge = ref.nearest([0.1, 0.2, 0.8, 0.9], 2, keys, sizes)
     assert merge.kept == [2, 3]
-    assert merge.survivor_of == [2, 3, 2, 3]
+    assert merge.holder == [2, 3, 2, 3]
     assert _applied(merge, [10.0, 20.0, 30.0, 40.0]) == pytest.approx([(10 + 90) / 4, (40 + 40) / 3])
     assert merge.new_sizes(sizes) == [4, 3]
 
@@ -180,7 +155,7 @@ def test_bipartite_merges_the_most_similar_pairs() -> None:
     degrees = torch.tensor([0.0, 10.0, 55.0, 90.0, 95.0]) * math.pi / 180
     merge = ref.bipartite(2, torch.stack([degrees.cos(), degrees.sin()], dim=-1), [1.0] * 5)
     assert merge.kept == [1, 2, 3]
-    assert merge.survivor_of == [1, 1, 2, 3, 3]
+    assert merge.holder == [1, 1, 2, 3, 3]
     assert _applied(merge, [1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([1.5, 3, 4.5])
 
 
@@ -192,7 +167,7 @@ def test_bipartite_removes_half_at_most() -> None:
 def test_drop_loses_the_lowest() -> None:
     merge = ref.drop([0.3, 0.1, 0.2, 0.4], 2)
     assert merge.kept == [0, 3]
-    assert merge.survivor_of == [0, None, None, 3]
+    assert merge.holder == [0, None, None, 3]
     assert merge.holder_or_nearest() == [0, 0, 3, 3]
 
 
@@ -219,15 +194,7 @@ def test_units_removed_in_the_encoder(units: int, unit: int, vit_r: int | float,
     assert ref.Segment.full(units, unit).num_removed(vit_r) == removed
 
 
-def test_lengths_of_the_merged_reference() -> None:
-    model = tiny_model("qwen2_vl")
-    ours = ref.reference_forward(model, inputs_for(model, [SAMPLES["image"]]), **SETTINGS)
-    # 24 groups lose 24 // 4 and 18 // 4; the span of 14 loses round(5.6), that of 8 round(3.2). 14 are text.
-    assert [len(seats) for seats in ours.vision_seats[0]] == [14]
-    assert ours.kv_lengths == [28, 22, 22, 19]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(with_reference=True, with_videos=True))
 def test_text_stays_and_positions_stay_in_order(family: str) -> None:
     model = tiny_model(family)
     inputs = inputs_for(model, [SAMPLES["video, image"]])
@@ -238,37 +205,27 @@ def test_text_stays_and_positions_stay_in_order(family: str) -> None:
         assert set(text.tolist()) <= set(places)
 
 
-def test_cropped_seats_occur_in_the_test_image() -> None:
-    model = tiny_model("llava_onevision")
-    inputs = inputs_for(model, [SAMPLES["image"]])
-    visual = ref.vision_stage(model, inputs, ref.ReferenceSettings(vit_layers=[1, 2], vit_r=0.25))[0]
-    assert any(not segment.visible[seat] for segment in visual.segments for seat in segment.seats)
-    assert all(holder is not None for holder in visual.survivor_of)
-
-
 # --------------------------------------------------------------- library against reference
 
 
-@pytest.mark.parametrize("case", MERGED)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_library_forward(family: str, rule: str, case: str) -> None:
-    _check_forward(family, [SAMPLES[case]], rule, SETTINGS)
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES, with_reference=True))
+def test_library_forward(family: str, case: str, rule: str) -> None:
+    check_forward(family, [SAMPLES[case]], rule, SETTINGS)
 
 
-@pytest.mark.parametrize("case", MERGED)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_library_decodes(family: str, rule: str, case: str) -> None:
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES, with_reference=True))
+def test_library_decodes(family: str, case: str, rule: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES[case]])
     ours = ref.reference_generate(
         model, inputs, max_new_tokens=NEW_TOKENS, method=ref.ReferenceMethod(rule), **SETTINGS
     )
-    patch(model, **SETTINGS, method=_library_method(rule))
+    patch(model, **SETTINGS, method=library_method(rule))
     ids, logits, lengths = _generate(model, inputs)
     assert lengths == ours.kv_lengths
-    _assert_close(logits, ours.logits, TOLERANCE)
+    assert_close(logits, ours.logits, TOLERANCE)
     assert ids == ours.ids
 
 
@@ -283,48 +240,28 @@ def test_library_decodes(family: str, rule: str, case: str) -> None:
     ],
     ids=["encoder only", "decoder only", "count", "other layers", "one token left"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(with_reference=True, with_videos=True))
 def test_library_forward_at_other_settings(family: str, changes: dict[str, Any]) -> None:
-    if changes.get("vit_r") == 1000 and family == "llava_onevision":
-        changes = changes | {"vit_layers": [1], "vit_r": 63}  # more than a tile has is refused in patch()
-    _check_forward(family, [SAMPLES["video, image"]], "recycle", SETTINGS | changes)
+    tile = family_of(family).tile_patches
+    if changes.get("vit_r") == 1000 and tile is not None:
+        changes = changes | {"vit_layers": [1], "vit_r": tile - 1}  # more than a tile has is refused in patch()
+    check_forward(family, [SAMPLES["video, image"]], "recycle", SETTINGS | changes)
 
 
-@pytest.mark.parametrize("case", MERGED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES, with_reference=True))
 def test_library_scores_by_log_sum_exp(family: str, case: str) -> None:
-    _check_forward(family, [SAMPLES[case]], "recycle", SETTINGS, "query_lse", "query_lse")
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_library_shrinks_big_images(rule: str) -> None:
-    sample = Sample(7, images=((60, 64),))
-    _check_forward("llava_onevision", [sample], rule, SETTINGS, vision_aspect_ratio="anyres_max_2")
-
-
-def test_library_shrinks_by_whole_numbers() -> None:
-    """Every third token is read: what the interpolation shows are tokens as they are, yet it is one."""
-    sample = Sample(7, images=((96, 96),))
-    _check_forward("llava_onevision", [sample], "nearest", SETTINGS, vision_aspect_ratio="anyres_max_1")
-
-
-@pytest.mark.parametrize("vit_r", [0.6, 31])
-def test_library_halves_at_most_by_matching(vit_r: float) -> None:
-    settings = {**SETTINGS, "vit_layers": [0, 1], "vit_r": vit_r}
-    _check_forward("llava_onevision", [SAMPLES["image"]], "bipartite", settings)
+    check_forward(family, [SAMPLES[case]], "recycle", SETTINGS, "query_lse", "query_lse")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", ["images", "videos"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), families_and(["images", "videos"], BATCHES, with_reference=True))
 def test_library_batch(family: str, batch: str, side: Any) -> None:
-    # `forward` of LLaVA-OneVision counts positions over left padding: its float32 angles round differently.
-    shifted = family == "llava_onevision" and side == "left"
+    shifted = family_of(family).forward_counts_padding and side == "left"
     tolerance = STOCK_TOLERANCE[torch.float32] if shifted else TOLERANCE
-    _check_forward(family, BATCHES[batch], "recycle", SETTINGS, side=side, tolerance=tolerance)
+    check_forward(family, BATCHES[batch], "recycle", SETTINGS, side=side, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(with_reference=True, with_videos=True))
 def test_library_asks_the_token_before_the_labels(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES["video, image"]])
@@ -334,12 +271,11 @@ def test_library_asks_the_token_before_the_labels(family: str) -> None:
     labels = inputs["input_ids"].clone()
     labels[:, :first_label] = -100
     with torch.no_grad():
-        _assert_close(model(**inputs, labels=labels).logits[0], expected.logits, TOLERANCE)
+        assert_close(model(**inputs, labels=labels).logits[0], expected.logits, TOLERANCE)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("case", MERGED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "case"), families_and(MERGED, SAMPLES, with_reference=True))
 def test_library_features_keep_their_length(family: str, case: str, rule: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     inputs = inputs_for(model, [SAMPLES[case]])
@@ -347,50 +283,11 @@ def test_library_features_keep_their_length(family: str, case: str, rule: str) -
     settings = ref.ReferenceSettings(SETTINGS["vit_layers"], SETTINGS["vit_r"], method=method)
     with torch.no_grad():
         expected = ref.vision_stage(model, inputs, settings)
-        patch(model, **SETTINGS, method=_library_method(rule))
+        patch(model, **SETTINGS, method=library_method(rule))
         features = _features(model, inputs)
-    behind = int(
-        family == "llava_onevision" and case == "video" and not TAKES_READY_FEATURES
-    )  # the newline comes later
+    behind = family_of(family).beyond_features("video") if case == "video" else 0
     for ours, theirs in zip(features, expected, strict=True):
-        _assert_close(ours, theirs.values[: len(theirs.values) - behind], TOLERANCE)
-
-
-def _check_forward(
-    family: str,
-    samples: Any,
-    rule: str,
-    settings: dict[str, Any],
-    encoder_score: str = "received_attention",
-    llm_score: str = "last_query_attention",
-    side: Any = "left",
-    tolerance: float = TOLERANCE,
-    **overrides: Any,
-) -> None:
-    """Every row of a patched forward, and its cache lengths, against the reference."""
-    model = tiny_model(family, dtype=torch.float64, **overrides)
-    method = ref.ReferenceMethod(rule, encoder_score, llm_score)
-    expected = [
-        ref.reference_forward(model, inputs_for(model, [sample]), method=method, **settings) for sample in samples
-    ]
-    patch(model, **settings, method=_library_method(rule, encoder_score, llm_score))
-    inputs = inputs_for(model, samples, side)
-    with torch.no_grad():
-        out = model(**inputs, use_cache=True)
-    longest = [max(lengths) for lengths in zip(*(theirs.kv_lengths for theirs in expected), strict=True)]
-    assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == longest
-    assert out.logits.shape[:2] == inputs["input_ids"].shape
-    for row, theirs in enumerate(expected):
-        logits = out.logits[row, real_positions(inputs, row)]
-        seen = theirs.kept[-1]
-        _assert_close(logits[seen], theirs.logits[seen], tolerance, "survivors")
-        _assert_close(logits, theirs.logits, tolerance, "merged-away positions")
-
-
-def _library_method(
-    rule: str, encoder_score: str = "received_attention", llm_score: str = "last_query_attention"
-) -> Method:
-    return Method(name=f"test-{rule}", encoder_score=encoder_score, llm_score=llm_score, merge=rule, layout="aligned")
+        assert_close(ours, theirs.values[: len(theirs.values) - behind], TOLERANCE)
 
 
 def _generate(model: Any, inputs: Inputs) -> tuple[list[int], Tensor, list[int]]:
@@ -409,9 +306,3 @@ def _features(model: Any, inputs: Inputs) -> list[Tensor]:
 
 def _applied(merge: ref.Merge, values: list[float]) -> list[float]:
     return [float(value) for value in merge.apply([torch.tensor(value) for value in values])]
-
-
-def _assert_close(ours: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    torch.testing.assert_close(
-        ours, expected.to(ours.dtype), atol=tolerance, rtol=0, msg=lambda message: f"{what}\n{message}"
-    )

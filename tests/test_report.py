@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from decode_helpers import SETTINGS
+from families import families, families_and, family_of
 from helpers import OLD_TORCH, needs_ready_features
 from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "llava_onevision": {"vit_layers": [1, 2], "vit_r": 7, "llm_layers": [1, 3], "llm_ratio": 0.6},
-    "qwen2_vl": {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6},
-}
 RAGGED = [
     Sample(text_seed=1, images=((48, 30), (64, 64))),
     Sample(text_seed=2),
     Sample(text_seed=3, images=((32, 90),), videos=(4,)),
 ]
+SAMPLES = {"one": RAGGED[:1], "ragged": RAGGED, "image and video": RAGGED[2:]}
 
 
 def run(family: str, samples: list[Sample], **other: Any) -> tuple[Any, Inputs, Any, MergeReport]:
@@ -34,7 +34,7 @@ def run(family: str, samples: list[Sample], **other: Any) -> tuple[Any, Inputs, 
     return model, inputs, output, session.report
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(with_videos=True))
 def test_counts_follow_from_the_settings(family: str) -> None:
     model, inputs, output, report = run(family, RAGGED)
     assert [v.sample for v in report.visuals] == [0, 0, 2, 2]
@@ -56,29 +56,6 @@ def test_counts_follow_from_the_settings(family: str) -> None:
             mine = [v for v in report.visuals if v.sample == sample]
             merged = sum(v.prompt_tokens - v.language_tokens[layer] for v in mine)
             assert length == report.prompt_tokens[sample] - merged
-
-
-def test_vision_tokens_of_llava_onevision() -> None:
-    *_, report = run("llava_onevision", RAGGED)
-    single_tile = (64, 64, 57, 50, 50)
-    assert report.visuals[0].vision_tokens == single_tile  # two images in one sample: a base tile each
-    tiles = report.visuals[2].vision_tokens[0] // 64
-    assert report.visuals[2].vision_tokens == tuple(tiles * n for n in single_tile)
-    assert report.visuals[3].vision_tokens == tuple(4 * n for n in single_tile)
-    pooled = 16  # 8 x 8 tokens of a frame become 4 x 4
-    assert report.visuals[3].language_tokens[0] == 4 * math.ceil(pooled * 50 / 64) + 1
-
-
-def test_vision_tokens_of_qwen2_vl_come_in_groups() -> None:
-    model, inputs, _, report = run("qwen2_vl", RAGGED)
-    grids = [*inputs["image_grid_thw"].tolist(), *inputs["video_grid_thw"].tolist()]
-    for visual, (slices, height, width) in zip(report.visuals, grids, strict=True):
-        chain = [height * width]
-        for _ in range(2):
-            chain.append(chain[-1] - int(chain[-1] * 0.25) // 4 * 4)
-        expected = (chain[0], chain[0], chain[1], chain[2], chain[2])
-        assert visual.vision_tokens == tuple(slices * n for n in expected)
-        assert visual.language_tokens[0] == slices * chain[2] // 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,43 +105,40 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
     assert language_flops == report.llm_flops[index] + causal, "attention runs over the whole square"
     attention = sum(n for op, n in language.items() if "attention" in str(op))
     assert attention == (0 if OLD_TORCH else 2 * causal), "old releases count grouped attention as products"
-    blocks = [v for k, v in counts.items() if _is_encoder_layer(k)]
+    known = family_of(family)
+    blocks = [v for k, v in counts.items() if k in _counted(model, known.encoder_layers(model))]
     assert sum(sum(block.values()) for block in blocks) == report.encoder_flops[index]
-    projector = counts[next(k for k in counts if k.endswith(("multi_modal_projector", "visual.merger")))]
+    (projector,) = (v for k, v in counts.items() if k in _counted(model, [known.projector(model)]))
     assert sum(projector.values()) == report.projector_flops[index]
 
 
-def _is_encoder_layer(name: str) -> bool:
-    parent, _, number = name.rpartition(".")
-    return number.isdigit() and parent.endswith(("encoder.layers", "visual.blocks"))
+def _counted(model: nn.Module, modules: Sequence[nn.Module]) -> set[str]:
+    """The names under which torch's counter has some of a model's modules."""
+    return {f"{type(model).__name__}.{n}" for n, m in model.named_modules() if any(m is one for one in modules)}
 
 
 @pytest.mark.parametrize("back_end", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scoring_costs_what_it_should(family: str, back_end: str) -> None:
     """A row of sums (N x N x H) per score map, and the logits again where attention does not tell on the way."""
-    model = tiny_model(family, attn_implementation=back_end)
-    inputs = inputs_for(model, [Sample(text_seed=1, images=((32, 32),))])
+    model, known = tiny_model(family, attn_implementation=back_end), family_of(family)
+    samples = [Sample(text_seed=1, images=((32, 32),))]
+    inputs = inputs_for(model, samples)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     unknown = {flash: attention_flops, torch.ops.aten.addmm_: added_product_flops}
     counts = {}
     for method in ("random", "fastv"):
         patch(model, vit_layers=[1], vit_r=0.25, llm_layers=[], llm_ratio=1.0, method=method)
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-            model.get_image_features(
-                **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
-            )
+            model.get_image_features(**known.feature_arguments(inputs)["image"])
         counts[method] = counter.get_total_flops()
-    vision = model.config.vision_config
-    heads = getattr(vision, "num_attention_heads", None) or vision.num_heads
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    n = 64
-    tiles = 2 if family == "llava_onevision" else 1
-    logits = 2 * n * n * width if back_end == "eager" else 0
-    assert counts["fastv"] - counts["random"] == tiles * (logits + 2 * n * n * heads)
+    heads, width = known.encoder_sizes(model)
+    (segments,) = known.segments(model, samples)
+    logits = sum(2 * n * n * width for n in segments) if back_end == "eager" else 0
+    assert counts["fastv"] - counts["random"] == logits + sum(2 * n * n * heads for n in segments)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(with_videos=True))
 def test_text_of_the_report(family: str) -> None:
     *_, report = run(family, RAGGED)
     text = str(report)
@@ -178,21 +152,19 @@ def test_text_of_the_report(family: str) -> None:
 class RowCounter:
     """Counts the patches that enter a vision encoder."""
 
-    def __init__(self, model: Any, family: str) -> None:
-        vision = model.model.vision_tower.encoder.layers if family == "llava_onevision" else model.model.visual.blocks
+    def __init__(self, model: Any) -> None:
         self.rows = 0
-        vision[0].register_forward_pre_hook(self)
+        family_of(model).encoder_layers(model)[0].register_forward_pre_hook(self)
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
         self.rows += args[0].numel() // args[0].shape[-1]
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
-@pytest.mark.parametrize("samples", [RAGGED[:1], RAGGED, RAGGED[2:]], ids=["one", "ragged", "image and video"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_of_one_prompt_share_the_encoder(family: str, samples: list[Sample], settings: Any) -> None:
-    model, inputs, _, alone = run(family, samples)
-    counter = RowCounter(model, family)
+@pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
+def test_sequences_of_one_prompt_share_the_encoder(family: str, kind: str, settings: Any) -> None:
+    model, inputs, _, alone = run(family, SAMPLES[kind])
+    counter = RowCounter(model)
     with torch.no_grad():
         model(**inputs)
     once = counter.rows
@@ -211,14 +183,14 @@ def test_sequences_of_one_prompt_share_the_encoder(family: str, samples: list[Sa
 
 
 @needs_ready_features
-def test_features_that_came_ready_made_have_no_encoder_cost() -> None:
-    model = tiny_model("llava_onevision")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_that_came_ready_made_have_no_encoder_cost(family: str) -> None:
+    model, known = tiny_model(family), family_of(family)
     inputs = inputs_for(model, RAGGED[:1])
     with torch.no_grad():
-        keys = ("pixel_values", "image_sizes", "batch_num_images")
-        features = model.get_image_features(**{k: inputs[k] for k in keys if k in inputs}, return_dict=True)
-        session = patch(model, **SETTINGS["llava_onevision"])
-        model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": features})
+        features = model.get_image_features(**known.feature_arguments(inputs)["image"], return_dict=True)
+        session = patch(model, **SETTINGS[family])
+        model(**known.beside_features(inputs), mm_encoder_outputs={"image": features})
     assert session.report.encoder_flops == session.report.projector_flops == (0, 0)
     assert session.report.images[0].vision_tokens == ()
     assert session.report.llm_flops[0] < session.report.llm_flops[1]

@@ -12,7 +12,7 @@ import transformers.modeling_utils
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, patched, single
+from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
 from helpers import assert_differ
 from illava_hooks import merging, patch
 from kind_helpers import CLOSE, PADDED, outputs, said
@@ -430,7 +430,7 @@ def test_nothing_is_said_where_no_query_ranks(family: str, why: str, caplog: pyt
     model = tiny_model(family).train()
     patch(model, **{**SETTINGS[family], **changed})
     with merging(model, why != "switched off"):
-        step(model, single(model, BOTH))
+        step(model, single(model, RICHEST[family]))
     assert not said(caplog, *TRAINING)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import illava_hooks
+from families import families
 from helpers import assert_says
 from illava_hooks import tiny
 from illava_hooks.cli import app
@@ -23,6 +24,9 @@ from illava_hooks.errors import InputError
 from illava_hooks.tools.datasets import read_items
 from illava_hooks.tools.loading import load_model
 from illava_hooks.tools.media import load_media
+
+#: A family that has an embedded model.
+EMBEDDED = families(embedded=True)[-1]
 
 SOURCE = Path(illava_hooks.__file__).parent
 #: Functions that run what they read, and modules whose readers do.
@@ -70,7 +74,7 @@ def test_no_code_that_runs_what_it_reads(file: Path) -> None:
 
 def checkpoint(folder: Path) -> Path:
     """A copy of an embedded model."""
-    shutil.copytree(tiny.folder("qwen2_vl"), folder)
+    shutil.copytree(tiny.folder(EMBEDDED), folder)
     return folder
 
 
@@ -106,7 +110,7 @@ def own_code(folder: Path, trap: Path) -> None:
 
 def own_processor(folder: Path, trap: Path) -> None:
     own_code(folder, trap)
-    shutil.copy(tiny.folder("qwen2_vl") / "config.json", folder)
+    shutil.copy(tiny.folder(EMBEDDED) / "config.json", folder)
     change(folder / "processor_config.json", processor_class="Evil", auto_map={"AutoProcessor": "evil.Evil"})
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from decode_helpers import BOTH, IMAGE, KINDS, single
+from decode_helpers import IMAGE, RICHEST, single
+from families import family_of
 from helpers import assert_says
 from illava_hooks import MergeConfigError, patch, session_of
 from illava_hooks.config import MergeSchedule
-from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
+from tiny_models import FAMILIES, Inputs, tiny_model
 
 GIVEN = [1, 2]
 
@@ -44,7 +45,7 @@ def test_layers_may_come_as_any_iterable(family: str, kind: str) -> None:
     model = tiny_model(family)
     config = patch(model, ITERABLES[kind](), 4, ITERABLES[kind](), 0.5).config
     assert config.image == config.video == MergeSchedule((1, 2), 4, (1, 2), 0.5)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     merged = logits(model, inputs)
     patch(model, GIVEN, 4, GIVEN, 0.5)
     assert torch.equal(logits(model, inputs), merged)
@@ -89,7 +90,7 @@ SHALLOW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_layers_of_a_preset_do_not_matter_where_nothing_is_removed(family: str, stage: str, preset: str) -> None:
     short, spelled_out = SHALLOW[stage]
     model = tiny_model(family)
-    inputs = inputs_for(model, KINDS["both"])
+    inputs = single(model, RICHEST[family])
     stock = logits(model, inputs)
     patch(model, **short, preset=preset)
     found = logits(model, inputs)
@@ -114,7 +115,7 @@ def test_layers_of_a_preset_matter_where_something_is_removed(family: str) -> No
 def test_counts_that_are_no_whole_groups_are_said_once(
     family: str, vit_r: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Qwen2-VL merges groups of 2x2 patches: 3 patches are none, which is worth a word, and one only."""
+    """Where patches merge in groups of four, 3 patches are none, which is worth a word, and one only."""
     model = tiny_model(family)
     inputs = single(model, IMAGE)
     with caplog.at_level(logging.INFO, logger="illava_hooks"):
@@ -124,7 +125,7 @@ def test_counts_that_are_no_whole_groups_are_said_once(
     (image,) = session.report.images
     removed = image.vision_tokens[0] - image.vision_tokens[-1]
     said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
-    if family == "qwen2_vl" and vit_r == 3:
+    if vit_r < family_of(family).patches_per_token:
         assert removed == 0
         assert len(said) == 1 and "\n" not in said[0]
         assert said[0].startswith("vit_r is 3") and re.search("whole (2x2 )?groups", said[0])

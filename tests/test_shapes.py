@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, SETTINGS, patched, single
+from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RICHEST, SETTINGS, VIDEO, patched, single
+from families import families_and, family_of
 from helpers import OLD_TORCH, RECORDS, feature_outputs
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
@@ -26,8 +27,7 @@ def shapes(value: Any) -> Any:
     return value.get_seq_length() if hasattr(value, "get_seq_length") else value
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -40,8 +40,7 @@ def test_outputs_have_the_unpatched_shapes(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_features_have_the_unpatched_shapes(family: str, kind: str, return_dict: bool) -> None:
     model = patched(family)
     inputs = inputs_for(model, KINDS[kind])
@@ -74,17 +73,15 @@ def with_labels(model: Any, sample: Any, count: int = 3) -> Inputs:
     return {**inputs, "labels": labels}
 
 
-@pytest.mark.parametrize("kind", ["image", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS))
 def test_loss_and_gradients(family: str, kind: str) -> None:
     model = patched(family)
     loss = model(**with_labels(model, KINDS[kind][0])).loss
     loss.backward()
     assert loss.isfinite()
-    vision = model.model.vision_tower.encoder.layers if family == "llava_onevision" else model.model.visual.blocks
-    layers = [*vision, *model.model.language_model.layers]
-    joint = model.model.multi_modal_projector if family == "llava_onevision" else model.model.visual.merger
-    for module in [*layers, joint, model.lm_head]:
+    known = family_of(family)
+    layers = [*known.encoder_layers(model), *model.model.language_model.layers]
+    for module in [*layers, known.projector(model), model.lm_head]:
         for name, parameter in module.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert any(parameter.grad.abs().max() > 0 for parameter in module.parameters())
@@ -112,7 +109,7 @@ def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) ->
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             assert model.model.language_model.gradient_checkpointing
             counter = CallCounter(model.model.language_model.layers[2].input_layernorm)
-        loss = model(**with_labels(model, BOTH)).loss
+        loss = model(**with_labels(model, RICHEST[family])).loss
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert counter.calls == 2, "the layer was not run again for its gradients"
@@ -159,17 +156,11 @@ def test_logits_to_keep_ranks_like_labels(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_threads_do_not_meet(family: str) -> None:
     model = patched(family)
-    prompts = [single(model, sample) for sample in (IMAGE, IMAGES, BOTH, KINDS["video"][0])]
+    prompts = [single(model, sample) for sample in (IMAGE, IMAGES, BOTH, VIDEO) if family_of(family).takes(sample)]
 
     def run(inputs: Inputs, enabled: bool) -> Tensor:
         with torch.no_grad(), merging(model, enabled):
-            where = {}
-            if family == "qwen2_vl":  # stock keeps the rope deltas of the last call on the model
-                types = inputs["mm_token_type_ids"]
-                grids = {n: inputs.get(n) for n in ("image_grid_thw", "video_grid_thw")}
-                where["position_ids"], _ = model.model.get_rope_index(
-                    inputs["input_ids"], mm_token_type_ids=types, **grids
-                )
+            where = family_of(family).explicit_positions(model, inputs)
             return model(**inputs, **where).logits
 
     jobs = [(inputs, enabled) for inputs in prompts for enabled in (True, False, True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -10,17 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from decode_helpers import SETTINGS
+from families import FAMILIES, families, families_and_methods, family_of
 from illava_hooks import METHODS, merging, patch
 from illava_hooks.merge.scores import SCORES, ScoreInputs
-from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
+from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
-SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6}
 RAGGED = [
     Sample(text_seed=1, images=((48, 30), (64, 64))),
     Sample(text_seed=2),
     Sample(text_seed=3, images=((32, 90),), videos=(4,)),
 ]
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero", "item")
+
+
+def ragged(family: str) -> list[Sample]:
+    """Two images, text, and an image with a video where the family takes videos."""
+    last = RAGGED[-1] if family_of(family).with_videos else dataclasses.replace(RAGGED[-1], videos=())
+    return [*RAGGED[:-1], last]
 
 
 class WaitCounter(TorchDispatchMode):
@@ -31,10 +39,8 @@ class WaitCounter(TorchDispatchMode):
         self.inside: Counter[str] = Counter()
         self.outside: Counter[str] = Counter()
         self.depth = 0
-        base = model.model
-        vision = base.vision_tower.encoder.layers if hasattr(base, "vision_tower") else base.visual.blocks
         self.handles = []
-        for layer in [*vision, *base.language_model.layers]:
+        for layer in [*family_of(model).encoder_layers(model), *model.model.language_model.layers]:
             # Our own pre-hooks were there first; this one must run before them.
             self.handles.append(layer.register_forward_pre_hook(self.enter, prepend=True))
             self.handles.append(layer.register_forward_hook(self.leave, always_call=True))
@@ -69,13 +75,11 @@ def waits(model: Any, inputs: Inputs) -> WaitCounter:
     return counter
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), families_and_methods(METHODS))
 def test_layers_wait_no_more_than_stock(family: str, method: str) -> None:
     model = tiny_model(family)
-    inputs = inputs_for(model, RAGGED)
-    settings = SETTINGS | ({"vit_r": 14} if family == "llava_onevision" else {})  # 36 of 64: a square, for "compact"
-    patch(model, **settings, method=method)
+    inputs = inputs_for(model, ragged(family))
+    patch(model, **SETTINGS[family], method=method)
     waits(model, inputs)  # tables that are made once and remembered
     merged = waits(model, inputs)
     with merging(model, False):
@@ -84,13 +88,13 @@ def test_layers_wait_no_more_than_stock(family: str, method: str) -> None:
     assert sum(merged.inside.values()) <= sum(stock.inside.values())
 
 
-@pytest.mark.parametrize("samples", [RAGGED, RAGGED[:1], RAGGED * 3], ids=["ragged", "one", "nine"])
+@pytest.mark.parametrize("times", [1, 0, 3], ids=["ragged", "one", "nine"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outside_layers_the_number_of_waits_is_fixed(family: str, samples: list[Sample]) -> None:
+def test_outside_layers_the_number_of_waits_is_fixed(family: str, times: int) -> None:
     """One transfer plans the language stage; what is read from image sizes and grids is on the host anyway."""
     model = tiny_model(family)
-    inputs = inputs_for(model, samples)
-    patch(model, **SETTINGS)
+    inputs = inputs_for(model, ragged(family) * times or RAGGED[:1])
+    patch(model, **SETTINGS[family])
     waits(model, inputs)
     merged = waits(model, inputs).outside
     with merging(model, False):
@@ -131,21 +135,29 @@ def test_no_score_holds_a_map(name: str) -> None:
     assert 0 < watch.largest < tokens * tokens // 4
 
 
-@pytest.mark.parametrize("method", ["illava", "illava-reference"])
-def test_no_map_in_a_whole_forward(method: str) -> None:
-    """4,096 patches of one image through both stages of Qwen2-VL, SDPA doing its own work in its kernel."""
-    model = tiny_model("qwen2_vl")
-    inputs = inputs_for(model, [Sample(text_seed=1, images=((256, 256),))])
-    assert len(inputs["pixel_values"]) == 4096
-    patch(model, **SETTINGS, method=method)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        (family, method)
+        for family, method in families_and_methods(["illava", "illava-reference"])
+        if family in families(with_tiles=False)
+    ],
+)
+def test_no_map_in_a_whole_forward(family: str, method: str) -> None:
+    """4,096 patches of one image through both stages, SDPA doing its own work in its kernel."""
+    model, samples = tiny_model(family), [Sample(text_seed=1, images=((256, 256),))]
+    inputs = inputs_for(model, samples)
+    assert family_of(family).segments(model, samples) == [[4096]]
+    patch(model, **SETTINGS[family], method=method)
     with torch.no_grad(), LargestOutput() as watch:
         model(**inputs)
     assert 0 < watch.largest < 4096 * 4096 // 4
 
 
-def test_the_counter_counts() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_counter_counts(family: str) -> None:
     """The tests above could fail: a layer that asks the device is seen."""
-    model = tiny_model("qwen2_vl")
+    model = tiny_model(family)
     inputs = inputs_for(model, RAGGED[:1])
     layer = model.model.language_model.layers[2]
     handle = layer.input_layernorm.register_forward_hook(

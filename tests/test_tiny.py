@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from helpers import TAKES_READY_FEATURES
+from families import families, family_of
 from illava_hooks import patch, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.tiny.questions import QUESTION_KINDS, ask_clip, ask_pair, ask_scene, vocabulary
@@ -23,10 +23,8 @@ from illava_hooks.tiny.scenes import COLORS, DIRECTIONS, KINDS, Scene, Split, di
 from illava_hooks.tools.datasets import SIZES, clip_items, easy_vqa_items, pair_items, scene_items
 from illava_hooks.tools.evaluate import accuracy, predict
 
-FAMILIES = ("llava_onevision", "qwen2_vl")
+FAMILIES = families(embedded=True)
 RECIPE = Path(__file__).parents[1] / "examples" / "train_tiny"
-#: Well below what the models reach on the 2,000 questions of docs/RESULTS.md: 200 questions here.
-FLOOR = {"llava_onevision": 0.80, "qwen2_vl": 0.76}
 
 
 @pytest.fixture
@@ -47,7 +45,9 @@ class TestEmbeddedModels:
 
     def test_answers_held_out_questions(self, family: str) -> None:
         model, processor = tiny.load(family)
-        for items, floor in ((scene_items(200), FLOOR[family]), (pair_items(40), 0.5), (clip_items(40), 0.5)):
+        # Well below what the models reach on the 2,000 questions of docs/RESULTS.md: 200 questions here.
+        known = family_of(family)
+        for items, floor in ((scene_items(200), known.embedded_floor), (pair_items(40), 0.5), (clip_items(40), 0.5)):
             right, total = accuracy(items, predict(model, processor, items))["all"]
             assert total == len(items) and right / total >= floor, (items[0].kind, right, total)
 
@@ -60,9 +60,16 @@ class TestEmbeddedModels:
         assert session.report.flops[0] < 0.75 * session.report.flops[1]
 
 
+def test_every_embedded_model_is_one_of_a_family() -> None:
+    folders = {file.parent.name for file in Path(tiny.__file__).parent.glob("*/config.json")}
+    assert folders == set(FAMILIES)
+    commands = [family_of(family).embedded for family in FAMILIES]
+    assert "tiny" in commands and len(set(commands)) == len(commands)
+
+
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(InputError, match="tiny model is 'llava'; choose one of"):
-        tiny.load("llava")
+    with pytest.raises(InputError, match="tiny model is 'nobody'; choose one of"):
+        tiny.load("nobody")
     with pytest.raises(InputError, match="bundled picture is 'cat.png'"):
         tiny.media("cat.png")
 
@@ -169,7 +176,7 @@ class TestRecipe:
     @pytest.mark.parametrize("what", ["image", "pair", "clip"])
     def test_packed_questions_are_answered_as_alone(self, family: str, what: str, recipe: None) -> None:
         """Ten questions behind one picture give the logits that each gives in a prompt of its own."""
-        if (family, what) == ("llava_onevision", "clip") and not TAKES_READY_FEATURES:
+        if what == "clip" and family_of(family).beyond_features("video"):
             pytest.skip("the recipe counts on features of videos that hold the newline")
         import batches
         import learn
@@ -189,10 +196,7 @@ class TestRecipe:
         for column, end in enumerate(ends):
             ids = torch.cat([batch.prompt, torch.tensor(end)])[None].expand(2, -1)
             given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch.pixels}
-            if family == "qwen2_vl":
-                given["mm_token_type_ids"] = (ids == model.config.image_token_id).int() + 2 * (
-                    ids == model.config.video_token_id
-                ).int()
+            given |= family_of(family).token_types(model, ids)
             with torch.no_grad():
                 alone = model(**given).logits[1, -1]
             torch.testing.assert_close(packed[1, column], alone, atol=2e-4, rtol=2e-4)
@@ -203,12 +207,7 @@ class TestRecipe:
 
         processor = tiny.load(family)[1]
         batch = batches.image_batch(processor, np.random.default_rng(9), 4, (128, 128), asked=0)
-        pixels = batch.pixels["pixel_values"]
-        if family == "llava_onevision":
-            tiles = pixels.flatten(0, 1).unfold(2, 8, 8).unfold(3, 8, 8)  # (T, 3, 8, 8, 8, 8)
-            patches = tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(2)
-        else:
-            patches = pixels.view(len(pixels), 3, -1)
+        patches = family_of(family).pixels_by_patch(batch.pixels["pixel_values"], 8)
         contrast = patches.std(-1).mean(-1)  # a thing's edge runs through most patches that show it
         label = batch.targets["class"]
         assert len(label) == len(patches)

@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import QuantizedLayer
 
 from decode_helpers import IMAGE, KINDS, RAGGED, SETTINGS, TEXT, next_positions, patched, single
+from families import families_and
 from helpers import assert_differ
 from illava_hooks import merging, patch
 from illava_hooks.engine.compat import CACHE
@@ -59,8 +60,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_quantized_cache(family: str, kind: str, way: str, exact: dict[str, Any]) -> None:
     if way == "beams" and "reorder_cache" not in vars(QuantizedLayer):
         pytest.skip("stock: quantized caches of this release cannot be reordered")

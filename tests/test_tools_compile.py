@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from decode_helpers import IMAGE, single
+from families import family_of
 from helpers import assert_differ, forward
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, tiny_model
@@ -31,8 +32,7 @@ def no_graphs() -> Iterator[None]:
 
 def shallow(family: str) -> Any:
     """A patched model as shallow as can be: tracing takes time by the layer."""
-    depth = "num_hidden_layers" if family == "llava_onevision" else "depth"
-    model = tiny_model(family, vision={depth: 1}, text={"num_hidden_layers": 2})
+    model = tiny_model(family, vision={family_of(family).depth_name: 1}, text={"num_hidden_layers": 2})
     patch(model, **SETTINGS)
     return model
 

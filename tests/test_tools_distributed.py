@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree
 
-from decode_helpers import BOTH, SETTINGS, patched, single
+from decode_helpers import RICHEST, SETTINGS, patched, single
 from distributed_worker import ORDERS, WAYS, labelled
+from families import family_of
 from helpers import RECORDS, assert_differ, forward
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, tiny_model
@@ -116,7 +117,7 @@ def test_the_wrappers_classes_stay(family: str, way: str, order: str, folder: Pa
 def test_outputs_go_through_pytrees(family: str, return_dict: bool) -> None:
     """DDP takes outputs apart and puts them together again, by their stock classes."""
     model = patched(family)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     with torch.no_grad():
         output = model(**inputs, return_dict=return_dict)
         rebuilt = _pytree.tree_map(lambda leaf: leaf, output)
@@ -135,16 +136,16 @@ def test_outputs_go_through_pytrees(family: str, return_dict: bool) -> None:
 def test_features_of_a_forward_serve_another(family: str) -> None:
     """What merged in them is known, although no key says so."""
     model = patched(family, track=True)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     with torch.no_grad():
         output = model(**inputs)
     if "image_outputs" not in output:
         pytest.skip("this release has no feature outputs in the outputs of a forward")
     session = session_of(model)
     report, expected = session.report, forward(model, inputs)["forward.logits"]
-    assert RECORDS not in output.image_outputs and RECORDS not in output.video_outputs
-    ready = {"image": output.image_outputs, "video": output.video_outputs}
-    rest = {name: value for name, value in inputs.items() if not name.startswith("pixel_values")}
+    ready = {kind: output[f"{kind}_outputs"] for kind in family_of(family).modalities}
+    assert not any(RECORDS in features for features in ready.values())
+    rest = family_of(family).beside_features(inputs)
     with torch.no_grad():
         again = model(**rest, mm_encoder_outputs=ready)
     torch.testing.assert_close(again.logits, expected, **CLOSE)

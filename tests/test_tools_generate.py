@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from decode_helpers import IMAGE, IMAGES, RAGGED, next_positions, patched, single
+from families import families
 from helpers import assert_differ
 from illava_hooks import merging, session_of
 from illava_hooks.engine.compat import CACHE
@@ -126,9 +127,10 @@ def test_repetition_penalty(family: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_guidance_mixes_in_what_text_alone_says(scale: float) -> None:
-    """LLaVA-OneVision; stock Qwen2-VL cannot (see below). The other branch is the stock model on the last token."""
-    model, stock = patched("llava_onevision"), tiny_model("llava_onevision")
+@pytest.mark.parametrize("family", families(takes_guidance=True))
+def test_guidance_mixes_in_what_text_alone_says(family: str, scale: float) -> None:
+    """Not all stock models can (see below). The other branch is the stock model on the last token."""
+    model, stock = patched(family), tiny_model(family)
     inputs = single(model, IMAGES)
     done = generated(model, inputs, guidance_scale=scale)
     assert_merged_and_replayed(model, inputs, done)
@@ -140,9 +142,10 @@ def test_guidance_mixes_in_what_text_alone_says(scale: float) -> None:
         torch.testing.assert_close(scores, expected, **CLOSE)
 
 
-def test_stock_qwen2_vl_takes_no_guidance() -> None:
-    """The day that this fails, the test above is for both families."""
-    model = tiny_model("qwen2_vl")
+@pytest.mark.parametrize("family", families(takes_guidance=False))
+def test_stock_takes_no_guidance(family: str) -> None:
+    """The day that this fails, the test above is for the family as well."""
+    model = tiny_model(family)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         generated(model, single(model, IMAGE), guidance_scale=2.0)
 

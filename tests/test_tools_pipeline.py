@@ -12,9 +12,9 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 from transformers import LogitsProcessor, TextIteratorStreamer, pipeline
 
+from families import families
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, tiny
-from tiny_models import FAMILIES
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 #: Another padding is another width of the same products.
@@ -35,7 +35,7 @@ class Scores(LogitsProcessor):
         return scores
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=families(embedded=True))
 def patched(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """An embedded model that merges by its preset, fresh, and its processor."""
     model, processor = tiny.load(request.param)
@@ -102,7 +102,7 @@ def test_pipeline(patched: tuple[Any, Any], task: Any) -> None:
 
 
 def test_pipeline_of_a_batch(patched: tuple[Any, Any]) -> None:
-    """Equal sizes: stock stacks pictures of one size only for LLaVA-OneVision."""
+    """Equal sizes: not every stock pipeline stacks pictures of several."""
     model, processor = patched
     scores = Scores()
     ask = pipeline("image-text-to-text", model=model, processor=processor)

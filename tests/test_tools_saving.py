@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from decode_helpers import IMAGES, RAGGED, patched, single
+from families import family_of
 from helpers import assert_differ, assert_same, forward, generate
 from illava_hooks import merging, session_of, unpatch
 from tiny_models import FAMILIES, inputs_for, tiny_model
@@ -26,8 +27,8 @@ def saved_and_loaded(model: Any, folder: Path) -> Any:
     return torch.load(folder / "model.pt", weights_only=False)
 
 
-#: Run in another process; stock LLaVA-OneVision must have been built there once, with or without a patch: only then
-#: does transformers note down what its tower can record.
+#: Run in another process; some stock models must have been built there once, with or without a patch: only then does
+#: transformers note down what their towers can record.
 ELSEWHERE = """
 import sys
 import torch
@@ -35,7 +36,7 @@ torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = torch.load(folder + "/model.pt", weights_only=False)
     data = torch.load(folder + "/data.pt")
-    if model.config.model_type == "llava_onevision":
+    if data["records"]:
         with torch.device("meta"):
             type(model)(model.config)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_a_patched_model_that_has_run(family: str, tmp_path: Path) -> None:
     inputs = single(model, IMAGES)
     with torch.no_grad():
         expected = model(**inputs).logits
-    if family == "llava_onevision":  # which asks its tower for them
+    if family_of(family).records_hidden_states:
         stock = tiny_model(family)
         forward(stock, inputs)
         for one in (stock, model):
@@ -110,7 +111,8 @@ def test_patched_models_travel_to_another_process(tmp_path: Path) -> None:
         torch.save(model, tmp_path / family / "model.pt")
         with torch.no_grad():
             expected = model(**inputs).logits
-        torch.save({"inputs": inputs, "expected": expected}, tmp_path / family / "data.pt")
+        data = {"inputs": inputs, "expected": expected, "records": family_of(family).records_hidden_states}
+        torch.save(data, tmp_path / family / "data.pt")
         kept.append(session_of(model).report.kept_fraction)
     folders = [str(tmp_path / family) for family in FAMILIES]
     done = subprocess.run(

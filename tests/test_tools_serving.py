@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from families import families
 from illava_hooks import MergeSession, patch, tiny
 
 for package in ("fastapi", "uvicorn", "openai"):
@@ -92,7 +93,7 @@ class Served:
         return text
 
 
-@pytest.fixture(scope="module", params=["llava_onevision", "qwen2_vl"])
+@pytest.fixture(scope="module", params=families(embedded=True))
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     """One server for all tests of a family."""
     one = Served(request.param)

@@ -14,7 +14,8 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from decode_helpers import BOTH, IMAGES, RAGGED, SETTINGS, patched, single
+from decode_helpers import IMAGES, RAGGED, RICHEST, SETTINGS, patched, single
+from families import family_of
 from helpers import assert_differ, forward
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
@@ -44,7 +45,7 @@ def labelled(inputs: Inputs) -> Inputs:
 
 def batches(family: str) -> list[Inputs]:
     model = tiny_model(family)
-    return [labelled(single(model, BOTH)), labelled(inputs_for(model, RAGGED))]
+    return [labelled(single(model, RICHEST[family])), labelled(inputs_for(model, RAGGED))]
 
 
 def trained(model: Any, data: list[Inputs], folder: Path, steps: int, **settings: Any) -> tuple[Trainer, list[float]]:
@@ -87,12 +88,10 @@ def by_hand(model: Any, data: list[Inputs], steps: int) -> list[float]:
 
 def stages(model: Any) -> dict[str, Any]:
     """A weight of each stage."""
-    base = model.model
-    if model.config.model_type == "llava_onevision":
-        vision: Tensor = base.vision_tower.encoder.layers[0].mlp.fc1.weight
-    else:
-        vision = base.visual.blocks[0].mlp.fc1.weight
-    return {"vision": vision, "language": base.language_model.layers[0].mlp.up_proj.weight}
+    known = family_of(model)
+    first: Any = known.encoder_layers(model)[0]
+    vision: Tensor = getattr(first.mlp, known.encoder_mlp).weight
+    return {"vision": vision, "language": model.model.language_model.layers[0].mlp.up_proj.weight}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -142,7 +141,8 @@ def test_the_trainer_evaluates_and_saves(family: str, tmp_path: Path) -> None:
 
 def lora(family: str) -> peft.LoraConfig:
     """Adapters in both stages, the projections that score among them."""
-    targets = ["q_proj", "k_proj", "fc1"] if family == "llava_onevision" else ["qkv", "q_proj", "k_proj", "fc1"]
+    known = family_of(family)
+    targets = [*known.adapter_targets, known.encoder_mlp]
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
 
 

@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from families import families, family_of
 from illava_hooks import tiny
 from illava_hooks.cli import app
 from illava_hooks.tools.bench.plot import axes, save
 
-BENCH = "bench --shape llava-onevision-0.5b --narrow --tiles 2 --rounds 1 --new-tokens 1".split()
+SHAPE = next(iter(family_of(families(shapes=True, with_tiles=True)[0]).shapes))
+BENCH = f"bench --shape {SHAPE} --narrow --tiles 2 --rounds 1 --new-tokens 1".split()
 EVALUATE = "evaluate --questions 6 --methods nearest --kept 0.5".split()
 
 

@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
-from client_colqwen2 import LETTER, PAGE, STAGES, check_retriever, check_stages, retrieval_inputs, tiny_retriever
+from client_colqwen2 import (
+    INSIDE,
+    LETTER,
+    PAGE,
+    STAGES,
+    check_retriever,
+    check_stages,
+    retrieval_inputs,
+    tiny_retriever,
+)
 from client_helpers import CLOSE, client
 from decode_helpers import SETTINGS
 from helpers import assert_differ
@@ -36,7 +45,7 @@ def test_positional_ids_and_direct_calls() -> None:
     ids = inputs.pop("input_ids")
     with torch.no_grad():
         torch.testing.assert_close(model(ids, **inputs), model(input_ids=ids, **inputs), atol=0, rtol=0)
-        patch(model, **SETTINGS["qwen2_vl"])
+        patch(model, **SETTINGS[INSIDE])
         expected = model(input_ids=ids, **inputs)
         torch.testing.assert_close(model.forward(input_ids=ids, **inputs), expected, atol=0, rtol=0)
         torch.testing.assert_close(model(ids, **inputs), expected, atol=0, rtol=0)
@@ -49,7 +58,7 @@ def test_only_image_vectors() -> None:
     inputs = retrieval_inputs([PAGE, LETTER])
     with torch.no_grad():
         stock = model(**inputs)
-        patch(model, **SETTINGS["qwen2_vl"])
+        patch(model, **SETTINGS[INSIDE])
         found = model(**inputs)
     torch.testing.assert_close(found.abs().sum(-1) > 0, stock.abs().sum(-1) > 0)
     assert_differ(found, stock)

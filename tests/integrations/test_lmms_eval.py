@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
+from families import LmmsEval, families, family_of
 from illava_hooks import PRESETS, tiny
 from illava_hooks.cli import app
 from illava_hooks.tools.datasets import Item, scene_items
@@ -32,10 +33,14 @@ TASK = Path(__file__).parent / "lmms_eval_task"
 QUESTIONS = 60
 KEPT = 1 / 3
 
-FAMILIES = ("llava_onevision", "qwen2_vl")
-#: The harness's own model, for the unpatched score; its LLaVA class takes one prompt at a time.
-STOCK = {"llava_onevision": "llava_hf", "qwen2_vl": "qwen2_vl"}
-BATCH_SIZES = {"llava_onevision": 1, "qwen2_vl": 4}
+FAMILIES = families(embedded=True, lmms_eval=True)
+
+
+def harness_of(family: str) -> LmmsEval:
+    """How the harness calls a family."""
+    found = family_of(family).lmms_eval
+    assert found is not None
+    return found
 
 
 def merge_arguments(family: str, published: bool) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def merge_arguments(family: str, published: bool) -> dict[str, Any]:
 
 #: What is run, by name: the model's name and its arguments, and which row of `evaluate` it must equal.
 RUNS: dict[str, tuple[Callable[[str], str], Callable[[str], dict[str, Any]], str]] = {
-    "the harness's own": (STOCK.__getitem__, lambda family: {}, "none"),
+    "the harness's own": (lambda family: harness_of(family).stock, lambda family: {}, "none"),
     "merging": ("{}_illava".format, lambda family: merge_arguments(family, False), "illava"),
     "published names": ("{}_illava".format, lambda family: merge_arguments(family, True), "illava"),
     "switched off": ("{}_illava".format, lambda family: {**merge_arguments(family, True), **OFF}, "none"),
@@ -59,12 +64,13 @@ OFF = {"enable_illava_vit": False, "enable_illava_llm": False}
 
 
 def as_the_harness_shows_it(family: str, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """For Qwen2-VL the harness writes a JPEG and resizes it to whole blocks of 28, the patches of released models."""
-    if family == "llava_onevision":
+    """For some models the harness writes a JPEG and resizes it to whole blocks, the patches of released models."""
+    block = harness_of(family).jpeg_blocks
+    if block is None:
         return picture
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=85)
-    height, width = (max(28, round(size / 28) * 28) for size in picture.shape[:2])
+    height, width = (max(block, round(size / block) * block) for size in picture.shape[:2])
     return np.asarray(Image.open(buffer).resize((width, height)))
 
 
@@ -149,7 +155,7 @@ def printed(family: str, folder: Path) -> str:
             "model_args": ",".join(f"{name}={value}" for name, value in {**common, **arguments(family)}.items()),
             "tasks": "illava_scenes",
             "include_path": str(TASK),
-            "batch_size": str(BATCH_SIZES[family]),
+            "batch_size": str(harness_of(family).batch_size),
             "force_simple": name == "published names",
             "output_path": f"output/{name}",
             "log_samples": True,

@@ -22,6 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import illava_hooks
+from families import VlmEvalKit, families, family_of
 from illava_hooks import patch, tiny
 from illava_hooks.cli import app
 from illava_hooks.config import PRESETS
@@ -42,63 +43,51 @@ QUESTIONS, KEPT = 25, 0.0625
 ADDED = 6  #: questions to the model that is added on the command line; its pictures can be large
 
 
-@dataclass(frozen=True)
-class Family:
-    """What differs between the two: names here and in the kit, and arguments that leave pictures as they are."""
-
-    name: str
-    embedded: str
-    kit_class: str
-    entries: tuple[str, str]
-    arguments: dict[str, Any]
-
-
-FAMILIES = [
-    Family(
-        "llava_onevision",
-        "tiny",
-        "LLaVA_OneVision_HF",
-        ("llava-onevision-qwen2-0.5b-ov-hf-iLLaVA", "llava-onevision-qwen2-7b-ov-hf-iLLaVA"),
-        {},
-    ),
-    Family(
-        "qwen2_vl",
-        "tiny-qwen2-vl",
-        "Qwen2VLChat",
-        ("Qwen2-VL-2B-Instruct-iLLaVA", "Qwen2-VL-7B-Instruct-iLLaVA"),
-        {"min_pixels": None, "max_pixels": None},
-    ),
-]
+FAMILIES = families(embedded=True, vlmevalkit=True)
 
 
 @dataclass(frozen=True)
 class Run:
     """What the kit said: by model, answers, and the share of right ones by its own measure, in percent."""
 
-    family: Family
+    family: str
+    kit: VlmEvalKit
     items: list[Item]
     settings: dict[str, Any]
     answers: dict[str, list[str]]
     scores: dict[str, float]
 
+    @property
+    def embedded(self) -> str:
+        """What the command line calls the model."""
+        return str(family_of(self.family).embedded)
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+    @property
+    def entries(self) -> tuple[str, str]:
+        """The kit's entries whose models merge."""
+        small, large = self.kit.entries
+        return f"{small}-iLLaVA", f"{large}-iLLaVA"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The kit with an embedded model: as it is, merged by the preset, merged more, and added on the command line."""
-    family: Family = request.param
-    work = tmp_path_factory.mktemp(family.name)
+    family, kit = request.param, family_of(request.param).vlmevalkit
+    work = tmp_path_factory.mktemp(family)
+    entries = [f"{name}-iLLaVA" for name in kit.entries]
     items = scene_items(QUESTIONS)
-    if family.name == "qwen2_vl":
-        # The kit's reader rounds sides to multiples of 28, the embedded model's processor to multiples of 12.
+    if kit.blocks:
+        # The kit's reader rounds sides to multiples of these, the embedded model's processor to multiples of 12.
+        assert math.lcm(kit.blocks, 12) == 84
         items = [resized(item, [84 * round(side / 84 + 0.2) for side in item.pictures[0].shape[:2]]) for item in items]
     write_tsv(items, work / f"{DATA}.tsv")
-    folder = str(tiny.folder(family.name))
-    schedule = PRESETS[f"{family.name}/tiny"]["image"]
+    folder = str(tiny.folder(family))
+    schedule = PRESETS[f"{family}/tiny"]["image"]
     settings = budget_settings(schedule, "both", KEPT)
     models = {
-        "plain": {"class": family.kit_class, "model_path": folder, **family.arguments},
-        family.entries[0]: {"model_path": folder, **family.arguments},
-        family.entries[1]: {"model_path": folder, **family.arguments, **settings},
+        "plain": {"class": kit.model_class, "model_path": folder, **kit.plain},
+        entries[0]: {"model_path": folder, **kit.plain},
+        entries[1]: {"model_path": folder, **kit.plain, **settings},
     }
     lines = []
     for mode, kind in (("infer", "CustomVQADataset"), ("eval", "ImageVQADataset")):
@@ -117,7 +106,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         for file_name in (work / "outputs" / name).glob("*_acc.csv"):
             with file_name.open() as file:
                 scores[name] = float(next(csv.DictReader(file))["Overall"])
-    return Run(family, items, settings, answers, scores)
+    return Run(family, kit, items, settings, answers, scores)
 
 
 def resized(item: Item, size: Sequence[int]) -> Item:
@@ -171,8 +160,8 @@ def evaluate(run: Run, folder: Path) -> dict[str, list[bool]]:
         (folder / f"{index}.png").write_bytes(png(item))
         lines.append(json.dumps({"image": f"{index}.png", "question": item.question, "answer": item.answer}))
     (folder / "items.jsonl").write_text("\n".join(lines))
-    items = "scenes" if run.family.name == "llava_onevision" else str(folder / "items.jsonl")
-    options = {"model": run.family.embedded, "items": items, "questions": QUESTIONS, "methods": "illava"}
+    items = str(folder / "items.jsonl") if run.kit.blocks else "scenes"
+    options = {"model": run.embedded, "items": items, "questions": QUESTIONS, "methods": "illava"}
     options |= {"kept": KEPT, "output": folder / "rows", "batch-size": 1, "dtype": "float16", "device": "cpu"}
     done = CliRunner().invoke(app, ["evaluate", *[f"--{name}={value}" for name, value in options.items()]])
     assert done.exit_code == 0, done.output
@@ -181,29 +170,29 @@ def evaluate(run: Run, folder: Path) -> dict[str, list[bool]]:
 
 def test_scores_are_those_of_evaluate(run: Run, tmp_path: Path) -> None:
     found = evaluate(run, tmp_path)
-    for name, method in (("plain", "none"), (run.family.entries[1], "illava")):
+    for name, method in (("plain", "none"), (run.entries[1], "illava")):
         right = [said == item.answer for said, item in zip(run.answers[name], run.items, strict=True)]
         assert right == found[method], name
         assert run.scores[name] == pytest.approx(100 * sum(right) / QUESTIONS)
     assert 0.5 < sum(found["none"]) / QUESTIONS and found["none"] != found["illava"]
-    assert run.answers[run.family.entries[0]] != run.answers[run.family.entries[1]]  # the settings do matter
+    assert run.answers[run.entries[0]] != run.answers[run.entries[1]]  # the settings do matter
 
 
 def test_presets_merge(run: Run) -> None:
-    model, processor = load_model(run.family.embedded, "cpu", "float16")
+    model, processor = load_model(run.embedded, "cpu", "float16")
     patch(model)
-    answers = run.answers[run.family.entries[0]]
+    answers = run.answers[run.entries[0]]
     assert answers == predict(model, processor, run.items, 1) and answers != run.answers["plain"]
 
 
 def test_a_model_added_on_the_command_line_keeps_the_arguments_of_the_kit(run: Run) -> None:
-    model, processor = load_model(run.family.embedded, "cpu", "float16")
+    model, processor = load_model(run.embedded, "cpu", "float16")
     patch(model, **run.settings)
     items = run.items[:ADDED]
-    if run.family.name == "qwen2_vl":  # the kit shows these models pictures of 1280 tokens at least
+    if (least := run.kit.least) and (block := run.kit.blocks):
         for index, item in enumerate(items):
             height, width = item.pictures[0].shape[:2]
-            factor = math.sqrt(1280 * 28 * 28 / (height * width))
-            items[index] = resized(item, [math.ceil(side * factor / 28) * 28 for side in (height, width)])
-        assert run.answers["added"] != run.answers[run.family.entries[1]][:ADDED]
+            factor = math.sqrt(least * block * block / (height * width))
+            items[index] = resized(item, [math.ceil(side * factor / block) * block for side in (height, width)])
+        assert run.answers["added"] != run.answers[run.entries[1]][:ADDED]
     assert run.answers["added"] == predict(model, processor, items, 1)

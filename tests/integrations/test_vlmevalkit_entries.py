@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
+from families import families, family_of
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.integrations import vlmevalkit
 from illava_hooks.tools.loading import load_model
 
-QWEN, LLAVA = "Qwen2-VL-2B-Instruct", "llava-onevision-qwen2-0.5b-ov-hf"
+#: How the kit calls the families that it has.
+KITS = {name: kit for name in families(embedded=True) if (kit := family_of(name).vlmevalkit) is not None}
+#: One family with its entry, and one that has other entries.
+FIRST, STOCK = next((name, kit.entries[0]) for name, kit in KITS.items())
+OTHER, BESIDE = next((kit, kit.others[0]) for kit in KITS.values() if kit.others)
 
 
 class Loader:
@@ -29,10 +34,12 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The models of a stand-in for the kit, whose ``run.main`` keeps what it is started with."""
     kit, config, run = ModuleType("vlmeval"), ModuleType("vlmeval.config"), ModuleType("vlmeval.run")
     found: dict[str, Any] = {"Some-API": object()}
-    for name in ("Qwen2-VL-72B-Instruct", *vlmevalkit.STOCK["qwen2_vl"]):
-        found[name] = partial(Loader, model_path=f"Qwen/{name}", min_pixels=1003520, max_pixels=12845056)
-    for name in vlmevalkit.STOCK["llava_onevision"]:
-        found[name] = partial(Loader, model_path=f"llava-hf/{name}")
+    assert {family: set(names) for family, names in vlmevalkit.STOCK.items()} == {
+        family: set(kit.entries) for family, kit in KITS.items()
+    }
+    for family, known in KITS.items():
+        for name in (*known.others, *vlmevalkit.STOCK[family]):
+            found[name] = partial(Loader, model_path=f"{known.hub}/{name}", **known.arguments)
     started: list[list[str]] = []
     vars(config)["supported_VLM"] = found
     vars(run).update(main=lambda: started.append(sys.argv[1:]), started=started)
@@ -43,40 +50,36 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 class TestRegistering:
-    def test_four_entries_keep_what_the_kit_says(self, entries: dict[str, Any]) -> None:
+    def test_entries_keep_what_the_kit_says(self, entries: dict[str, Any]) -> None:
         before = dict(entries)
         names = vlmevalkit.register()
         stocks = [name for family in vlmevalkit.STOCK.values() for name in family]
-        assert names == [f"{name}-iLLaVA" for name in stocks] and len(names) == 4
+        assert names == [f"{name}-iLLaVA" for name in stocks] and len(names) == 2 * len(KITS)
         assert {name: entry for name, entry in entries.items() if name not in names} == before
         for stock, name in zip(stocks, names, strict=True):
             assert issubclass(entries[name].func, Loader) and entries[name].func is not Loader
             assert entries[name].keywords == {**before[stock].keywords, "method": "illava", "preset": "auto"}
 
-    @pytest.mark.parametrize(("stock", "family"), [(QWEN, "qwen2_vl"), (LLAVA, "llava_onevision")])
+    @pytest.mark.parametrize(("stock", "family"), [(kit.entries[0], family) for family, kit in KITS.items()])
     def test_an_entry_loads_a_merged_model(self, entries: dict[str, Any], stock: str, family: str) -> None:
         vlmevalkit.register()
         loaded = entries[f"{stock}-iLLaVA"](model_path=str(tiny.folder(family)), use_vllm=False)
         assert isinstance(loaded, Loader)
-        assert (
-            loaded.arguments == {**entries[stock].keywords, "use_vllm": False} | {"model_path": ...} - {}
-            if False
-            else True
-        )
+        assert loaded.arguments == {**KITS[family].arguments, "use_vllm": False}
         session = session_of(loaded.model)
         assert session is not None and session.config == patch(tiny.load(family)[0]).config
 
     def test_settings_of_an_entry_and_of_a_call(self, entries: dict[str, Any]) -> None:
         vlmevalkit.register(vit_layers="2-3", vit_r=0.25, llm_layers=[1], llm_ratio=0.5, method="nearest")
-        path = str(tiny.folder("qwen2_vl"))
+        path = str(tiny.folder(FIRST))
         for given, removed in (({}, 0.25), ({"vit_r": 0.5}, 0.5)):
-            session = session_of(entries[f"{QWEN}-iLLaVA"](model_path=path, **given).model)
+            session = session_of(entries[f"{STOCK}-iLLaVA"](model_path=path, **given).model)
             assert session is not None
             image = session.config.image
             assert (image.vit_layers, image.vit_r, image.llm_layers, image.llm_ratio) == ((2, 3), removed, (1,), 0.5)
             assert session.config.method.name == "nearest"
 
-    @pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])
+    @pytest.mark.parametrize("family", KITS)
     def test_a_folder_of_ones_own(self, entries: dict[str, Any], family: str) -> None:
         path = str(tiny.folder(family))
         assert vlmevalkit.register("mine", path, min_pixels=None) == ["mine"]
@@ -86,21 +89,21 @@ class TestRegistering:
         assert session_of(entries["mine"]().model) is not None
 
     def test_any_entry_of_the_kit_and_a_family_that_is_told(self, entries: dict[str, Any]) -> None:
-        assert vlmevalkit.register("Qwen2-VL-72B-Instruct-iLLaVA") == ["Qwen2-VL-72B-Instruct-iLLaVA"]
-        assert entries["Qwen2-VL-72B-Instruct-iLLaVA"].keywords["model_path"] == "Qwen/Qwen2-VL-72B-Instruct"
-        vlmevalkit.register("far", "nobody/far-away", family="llava_onevision")
+        assert vlmevalkit.register(f"{BESIDE}-iLLaVA") == [f"{BESIDE}-iLLaVA"]
+        assert entries[f"{BESIDE}-iLLaVA"].keywords["model_path"] == f"{OTHER.hub}/{BESIDE}"
+        vlmevalkit.register("far", "nobody/far-away", family=FIRST)
         assert entries["far"].keywords["model_path"] == "nobody/far-away"
 
     def test_refusals(self, entries: dict[str, Any], tmp_path: Path) -> None:
         before = dict(entries)
-        (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
         cases: list[tuple[dict[str, Any], str]] = [
-            ({"name": QWEN}, "behind it"),
+            ({"name": STOCK}, "behind it"),
             ({"name": "Some-API-iLLaVA"}, "behind it"),
             ({"model_path": "a/b"}, "give the entry a name"),
             ({"name": "mine", "model_path": "nobody/far-away"}, "cannot be read"),
-            ({"name": "mine", "model_path": str(tmp_path)}, "is 'llava'; it must be one of"),
-            ({"name": "mine", "model_path": "a/b", "family": "qwen"}, "is 'qwen'; it must be one of"),
+            ({"name": "mine", "model_path": str(tmp_path)}, "is 'gpt2'; it must be one of"),
+            ({"name": "mine", "model_path": "a/b", "family": "somebody"}, "is 'somebody'; it must be one of"),
             ({"vit_layers": "5 to 8"}, "write layer numbers as"),
         ]
         for given, message in cases:
@@ -113,7 +116,7 @@ class TestRegistering:
     def test_other_engines_are_refused(self, entries: dict[str, Any]) -> None:
         vlmevalkit.register()
         with pytest.raises(UnsupportedModelError, match="use_vllm is True; only the model of transformers"):
-            entries[f"{QWEN}-iLLaVA"](use_vllm=True)
+            entries[f"{STOCK}-iLLaVA"](use_vllm=True)
 
     def test_the_kit_is_needed_only_when_it_is_used(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "vlmeval", None)
@@ -124,7 +127,7 @@ class TestRegistering:
 class TestTheCommand:
     def test_hands_on_what_is_the_kits(self, entries: dict[str, Any]) -> None:
         before = list(sys.argv)
-        folder = str(tiny.folder("qwen2_vl"))
+        folder = str(tiny.folder(FIRST))
         line = [
             "--data",
             "MME",
@@ -144,7 +147,7 @@ class TestTheCommand:
             ["--data", "MME", "POPE", "--model", "a", "b", "--mode", "infer"]
         ]
         assert sys.argv == before
-        assert entries["mine"].keywords["vit_r"] == entries[f"{LLAVA}-iLLaVA"].keywords["vit_r"] == 0.5
+        assert entries["mine"].keywords["vit_r"] == entries[f"{STOCK}-iLLaVA"].keywords["vit_r"] == 0.5
 
     @pytest.mark.parametrize(
         ("line", "message"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers_suite.modes import CLASSES
+
 __all__ = ["DIFFERENT"]
 
 _ATTENTIONS = (
@@ -9,7 +11,4 @@ _ATTENTIONS = (
 )
 
 #: Tests that fail with merging on, in every supported release that has them.
-DIFFERENT: dict[str, str] = {
-    "LlavaOnevision::test_attention_outputs": _ATTENTIONS,
-    "Qwen2VL::test_attention_outputs": _ATTENTIONS,
-}
+DIFFERENT: dict[str, str] = {f"{tests}::test_attention_outputs": _ATTENTIONS for tests in CLASSES.values()}

@@ -6,25 +6,23 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from families import Family, families, family
 from illava_hooks import MergeSession, PatchStateError, patch
 
-__all__ = ["MODES", "merged", "patch_when_constructed"]
+__all__ = ["CLASSES", "MODES", "merged", "patch_when_constructed"]
 
-#: Settings of each run by family; None: the stock model.
-MODES: dict[str, dict[str, dict[str, Any]] | None] = {
+#: The families that are tested, and the names of their test classes.
+CLASSES = {name: family(name).suite()[0].__name__.removesuffix("Tester") for name in families(with_suite=True)}
+
+_LAYERS: dict[str, Any] = {"vit_layers": [0, 1], "llm_layers": [1]}
+#: Settings of each run, as functions of a family; None: the stock model.
+MODES: dict[str, Callable[[Family], dict[str, Any]] | None] = {
     "stock": None,
     # Nothing is to be removed: every hook is in place and steps aside.
-    "identity": dict.fromkeys(
-        ("llava_onevision", "qwen2_vl"), {"vit_layers": [0, 1], "vit_r": 0, "llm_layers": [1], "llm_ratio": 1.0}
-    ),
+    "identity": lambda _: {**_LAYERS, "vit_r": 0, "llm_ratio": 1.0},
     # A share too small to remove a single token: the merging layers, the gathering and the scattering all run.
-    "idle": dict.fromkeys(
-        ("llava_onevision", "qwen2_vl"), {"vit_layers": [0, 1], "vit_r": 1e-4, "llm_layers": [1], "llm_ratio": 0.9999}
-    ),
-    "merging": {
-        "llava_onevision": {"vit_layers": [0, 1], "vit_r": 5, "llm_layers": [1], "llm_ratio": 0.6},
-        "qwen2_vl": {"vit_layers": [0, 1], "vit_r": 0.25, "llm_layers": [1], "llm_ratio": 0.6},
-    },
+    "idle": lambda _: {**_LAYERS, "vit_r": 1e-4, "llm_ratio": 0.9999},
+    "merging": lambda known: {**_LAYERS, "vit_r": known.suite()[0].vit_r, "llm_ratio": 0.6},
 }
 
 

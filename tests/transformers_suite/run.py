@@ -17,15 +17,16 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from families import family_of
 from transformers_suite.expected import DIFFERENT
-from transformers_suite.modes import MODES
+from transformers_suite.modes import CLASSES, MODES
 from transformers_suite.outcomes import Outcomes
 from transformers_suite.sdist import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "transformers-suite"
 PAGE = ROOT / "docs" / "COMPATIBILITY.md"
-FAMILIES = {"LlavaOnevision": "LLaVA-OneVision", "Qwen2VL": "Qwen2-VL"}
+FAMILIES = {tests: family_of(name).title for name, tests in CLASSES.items()}
 
 #: Names of the runs in tables.
 TITLES = {

@@ -48,7 +48,6 @@ class Ledger:
         valid: ``(B, V')`` bool, which of the first ``V'`` keys the mask that was read last calls real; None: all.
         history: for each prefill that merged, the numbers of real tokens per sample; layers with equal history and
             past have equal masks.
-        trailing_text: how many of the last keys may be cropped, all of them text.
         knows_mask: whether the ``generate`` that runs has shown its mask: later ones of it only grow by real tokens.
     """
 
@@ -56,7 +55,6 @@ class Ledger:
     columns: Tensor | None = None
     valid: Tensor | None = None
     history: tuple[tuple[int, ...], ...] = ()
-    trailing_text: int = 0
     knows_mask: bool = False
 
     def known_columns(self, length: int, batch_size: int, device: torch.device) -> Tensor:
@@ -89,13 +87,12 @@ class Ledger:
         valid = None if self.valid is None else self.valid[index.to(self.valid.device)]
         return replace(self, columns=columns, valid=valid)
 
-    def cropped(self, length: int, removed: int) -> Ledger:
+    def cropped(self, length: int) -> Ledger:
         """The ledger after the last keys were removed: ``length`` are left."""
         return replace(
             self,
             columns=None if self.columns is None else self.columns[:, :length],
             valid=None if self.valid is None else self.valid[:, :length],
-            trailing_text=self.trailing_text - removed,
         )
 
 
@@ -106,12 +103,14 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
     """Mixin over a cache layer's own class.
 
     Attributes:
-        ledger: what the keys stand for.
+        ledger: what the keys stand for; layers of equal history share one.
+        trailing_text: how many of the last keys may be cropped, all of them text.
         shared: one dict for all layers of a cache; its ``"differs"`` tells whether some of them merged, so that the
             masks of stock, which asks one layer, are wrong for others.
     """
 
     ledger: Ledger
+    trailing_text: int
     shared: dict[str, bool]
     _announced: int
 
@@ -122,7 +121,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
 
     def start(self) -> None:
         """Opens the ledger of a layer that has not merged yet."""
-        self.ledger, self._announced = Ledger(), 0
+        self.ledger, self.trailing_text, self._announced = Ledger(), 0, 0
         self.shared["differs"] = False
 
     def announce(
@@ -155,10 +154,9 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             columns=torch.cat([before, columns], 1),
             valid=valid,
             history=(*ledger.history, lengths),
-            trailing_text=trailing_text,
             knows_mask=True,
         )
-        self._announced = kept
+        self.trailing_text, self._announced = trailing_text, kept
         if logical != kept or moves:
             self.shared["differs"] = True
 
@@ -171,11 +169,11 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         if self._announced:
             self._announced = 0
         else:
-            self.ledger = replace(self.ledger, trailing_text=self.ledger.trailing_text + key_states.shape[-2])
+            self.trailing_text += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
 
     def get_seq_length(self) -> Any:
-        """The logical length."""
+        """The logical length: that of the sequence."""
         length = super().get_seq_length()  # type: ignore[safe-super]  # the stock layer comes next in line
         # A layer without keys has not begun: announced merges do not count yet.
         return length + self.num_merged if self.is_initialized else 0
@@ -198,13 +196,14 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens, as far as they are text."""
         removed = abs(tokens_to_remove)
-        if removed > self.ledger.trailing_text:
+        if removed > self.trailing_text:
             raise PatchStateError(
-                f"cannot crop {removed} tokens: only the last {self.ledger.trailing_text} came after merged visual "
+                f"cannot crop {removed} tokens: only the last {self.trailing_text} came after merged visual "
                 "tokens; start from a new cache"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]  # a method of the stock layers, not of their base
-        self.ledger = self.ledger.cropped(self.get_seq_length() - self.num_merged, removed)
+        self.trailing_text -= removed
+        self.ledger = self.ledger.cropped(self.get_seq_length() - self.num_merged)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles and copies by the stock class: this one is made at run time."""
@@ -221,14 +220,14 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         self.ledger = self.ledger.rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sample."""
+        """Repeats each sample, for beams and return sequences."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         known = self.ledger.columns
         if known is not None:
             self.ledger = self.ledger.rows(torch.arange(len(known), device=known.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some samples."""
+        """Keeps some samples, also repeatedly."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self.ledger = self.ledger.rows(indices)
 

@@ -6,7 +6,7 @@ decoder layer. The layer whose attention ranks is listened to while it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,34 +42,45 @@ from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.methods import find_score
 
-__all__ = ["DecoderCall", "DecoderLayerHook", "RankingHook", "RestoreLengths", "TextModelHook"]
+__all__ = ["DecoderCall", "DecoderLayerHook", "Prefill", "RankingHook", "RestoreLengths", "TextModelHook"]
 
 
 @dataclass(slots=True)
+class Prefill:
+    """A call that introduces visual tokens.
+
+    Attributes:
+        run: who survives.
+        prompt: what the compact sequence is made of.
+        embeds: ``(B, N, C)``, what the text model was given: its first hidden state.
+        cache: the cache, or None.
+        past: what it held before this call.
+        valid: which keys of each layer are real, those to come included; None: all.
+        finish: stores report and provenance.
+        tap: what listens to the layer that runs; kept here, so that it goes with the call.
+    """
+
+    run: DecoderRun
+    prompt: CompactPrompt
+    embeds: Tensor
+    cache: Any
+    past: Past
+    valid: Sequence[Tensor | None]
+    finish: Finish
+    tap: AttentionTap | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderCall:
     """What the decoder layers of one call find in their keyword arguments.
 
     Attributes:
         masks: the mask of each layer.
-        run: the prefill that merges, or None in calls that only continue.
-        cache: the cache, or None.
-        past: what it held before this call.
-        valid: which keys of each layer are real, those to come included; None: all.
-        prompt: what the compact sequence is made of.
-        embeds: ``(B, N, C)``, what the text model was given: its first hidden state.
-        finish: stores report and provenance.
-        tap: what listens to the layer that runs; kept here, so that it goes with the call.
+        prefill: what merges, or None in calls that only continue.
     """
 
     masks: list[Any]
-    run: DecoderRun | None = None
-    cache: Any = None
-    past: Past | None = None
-    valid: Sequence[Tensor | None] = ()
-    prompt: CompactPrompt | None = None
-    embeds: Tensor | None = None
-    finish: Callable[[], None] | None = None
-    tap: AttentionTap | None = None
+    prefill: Prefill | None = None
 
 
 class TextModelHook(Hook):
@@ -110,7 +121,7 @@ class TextModelHook(Hook):
         self.family.compact(kwargs, columns, run)
         masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
-        kwargs[DECODER_CALL] = DecoderCall(masks, run, cache, past, valid, prompt, embeds, finish)
+        kwargs[DECODER_CALL] = DecoderCall(masks, Prefill(run, prompt, embeds, cache, past, valid, finish))
         return kwargs
 
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
@@ -245,13 +256,11 @@ class DecoderLayerHook(Hook):
         if call is None:
             return None
         kwargs["attention_mask"] = call.masks[self.layer_idx]
-        return (args, kwargs) if call.run is None else self._enter(module, call, call.run, args, kwargs)
+        return (args, kwargs) if call.prefill is None else self._enter(module, call.prefill, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans are no business of a graph
-    def _enter(
-        self, module: Any, call: DecoderCall, run: DecoderRun, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        hidden, (cos, sin) = args[0], kwargs["position_embeddings"]
+    def _enter(self, module: Any, prefill: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run, hidden, (cos, sin) = prefill.run, args[0], kwargs["position_embeddings"]
         if run.states[0].rope is None:
             tables = compose_tables((cos, sin), module.self_attn.config)
             run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
@@ -261,42 +270,36 @@ class DecoderLayerHook(Hook):
         kwargs["position_embeddings"] = tuple(as_given(table.to(hidden.device), cos) for table in rope)
         # Gaps in positions look like packed sequences to flash attention.
         kwargs["position_ids"] = None
-        if call.cache is not None and kwargs.get(CACHE) is not None:
+        if prefill.cache is not None and kwargs.get(CACHE) is not None:
             if run.is_finished:  # a wrapper around the layer replays it for its gradients
-                _refuse_past(call, self.layer_idx)
+                _refuse_past(prefill.past, self.layer_idx)
                 kwargs[CACHE] = None  # its keys are there already
             else:
-                self._announce(call, run, hidden.device)
+                self._announce(prefill, hidden.device)
         if run.ranks_for(self.layer_idx):
-            self._listen(call, run)
+            ranking = _Ranking(run, self.layer_idx, prefill.past.keys[self.layer_idx], prefill.valid[self.layer_idx])
+            prefill.tap = AttentionTap(ranking)
+            open_tap(prefill.tap)  # until RankingHook
         return (hidden, *args[1:]), kwargs
 
-    def _listen(self, call: DecoderCall, run: DecoderRun) -> None:
-        """Opens a tap on the layer's attention, until ``RankingHook``."""
-        past = 0 if call.past is None or call.cache is None else call.past.keys[self.layer_idx]
-        call.tap = AttentionTap(_Ranking(run, self.layer_idx, past, call.valid[self.layer_idx]))
-        open_tap(call.tap)
-
-    def _announce(self, call: DecoderCall, run: DecoderRun, device: torch.device) -> None:
+    def _announce(self, prefill: Prefill, device: torch.device) -> None:
         """Tells the layer's cache what the keys to come stand for."""
-        merges, past = run.merges_through(self.layer_idx), call.past
-        assert past is not None and call.embeds is not None and call.prompt is not None
-        counts, columns = run.counts[merges], run.states[merges].columns.to(device)
-        layer = cache_layer(call.cache, self.layer_idx)
-        layer.announce(
+        run, past = prefill.run, prefill.past
+        columns = run.stage(self.layer_idx).columns.to(device)
+        cache_layer(prefill.cache, self.layer_idx).announce(
             past.keys[self.layer_idx],
             torch.where(columns < 0, -1, columns + past.logical),
-            counts.lengths,
-            call.embeds.shape[1],
-            call.valid[self.layer_idx],
-            call.prompt.trailing_text,
-            moves=call.prompt.moves,
+            run.counts[run.merges_through(self.layer_idx)].lengths,
+            prefill.embeds.shape[1],
+            prefill.valid[self.layer_idx],
+            prefill.prompt.trailing_text,
+            moves=prefill.prompt.moves,
         )
 
 
-def _refuse_past(call: DecoderCall, layer_idx: int) -> None:
+def _refuse_past(past: Past, layer_idx: int) -> None:
     """Raises ``PatchStateError`` where a layer that runs a second time needs the keys in front of its own."""
-    if call.past is not None and call.past.keys[layer_idx]:
+    if past.keys[layer_idx]:
         raise PatchStateError(
             f"decoder layer {layer_idx} is run again for its gradients behind a cache that holds keys; start from a "
             "new cache, or checkpoint with model.gradient_checkpointing_enable()"
@@ -320,7 +323,7 @@ class _Ranking:
     def attend(
         self, attention: Attention, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Stock's answer."""
+        """What stock gives; the tokens are ranked on the way."""
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         with torch.no_grad():
             self._score(query.detach(), key.detach(), scale)
@@ -351,9 +354,9 @@ class RestoreLengths(Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the output alone where nothing was merged."""
         call: DecoderCall | None = kwargs.get(DECODER_CALL)
-        if call is None or call.run is None:
+        if call is None or call.prefill is None:
             return None
-        (out,), run = output, call.run
+        (out,), run = output, call.prefill.run
         run.check_finished()
         run.is_finished = True
         last = len(run.layers)
@@ -363,9 +366,8 @@ class RestoreLengths(Hook):
             # The entry after layer i counts the merges up to i; behind the final norm, all.
             merges = [*map(run.merges_through, range(len(behind) - 1)), last]
             out.hidden_states = (
-                None if first is None else call.embeds,  # gradients reach it, as in stock
+                None if first is None else call.prefill.embeds,  # gradients reach it, as in stock
                 *(None if h is None else run.expand(h, m) for h, m in zip(behind, merges, strict=True)),
             )
-        if call.finish is not None:
-            call.finish()
+        call.prefill.finish()
         return out

@@ -256,7 +256,7 @@ class EncoderRun:
             hidden=lambda: segments.take(units.flatten(0, 1)),
             keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
             token_size=segments.take(state.token_size.flatten()),
-            visible=None if self.visible is None else segments.take(self._shown(state).flatten()),
+            visible=None if self.visible is None else segments.take(_shown(self.visible, state).flatten()),
         )
         exists = torch.ones_like(state.origins, dtype=torch.bool)
         plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows)
@@ -268,33 +268,27 @@ class EncoderRun:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
 
-    def _shown(self, state: EncoderState) -> Tensor:
-        """``(B, K)`` bool, which survivors stand where the layout shows them."""
-        assert self.visible is not None
-        return self.visible.mask.gather(1, state.origins)
-
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
         segments, after = self.segments[merges], self.segments[merges + 1].lengths
-        parts = self._parts()
-        if parts is None:
+        parts = self._parts(self.visible)
+        if self.visible is None or not parts:
             return segments, after
         # Stable: within its part each survivor keeps its place.
         number = 2 * torch.arange(self.num_rows, device=segments.rows.device)[:, None]
-        order = torch.argsort((number + ~self._shown(self.states[merges])).flatten(), stable=True)
+        order = torch.argsort((number + ~_shown(self.visible, self.states[merges])).flatten(), stable=True)
         lengths = [part[merges] for part in parts if part[0]]
         return Segments.from_lengths(lengths, order), tuple(part[merges + 1] for part in parts if part[0])
 
-    def _parts(self) -> list[tuple[int, ...]] | None:
-        """Counts of the shown and the cropped part of each tile; None where they merge together.
+    def _parts(self, visible: Visible | None) -> list[tuple[int, ...]]:
+        """Counts of the shown and the cropped part of each tile; empty where they merge together.
 
         A tile of one survivor has none for each part, and matching in pairs cannot promise numbers.
         """
-        visible = self.visible
         if visible is None or not visible.quota or self.session.config.method.merge == "bipartite":
-            return None
+            return []
         if any(units[-1] < 2 for units in self.lengths):
-            return None
+            return []
         parts: list[tuple[int, ...]] = []
         for units, shown in zip(self.lengths, visible.counts, strict=True):
             mine = shown_units(units, shown)
@@ -316,6 +310,11 @@ class EncoderRun:
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
         return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
+
+
+def _shown(visible: Visible, state: EncoderState) -> Tensor:
+    """``(B, K)`` bool, which survivors stand where the layout shows them."""
+    return visible.mask.gather(1, state.origins)
 
 
 def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:

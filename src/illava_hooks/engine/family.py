@@ -101,7 +101,7 @@ class Family:
         return model.model if hasattr(model, "lm_head") else model
 
     def tower(self, base: Any) -> Any:
-        """The vision encoder."""
+        """The vision encoder as the base model holds it, wrappers included."""
         return base.visual
 
     def layers_of(self, tower: Any) -> Sequence[nn.Module]:

@@ -86,12 +86,12 @@ class MergeReport:
 
     @property
     def images(self) -> tuple[VisualReport, ...]:
-        """The images alone."""
+        """The entries of images, in prompt order."""
         return tuple(v for v in self.visuals if v.modality == "image")
 
     @property
     def videos(self) -> tuple[VisualReport, ...]:
-        """The videos alone."""
+        """The entries of videos, in prompt order."""
         return tuple(v for v in self.visuals if v.modality == "video")
 
     @property

@@ -157,7 +157,7 @@ def current_generation() -> Generation | None:
 
 @contextmanager
 def generating(generation: Generation) -> Iterator[None]:
-    """``generate`` runs."""
+    """Makes ``generation`` the current one of this thread or task."""
     token = _generation.set(generation)
     try:
         yield

@@ -20,7 +20,7 @@ __all__ = ["FAMILY", "ColQwen2"]
 
 
 class ColQwen2(Qwen2VL):
-    """The family."""
+    """The retriever's family: Qwen2-VL's encoder and decoder, another way in."""
 
     name = "colqwen2"
     model_types = ("colqwen2",)
@@ -28,17 +28,16 @@ class ColQwen2(Qwen2VL):
     head_methods = ()
 
     def base(self, model: Any) -> Any:
-        """The Qwen2-VL inside."""
+        """The bare Qwen2-VL inside, whose tower the retriever calls itself."""
         return model.vlm
 
     def config(self, model: Any) -> Any:
-        """Its configuration."""
+        """The configuration of the Qwen2-VL inside."""
         return model.config.vlm_config
 
     def around(self, parts: ModelParts, session: MergeSession) -> bool:
         """What stands around the retriever."""
-        hooks, retriever = session.hooks, parts.top
-        assert retriever is not None
+        hooks, retriever = session.hooks, session.root
         hooks.around_forward(retriever, BeforeRetriever(session), AfterBase())
         hooks.before(parts.base, PassForward(session))
         for part in (retriever, parts.base):

@@ -50,7 +50,7 @@ MergingQwen2VLVisionBlock.__name__ = Qwen2VLVisionBlock.__name__  # `_no_split_m
 
 
 class Qwen2VL(Family):
-    """The family."""
+    """Qwen2-VL's family: groups of 2x2 patches are kept or merged as one."""
 
     name = "qwen2_vl"
     model_types = ("qwen2_vl",)

@@ -46,7 +46,7 @@ MergingSiglipEncoderLayer.__name__ = SiglipEncoderLayer.__name__  # `_no_split_m
 
 
 class LlavaOnevision(Family):
-    """The family."""
+    """LLaVA-OneVision's family: patches merge inside of their tile or frame."""
 
     name = "llava_onevision"
     model_types = ("llava_onevision",)
@@ -61,11 +61,11 @@ class LlavaOnevision(Family):
     other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
 
     def tower(self, base: Any) -> Any:
-        """SigLIP."""
+        """The SigLIP tower."""
         return base.vision_tower
 
     def layers_of(self, tower: Any) -> Any:
-        """Its layers."""
+        """The layers of the SigLIP tower."""
         return tower.encoder.layers
 
     def limits(self, model: Any) -> ModelLimits:

@@ -67,7 +67,7 @@ def with_decoder(name: str, settings: dict[str, Any], attn_implementation: str =
     kind = getattr(transformers, name, None)
     if kind is None:
         pytest.skip(f"this release has no {name}")
-    text = {**tiny_models._text_settings(), "rope_parameters": tiny_models._rope(), **SPECIAL, **settings}
+    text = {**tiny_models.TEXT_CONFIG, "rope_parameters": dict(tiny_models.ROPE), **SPECIAL, **settings}
     stock = tiny_model("llava_onevision").config
     config = LlavaOnevisionConfig(
         vision_config=stock.vision_config,
@@ -81,7 +81,7 @@ def with_decoder(name: str, settings: dict[str, Any], attn_implementation: str =
         tie_word_embeddings=False,
     )
     arguments = (LlavaOnevisionForConditionalGeneration, config, attn_implementation, 0, torch.float32)
-    return tiny_models._build(*arguments)
+    return tiny_models.build(*arguments)
 
 
 def attention_row(eager: Any, inputs: Any, layer: int) -> Tensor:
