@@ -2,7 +2,7 @@
 
 A method is a score for the vision encoder, a score for the language model, a rule that merges, and a layout.
 Each is a name from the library or a function of yours. Here the encoder keeps every second token, like the
-black fields of a chess board, and folds each white field into the black one most similar to it.
+black fields of a chess board, and merges each white field into the black one most similar to it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from illava_hooks import Method, patch, tiny
-from illava_hooks.merge.scores import ScoreInputs
+from illava_hooks import Method, ScoreInputs, patch, tiny
 from prompts import answer, chat
 
 SIDE = 8  # tokens in a row of a tile

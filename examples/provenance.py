@@ -18,4 +18,4 @@ for family in ("llava_onevision", "qwen2_vl"):
         shares = image.weights.to_dense()
         largest = int((shares > 0).sum(1).argmax())
         print(f"{family}, {stage} layer {layer}: {tokens} tokens stand for {patches} patches; one of them,", end=" ")
-        print(f"at place {int(image.seats[largest])}, for {int((shares[largest] > 0).sum())} patches")
+        print(f"at position {int(image.seats[largest])}, for {int((shares[largest] > 0).sum())} patches")

@@ -36,7 +36,9 @@ _PICTURES = (".png", ".pdf", ".svg", ".jpg", ".webp")
 @friendly
 def bench(
     context: typer.Context,
-    shape: Annotated[str | None, typer.Option(help="A published shape with random weights, see the error.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A published shape with random weights; any other word lists them.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A folder or a hub name instead of a shape.")] = None,
     tiles: Annotated[int, typer.Option(help="LLaVA-OneVision: tiles of the image with the base tile.")] = 3,
     images: Annotated[int, typer.Option(help="Images in a prompt.")] = 1,
@@ -107,7 +109,7 @@ def bench(
 
 
 def _again(given: dict[str, Any]) -> list[str]:
-    """The options of the running ``bench`` for a process of its own."""
+    """The options with which another process repeats the ``bench`` that runs."""
     skipped = {"fresh", "rounds", "plot", "as_json", "debug", "only"}
     options = []
     for name, value in given.items():

@@ -55,7 +55,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_target(option: str, file: Path | None) -> None:
-    """Tells before the work, not after it, that its result could not be written.
+    """Refuses a file that cannot be written before the work, not after it.
 
     Raises:
         InputError: there is no such folder, or the file is a folder.

@@ -32,7 +32,7 @@ def demo(
     from illava_hooks.demo.serve import serve
     from illava_hooks.tools.loading import load_model, quiet
 
-    check_gradio()  # missing, it is told before a large model is loaded
+    check_gradio()  # where it is missing, the error comes before a large model is loaded
     quiet()
     engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)
     engine.warm_up()

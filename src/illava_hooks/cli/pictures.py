@@ -40,7 +40,7 @@ __all__ = ["ask", "info", "visualize"]
 def _prepared(
     model_name: str, device: str, dtype: str, path: Path | None, frames: int, question: str | None
 ) -> tuple[Any, ...]:
-    """Media first: a missing file is told before a large model is loaded."""
+    """Loads the media before the model, so that a missing file is reported at once."""
     from illava_hooks import tiny
     from illava_hooks.tools.loading import build_inputs, default_question, load_model, quiet, unknown_words
     from illava_hooks.tools.media import load_media

@@ -2,6 +2,7 @@
 
 They know coloured shapes, handwritten digits, counting, left and right, pairs of images and short clips, in the
 words of ``questions.vocabulary``: enough to see and to measure what merging does, without a download.
+Presets for their depth are a key of their ``config.json``, ``illava_presets``.
 """
 
 from __future__ import annotations
