@@ -147,8 +147,8 @@ class TowerHook(SessionHook):
 def warn_of_direct_call(session: MergeSession, tower: nn.Module) -> None:
     """Says once that a tower that is called from outside of the feature methods merges nothing."""
     session.warn_once(
-        f"the vision encoder {type(tower).__name__} was called directly and merges nothing there; call the model or its "
-        "get_image_features, whose shapes are unpatched"
+        f"the vision encoder {type(tower).__name__} was called directly and merges nothing there; call the model "
+        "or its get_image_features, whose shapes are unpatched"
     )
 
 

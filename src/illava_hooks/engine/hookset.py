@@ -60,36 +60,41 @@ class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # gen
     Unlike a closure it follows ``copy.deepcopy`` and pickle of the model that it belongs to.
     """
 
-    def __init__(self, method: Callable[..., Any], around: Callable[..., Any]) -> None:
-        """Wraps ``method``; ``around`` is a bound method or callable object."""
+    def __init__(self, method: Callable[..., Any], around: Callable[..., Any], installed: Installed) -> None:
+        """Wraps ``method`` while hooks are ``installed``; ``around`` is a bound method or callable object."""
         super().__init__(method)
-        self._self_around = around
+        self._self_around, self._self_installed = around, installed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls ``around`` with the wrapped method first."""
+        if not self._self_installed.now:
+            return self.__wrapped__(*args, **kwargs)
         return self._self_around(self.__wrapped__, *args, **kwargs)
 
     @property
     def __func__(self) -> Any:
         """The wrapper for any object of the class: tools that copy a module bind this to the copy."""
-        return _Unbound(self.__wrapped__.__func__, self._self_around)
+        return _Unbound(self.__wrapped__.__func__, self._self_around, self._self_installed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodWrapper:
         """A wrapper of the copied method around the copied callable."""
-        return MethodWrapper(copy.deepcopy(self.__wrapped__, memo), copy.deepcopy(self._self_around, memo))
+        parts = (self.__wrapped__, self._self_around, self._self_installed)
+        return MethodWrapper(*(copy.deepcopy(part, memo) for part in parts))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles as the two parts."""
-        return MethodWrapper, (self.__wrapped__, self._self_around)
+        """Pickles as its parts."""
+        return MethodWrapper, (self.__wrapped__, self._self_around, self._self_installed)
 
 
 class _Unbound:
     """A wrapped function that takes the object first, as functions of a class do."""
 
-    def __init__(self, function: Callable[..., Any], around: Callable[..., Any]) -> None:
-        self.function, self.around = function, around
+    def __init__(self, function: Callable[..., Any], around: Callable[..., Any], installed: Installed) -> None:
+        self.function, self.around, self.installed = function, around, installed
 
     def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.installed.now:
+            return self.function(owner, *args, **kwargs)
         return self.around(MethodType(self.function, owner), *args, **kwargs)
 
     @property
@@ -242,7 +247,7 @@ class HookSet:
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Puts ``around(method, *args, **kwargs)`` around a method of one object."""
-        self.swap(owner, name, MethodWrapper(getattr(owner, name), around))
+        self.swap(owner, name, MethodWrapper(getattr(owner, name), around, self.installed))
 
     def around_forward(self, module: nn.Module, before: Hook, after: Hook | None = None) -> None:
         """Adds hooks that also hold for ``module.forward(...)``; ``before`` must mark calls with ``CALLED``."""

@@ -134,15 +134,17 @@ class BaseMethods:
             forward.records[modality] = self.records(modality, output)
         elif current_generation() is None and self.session.active and self.session.config.llm_layers:
             self.made_outside = method.__name__
-            if self.session.root is not method.__self__:  # else a head that is not patched may be generating
+            if (
+                getattr(method, "__self__", None) is not self.session.root
+            ):  # else a head that is not patched may be generating
                 self.warn_of_embeds()
         return output
 
     def warn_of_embeds(self) -> None:
         """Says once what features that were made outside of a forward are good for."""
         self.session.warn_once(
-            f"{self.made_outside} was called outside of a forward: the vision encoder merges, but a language model that "
-            "is given inputs_embeds made from the features cannot know where the visual tokens stand; hand the output "
+            f"{self.made_outside} was called outside of a forward: the vision encoder merges, but a language model "
+            "that is given inputs_embeds made from the features cannot know where the visual tokens stand; hand the output "
             "on as mm_encoder_outputs, or give the model pixel_values"
         )
 
