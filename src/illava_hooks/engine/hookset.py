@@ -78,8 +78,8 @@ class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # gen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodWrapper:
         """A wrapper of the copied method around the copied callable."""
-        parts = (self.__wrapped__, self._self_around, self._self_installed)
-        return MethodWrapper(*(copy.deepcopy(part, memo) for part in parts))
+        method, around = copy.deepcopy(self.__wrapped__, memo), copy.deepcopy(self._self_around, memo)
+        return MethodWrapper(method, around, copy.deepcopy(self._self_installed, memo))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles as its parts."""

@@ -144,8 +144,8 @@ class BaseMethods:
         """Says once what features that were made outside of a forward are good for."""
         self.session.warn_once(
             f"{self.made_outside} was called outside of a forward: the vision encoder merges, but a language model "
-            "that is given inputs_embeds made from the features cannot know where the visual tokens stand; hand the output "
-            "on as mm_encoder_outputs, or give the model pixel_values"
+            "that is given inputs_embeds made from the features cannot know where the visual tokens stand; hand the "
+            "output on as mm_encoder_outputs, or give the model pixel_values"
         )
 
     def placeholders(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
