@@ -1,0 +1,344 @@
+"""A family of another package is all that a new kind of model needs: LLaVA-1.5, written in `own_family`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import tiny_models
+from decode_helpers import steps
+from helpers import assert_differ, assert_same, assert_says, forward, generate
+from illava_hooks import (
+    MergeConfig,
+    MergeConfigError,
+    MergeSchedule,
+    MergeSession,
+    Method,
+    PatchStateError,
+    UnsupportedModelError,
+    merging,
+    patch,
+    register_family,
+    session_of,
+    unpatch,
+)
+from illava_hooks.engine import family as families
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.provenance import selection
+from illava_hooks.engine.records import records_of
+from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
+from kind_helpers import prompt_positions
+from own_family import Llava
+from test_no_trace import differences, snapshot
+from tiny_models import IMAGE_ID, Inputs
+
+PATCHES = 64
+SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": [1, 3], "llm_ratio": 0.6}
+#: Text tokens before, between and behind the images of each row.
+BATCHES: dict[str, list[tuple[int, ...]]] = {
+    "image": [(5, 7)],
+    "images": [(4, 3, 6)],
+    "ragged": [(4, 3, 6), (12,), (2, 9)],
+}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The family is known while a test runs; the registry is put back behind it."""
+    monkeypatch.setattr(families, "_registered", {})
+    register_family(Llava())
+
+
+def llava(attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A tiny stock LLaVA-1.5: CLIP with 5 layers of which 4 count, and 64 patches; Llama with 4 layers."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=tiny_models.TILE,
+        patch_size=tiny_models.LLAVA_PATCH,
+        projection_dim=32,
+    )
+    special = {"bos_token_id": None, "eos_token_id": None}
+    text = LlamaConfig(**tiny_models._text_settings(), rope_parameters=tiny_models._rope(), **special)
+    settings = {"image_token_index": IMAGE_ID, "image_seq_length": PATCHES, "vision_feature_layer": -2} | overrides
+    config = LlavaConfig(vision_config=vision, text_config=text, **settings)
+    return tiny_models._build(LlavaForConditionalGeneration, config, attn_implementation, 0, dtype)
+
+
+def patched(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    model = llava(dtype=dtype)
+    patch(model, **{**SETTINGS, **settings})
+    return model
+
+
+def row(index: int, texts: Sequence[int]) -> tuple[list[int], list[Tensor]]:
+    """Ids and images of one row, which depend on its number only."""
+    generator = torch.Generator().manual_seed(index)
+    ids: list[int] = []
+    for count in texts[:-1]:
+        ids += torch.randint(tiny_models.FIRST_TEXT_ID, 120, (count,), generator=generator).tolist()
+        ids += [IMAGE_ID] * PATCHES
+    ids += torch.randint(tiny_models.FIRST_TEXT_ID, 120, (texts[-1],), generator=generator).tolist()
+    return ids, [torch.randn(3, tiny_models.TILE, tiny_models.TILE, generator=generator) for _ in texts[:-1]]
+
+
+def inputs_of(batch: str, only: int | None = None, side: Any = "left", dtype: torch.dtype = torch.float32) -> Inputs:
+    """What the processor gives for a batch, or for one of its rows alone."""
+    rows = [row(index, texts) for index, texts in enumerate(BATCHES[batch])]
+    rows = rows if only is None else rows[only : only + 1]
+    inputs = tiny_models._padded([ids for ids, _ in rows], side)
+    if images := [image for _, own in rows for image in own]:
+        inputs["pixel_values"] = torch.stack(images).to(dtype)
+    return inputs
+
+
+@torch.no_grad()
+def features(model: Any, inputs: Inputs, **kwargs: Any) -> Any:
+    return model.get_image_features(inputs["pixel_values"], **kwargs)
+
+
+# ---------------------------------------------------------------------------- outside nothing changes
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("how", ["zero", "no layers", "switched off", "unpatched"])
+def test_identity_is_bitwise_stock(how: str, batch: str, back_end: str) -> None:
+    model, stock, inputs = llava(back_end), llava(back_end), inputs_of(batch)
+    idle = {"zero": {"vit_r": 0, "llm_ratio": 1.0}, "no layers": {"vit_layers": [], "llm_layers": []}}
+    patch(model, **{**SETTINGS, **idle.get(how, {})})
+    if how == "unpatched":
+        forward(model, inputs)
+        unpatch(model)
+    with merging(model, False) if how == "switched off" else torch.no_grad():
+        assert_same(forward(model, inputs), forward(stock, inputs))
+        assert_same(generate(model, inputs), generate(stock, inputs))
+        ours, theirs = (features(m, inputs, output_hidden_states=True) for m in (model, stock))
+    for one, other in zip(ours.pooler_output, theirs.pooler_output, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_shapes_are_the_unpatched_ones(batch: str) -> None:
+    model, stock, inputs = patched(), llava(), inputs_of(batch)
+    found, expected = forward(model, inputs), forward(stock, inputs)
+    logical = {name for name in expected if "keys" not in name and "values" not in name}
+    assert {name: found[name].shape for name in logical} == {name: expected[name].shape for name in logical}
+    assert_differ(found["forward.logits"], expected["forward.logits"])
+    ours, theirs = (features(m, inputs, output_hidden_states=True) for m in (model, stock))
+    assert [f.shape for f in ours.pooler_output] == [f.shape for f in theirs.pooler_output]
+    assert [h.shape for h in ours.hidden_states] == [h.shape for h in theirs.hidden_states]
+    assert ours.last_hidden_state.shape == theirs.last_hidden_state.shape
+
+
+# ---------------------------------------------------------------------------- inside there are fewer tokens
+
+
+def test_both_stages_merge() -> None:
+    model = patched()
+    out = model(**inputs_of("ragged"))
+    report = session_of(model).report
+    assert [v.sample for v in report.visuals] == [0, 0, 2]
+    for visual in report.visuals:
+        assert visual.vision_tokens == (64, 64, 50, 36, 36, 36) and visual.prompt_tokens == 64
+        assert visual.language_tokens == (36, 22, 22, 13)
+    assert report.prompt_tokens == (141, 12, 75)
+    assert [layer.keys.shape[-2] for layer in out.cache.layers] == [max(n) for n in report.sequence_tokens]
+    for merged, whole in (report.encoder_flops, report.projector_flops, report.llm_flops, report.kv_bytes):
+        assert 0 < merged < whole
+
+
+def test_kept_tokens_are_known_from_shapes() -> None:
+    model = patched()
+    for record in records_of(features(model, inputs_of("ragged"))):
+        assert record.keep.sum() == Llava().kept_tokens(model.model, session_of(model).config, "image", ()) == 36
+
+
+@torch.no_grad()
+def by_hand(tower: Any, pixels: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+    """Output of the layer before the last of an eager tower that merges in plain loops, and the patches' seats."""
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
+    seats = list(range(PATCHES))
+    for index, layer in enumerate(tower.encoder.layers[:-1]):
+        mixed, paid = layer.self_attn(layer.layer_norm1(hidden[None]))
+        hidden = hidden + mixed[0]
+        if index in SETTINGS["vit_layers"]:
+            received = paid[0].mean((0, 1))[1:]
+            lowest = received.argsort()[: removed + 1].tolist()
+            shares = torch.arange(removed + 1, 0, -1).to(hidden) / ((removed + 1) * (removed + 2) / 2)
+            hidden[1 + lowest[-1]] = shares @ hidden[[1 + place for place in lowest]]
+            stay = [place for place in range(len(seats)) if place not in lowest[:-1]]
+            hidden, seats = hidden[[0, *(1 + place for place in stay)]], [seats[place] for place in stay]
+        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+    return hidden, torch.tensor(seats)
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+def test_the_class_token_stays_in_front_and_never_merges(back_end: str) -> None:
+    """It attends and is attended to in every layer; patches merge as if written out in plain loops."""
+    model, stock = (llava(name, torch.float64) for name in (back_end, "eager"))
+    patch(model, **SETTINGS)
+    pixels = inputs_of("ragged", dtype=torch.float64)["pixel_values"]
+    found = features(model, {"pixel_values": pixels}, output_hidden_states=True)
+    for image, record in enumerate(records_of(found)):
+        hidden, seats = by_hand(stock.model.vision_tower, pixels[image], removed=14)
+        assert record.keep.nonzero().flatten().tolist() == seats.tolist()
+        assert found.hidden_states[-2].shape[1:] == (1 + PATCHES, 32)
+        torch.testing.assert_close(found.hidden_states[-2][image][0], hidden[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.hidden_states[-2][image][1 + seats], hidden[1:], atol=1e-6, rtol=0)
+        projected = stock.model.multi_modal_projector(hidden[1:])
+        torch.testing.assert_close(found.pooler_output[image][seats], projected, atol=1e-6, rtol=0)
+        assert torch.equal(found.pooler_output[image], found.pooler_output[image][record.survivor_of])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", ["illava", "diverse", "tome"])
+def test_a_batch_is_its_rows(method: str, side: str) -> None:
+    """With explicit positions, since stock counts them over padding; in float64, where little is rounded."""
+    model = patched(torch.float64, method=method)
+
+    def run(inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return model(**inputs, position_ids=prompt_positions(model, inputs)).logits
+
+    inputs = inputs_of("ragged", side=side, dtype=torch.float64)
+    found = run(inputs)
+    for index, real in enumerate(inputs["attention_mask"].bool()):
+        alone = run(inputs_of("ragged", index, dtype=torch.float64))
+        torch.testing.assert_close(found[index][real], alone[0], atol=1e-6, rtol=0)
+
+
+def test_a_batch_generates_as_its_rows() -> None:
+    model = patched()
+    ids, logits = steps(model, inputs_of("ragged"))
+    for index in range(3):
+        alone, steps_alone = steps(model, inputs_of("ragged", index))
+        assert torch.equal(ids[index], alone[0])
+        for ours, theirs in zip(logits, steps_alone, strict=True):
+            torch.testing.assert_close(ours[index], theirs[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_language_score_is_the_attention_row(layer: int, back_end: str) -> None:
+    """The kept tokens are those to which the last query of a stock model pays most in the layer in front."""
+    model, inputs = llava(back_end), inputs_of("image")
+    with torch.no_grad():
+        row = llava("eager")(**inputs, output_attentions=True).attentions[layer - 1][0].mean(0)[-1]
+    session = patch(model, [], 0, [layer], 0.5, method=Method("row", merge="drop"), track=True)
+    forward(model, inputs)
+    kept = torch.zeros(PATCHES, dtype=torch.bool)
+    kept[session.provenance.at("language", layer).images[0].seats] = True
+    paid = row[inputs["input_ids"][0] == IMAGE_ID]
+    assert kept.sum() == 32 and paid[kept].min() > paid[~kept].max()
+
+
+@pytest.mark.parametrize("method", ["illava", "nearest", "diverse", "tome"])
+def test_provenance_accounts_for_every_patch(method: str) -> None:
+    """Weights of merged tokens sum to one, of the unmerged ones are themselves, and no patch is lost."""
+    model = patched(method=method, track=True)
+    forward(model, inputs_of("images"))
+    session = session_of(model)
+    for stage, layer in (("vision", 1), ("vision", 2), ("language", 0), ("language", 1), ("language", 3)):
+        for index, image in enumerate(session.provenance.at(stage, layer).images):
+            weights = image.weights.to_dense()
+            visual = session.report.visuals[index]
+            tokens = visual.vision_tokens[layer + 1] if stage == "vision" else visual.language_tokens[layer]
+            assert weights.shape == (tokens, PATCHES) and (image.seats.diff() > 0).all()
+            torch.testing.assert_close(weights.sum(1), torch.ones(tokens))
+            assert (weights.sum(0) > 0).all()
+            alone = (weights > 0).sum(1) == 1
+            assert torch.equal(weights[alone].argmax(1), image.seats[alone])
+
+
+# ---------------------------------------------------------------------------- and it can be taken back
+
+
+def test_unpatch_leaves_no_trace() -> None:
+    model, inputs = llava(), inputs_of("ragged")
+    expected, _ = forward(model, inputs), generate(model, inputs)
+    before = snapshot(model)
+    patch(model, **SETTINGS, track=True)
+    assert differences(before, snapshot(model)), "the snapshot sees a patch"
+    assert_differ(forward(model, inputs)["forward.logits"], expected["forward.logits"])
+    generate(model, inputs, num_beams=2)
+    unpatch(model)
+    assert differences(before, snapshot(model)) == [] and session_of(model) is None
+    assert_same(forward(model, inputs), expected)
+
+
+def test_a_copy_is_patched_too() -> None:
+    model, inputs = patched(), inputs_of("ragged")
+    expected, plain = forward(model, inputs), forward(llava(), inputs)
+    twin = copy.deepcopy(model)
+    unpatch(model)
+    assert_same(forward(twin, inputs), expected)
+    assert_same(forward(model, inputs), plain)
+    unpatch(twin)
+    assert_same(forward(twin, inputs), plain)
+
+
+def test_gradients_reach_the_encoder() -> None:
+    model, inputs = patched().train(), inputs_of("ragged")
+    model(**inputs, labels=inputs["input_ids"].where(inputs["input_ids"] >= 10, -100)).loss.backward()
+    assert model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def test_unknown_until_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_registered", {})
+    model = llava()
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS)
+    assert_says(caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \['colqwen2', 'll")
+    assert "'llava'," not in str(caught.value).split("supported")[1]
+    register_family(Llava())
+    assert session_of(model) is None is not patch(model, **SETTINGS)
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(llava().model.language_model, **SETTINGS)
+    assert_says(caught.value, "LlamaModel", "supported are .*'llava', 'llava_onevision'")
+
+
+def test_the_published_method_is_refused() -> None:
+    model = llava()
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS, method="illava-reference")
+    assert_says(caught.value, "'illava-reference'", "published code", "none for llava", "use another")
+    assert session_of(model) is None
+
+
+def test_numbers_must_be_given_where_there_are_no_presets() -> None:
+    model = llava()
+    with pytest.raises(MergeConfigError) as caught:
+        patch(model)
+    assert_says(caught.value, "^vit_layers is None", "llava has no presets", "vit_layers, vit_r, llm_layers, llm_ratio$")
+    with pytest.raises(MergeConfigError) as caught:
+        patch(model, **{**SETTINGS, "llm_ratio": None})
+    assert_says(caught.value, "^llm_ratio is None", "give llm_ratio$")
+    assert session_of(model) is None
+
+
+def test_layers_whose_output_nobody_takes_are_refused() -> None:
+    with pytest.raises(MergeConfigError, match=r"vit_layers contains 4; this model allows 0\.\.3"):
+        patch(llava(), **{**SETTINGS, "vit_layers": [4]})
+
+
+def test_what_the_family_does_not_do_is_refused_in_a_call() -> None:
+    model = patched()
+    with pytest.raises(UnsupportedModelError, match="strategy is 'full'; use 'default'"):
+        features(model, inputs_of("image"), vision_feature_select_strategy="full")
+    with pytest.raises(UnsupportedModelError, match="strategy is 'full'"):
+        patch(llava(vision_feature_select_strategy="full"), **SETTINGS)
