@@ -8,19 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tiny_models
 from decode_helpers import steps
 from helpers import assert_differ, assert_same, assert_says, forward, generate
 from illava_hooks import (
-    MergeConfig,
     MergeConfigError,
     MergeSchedule,
-    MergeSession,
     Method,
-    PatchStateError,
     UnsupportedModelError,
     merging,
     patch,
@@ -29,11 +26,7 @@ from illava_hooks import (
     unpatch,
 )
 from illava_hooks.engine import family as families
-from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.provenance import selection
 from illava_hooks.engine.records import records_of
-from illava_hooks.engine.trace import token_sources, vision_tracks
-from illava_hooks.engine.traits import EncoderTraits
 from kind_helpers import prompt_positions
 from own_family import Llava
 from test_no_trace import differences, snapshot
@@ -303,7 +296,9 @@ def test_unknown_until_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava()
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **SETTINGS)
-    assert_says(caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \['colqwen2', 'll")
+    assert_says(
+        caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \['colqwen2', 'll"
+    )
     assert "'llava'," not in str(caught.value).split("supported")[1]
     register_family(Llava())
     assert session_of(model) is None is not patch(model, **SETTINGS)
@@ -324,7 +319,9 @@ def test_numbers_must_be_given_where_there_are_no_presets() -> None:
     model = llava()
     with pytest.raises(MergeConfigError) as caught:
         patch(model)
-    assert_says(caught.value, "^vit_layers is None", "llava has no presets", "vit_layers, vit_r, llm_layers, llm_ratio$")
+    assert_says(
+        caught.value, "^vit_layers is None", "llava has no presets", "vit_layers, vit_r, llm_layers, llm_ratio$"
+    )
     with pytest.raises(MergeConfigError) as caught:
         patch(model, **{**SETTINGS, "llm_ratio": None})
     assert_says(caught.value, "^llm_ratio is None", "give llm_ratio$")
@@ -342,3 +339,15 @@ def test_what_the_family_does_not_do_is_refused_in_a_call() -> None:
         features(model, inputs_of("image"), vision_feature_select_strategy="full")
     with pytest.raises(UnsupportedModelError, match="strategy is 'full'"):
         patch(llava(vision_feature_select_strategy="full"), **SETTINGS)
+
+
+def test_an_amount_of_a_stage_without_layers_need_not_be_given() -> None:
+    """Nor layers of one that removes nothing."""
+    for idle in ({"llm_layers": []}, {"llm_ratio": 1.0}):
+        session = patch(llava(), vit_layers=[1], vit_r=9, **idle)
+        assert session.config.image == MergeSchedule((1,), 9, (), 1.0)
+    for idle in ({"vit_layers": []}, {"vit_r": 0}):
+        session = patch(llava(), llm_layers=[1], llm_ratio=0.5, **idle)
+        assert session.config.image == MergeSchedule((), 0, (1,), 0.5)
+    with pytest.raises(MergeConfigError, match="^vit_r is None.*; give vit_r, llm_layers, llm_ratio$"):
+        patch(llava(), vit_layers=[1])
