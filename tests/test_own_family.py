@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tiny_models
@@ -18,6 +18,7 @@ from illava_hooks import (
     MergeConfigError,
     MergeSchedule,
     Method,
+    PatchStateError,
     UnsupportedModelError,
     merging,
     patch,
@@ -339,6 +340,100 @@ def test_what_the_family_does_not_do_is_refused_in_a_call() -> None:
         features(model, inputs_of("image"), vision_feature_select_strategy="full")
     with pytest.raises(UnsupportedModelError, match="strategy is 'full'"):
         patch(llava(vision_feature_select_strategy="full"), **SETTINGS)
+
+
+# ---------------------------------------------------------------------------- one stage only
+
+
+class EncoderOnly(Llava):
+    """Asks nothing of a decoder, and leaves it alone."""
+
+    stages = frozenset({"vision"})
+
+    def text_model(self, base: Any) -> Any:
+        raise AssertionError("nobody needs to know where the decoder is")
+
+
+ENCODER: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": []}
+
+
+def test_a_stage_that_the_family_does_not_have_is_refused() -> None:
+    register_family(EncoderOnly())
+    model = llava()
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS)
+    assert_says(caught.value, r"llm_layers is \[1, 3\]", "llava merges in its vision stage only", r"llm_layers=\[\]")
+    assert session_of(model) is None
+    patch(model, **ENCODER)
+
+
+def test_an_encoder_alone_merges_and_the_decoder_sees_every_place() -> None:
+    """The same features as with both stages, on a decoder that runs as stock runs it."""
+    both, stock, inputs = patched(track=True), llava(), inputs_of("ragged")
+    expected = features(both, inputs)
+    register_family(EncoderOnly())
+    model = llava()
+    session = patch(model, **ENCODER, track=True)
+    found = features(model, inputs)
+    for ours, theirs in zip(found.pooler_output, expected.pooler_output, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(records_of(found), records_of(expected), strict=True):
+        assert torch.equal(ours.keep, theirs.keep) and ours.segments == theirs.segments
+    assert list(found) == list(features(stock, inputs)), "stock's keys"
+    assert_same(decoded(forward(model, inputs)), decoded(forward_with(stock, inputs, found)))
+    assert list(session.provenance.merges) == [("vision", 1), ("vision", 2)]
+    unpatch(model)
+    assert_same(forward(model, inputs), forward(stock, inputs))
+
+
+def decoded(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the decoder made."""
+    return {name: tensor for name, tensor in found.items() if "image_outputs" not in name}
+
+
+def forward_with(stock: Any, inputs: Inputs, image_outputs: Any) -> dict[str, Tensor]:
+    """A stock forward from ready-made features."""
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    return forward(stock, {**rest, "mm_encoder_outputs": {"image": image_outputs}})
+
+
+def test_an_encoder_alone_says_why_there_is_no_report() -> None:
+    register_family(EncoderOnly())
+    model = llava()
+    session = patch(model, **ENCODER)
+    forward(model, inputs_of("image"))
+    with pytest.raises(PatchStateError) as caught:
+        _ = session.report
+    assert_says(caught.value, "^no report: llava merges in its vision encoder only", "records of get_image_features")
+
+
+def test_nothing_of_ours_reaches_a_decoder_that_is_left_alone() -> None:
+    """It may refuse what it does not know."""
+    register_family(EncoderOnly())
+    model, seen = llava(), set()
+
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    model.model.language_model.layers[0].self_attn.register_forward_pre_hook(listen, with_kwargs=True)
+    patch(model, **ENCODER)
+    forward(model, inputs_of("image"))
+    generate(model, inputs_of("image"), num_beams=2)
+    assert seen and not {name for name in seen if "illava" in name}
+
+
+def test_a_decoder_alone_merges() -> None:
+    class DecoderOnly(Llava):
+        stages = frozenset({"language"})
+
+    register_family(DecoderOnly())
+    model = llava()
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS)
+    assert_says(caught.value, r"vit_layers is \[1, 2\]", "llava merges in its language stage only", r"vit_layers=\[\]")
+    patch(model, vit_layers=[], llm_layers=[1, 3], llm_ratio=0.6)
+    forward(model, inputs_of("ragged"))
+    assert {v.language_tokens for v in session_of(model).report.visuals} == {(64, 38, 38, 23)}
 
 
 def test_an_amount_of_a_stage_without_layers_need_not_be_given() -> None:
