@@ -15,8 +15,10 @@ import tiny_models
 from decode_helpers import steps
 from helpers import assert_differ, assert_same, assert_says, forward, generate
 from illava_hooks import (
+    MergeConfig,
     MergeConfigError,
     MergeSchedule,
+    MergeSession,
     Method,
     PatchStateError,
     UnsupportedModelError,
@@ -27,7 +29,11 @@ from illava_hooks import (
     unpatch,
 )
 from illava_hooks.engine import family as families
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.provenance import selection
 from illava_hooks.engine.records import records_of
+from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
 from kind_helpers import prompt_positions
 from own_family import Llava
 from test_no_trace import differences, snapshot
@@ -446,3 +452,97 @@ def test_an_amount_of_a_stage_without_layers_need_not_be_given() -> None:
         assert session.config.image == MergeSchedule((), 0, (1,), 0.5)
     with pytest.raises(MergeConfigError, match="^vit_r is None.*; give vit_r, llm_layers, llm_ratio$"):
         patch(llava(), vit_layers=[1])
+
+
+# ---------------------------------------------------------------------------- rows that are permuted
+
+ORDER = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(3))
+
+
+def permuted() -> Any:
+    """A LLaVA whose tower has the patches in another order: at place i of the row that of place ORDER[i]."""
+    model = llava(dtype=torch.float64)
+    front = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + ORDER])
+    model.model.vision_tower.pre_layrnorm.register_forward_hook(lambda module, args, hidden: hidden[:, front])
+    return model
+
+
+@pytest.mark.parametrize("score", ["received_attention", "query_lse", "random", "uniform"])
+@pytest.mark.parametrize("merge", ["recycle", "nearest", "diverse", "cluster", "drop"])
+def test_a_permuted_row_merges_as_the_picture(merge: str, score: str) -> None:
+    """The same patches into the same tokens: scores by attention and by place, records and provenance.
+
+    Who shows at the place of a token that is lost is its neighbour in the row, which is another one. ``bipartite``
+    pairs such neighbours, and is left out.
+    """
+    method = Method("own", score, merge=merge, proportional=merge == "diverse")
+    inputs, settings = inputs_of("images", dtype=torch.float64), {**ENCODER, "method": method, "track": True}
+    expected = features(patched(torch.float64, **settings), inputs)
+    family = Llava()
+    family.traits = EncoderTraits(prefix=1, order=ORDER)
+    register_family(family)
+    model = permuted()
+    patch(model, **settings)
+    found, back = features(model, inputs), ORDER.argsort()
+    for image, (ours, theirs) in enumerate(zip(records_of(found), records_of(expected), strict=True)):
+        assert torch.equal(ours.keep[back], theirs.keep)
+        known = theirs.keep if merge in ("cluster", "drop") else slice(None)
+        assert torch.equal(ORDER[ours.survivor_of[back]][known], theirs.survivor_of[known])
+        torch.testing.assert_close(ours.sources.to_dense()[back][known], theirs.sources.to_dense()[known])
+        assert_same_tracks(ours.vision, theirs.vision)
+        shown, wanted = found.pooler_output[image][back], expected.pooler_output[image]
+        torch.testing.assert_close(shown[known], wanted[known], atol=1e-6, rtol=0)
+
+
+def assert_same_tracks(ours: dict[int, tuple[Tensor, Tensor]], theirs: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """The same weights in the same seats of the picture, in whatever order the row has them."""
+    assert list(ours) == list(theirs)
+    for layer, (seats, weights) in ours.items():
+        other, expected = theirs[layer]
+        assert torch.equal(seats.sort().values, other.sort().values)
+        torch.testing.assert_close(weights.to_dense()[seats.argsort()], expected.to_dense()[other.argsort()])
+
+
+@pytest.mark.parametrize("score", ["received_attention", "random", "uniform"])
+@pytest.mark.parametrize("lengths", [(16, 24), (20, 20)], ids=["ragged", "even"])
+def test_units_of_a_permuted_row_merge_as_the_picture(lengths: tuple[int, ...], score: str) -> None:
+    """One packed row of two segments, in units of four patches; each segment stays where it is."""
+    first, second = (torch.randperm(n // 4, generator=torch.Generator().manual_seed(n)) for n in lengths)
+    units = torch.cat([first, second + lengths[0] // 4])
+    order = (4 * units[:, None] + torch.arange(4)).flatten()
+    method = Method("own", score, merge="recycle")
+    tables = [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)]
+    stays, moves = (packed_run(lengths, method, o, tables) for o in (None, order))
+    start = 0
+    for segment, length in enumerate(lengths):
+        mine = slice(start, start + length)
+        places = [run.places(0)[mine] for run in (stays, moves)]
+        assert torch.equal(places[1], order[mine] - start) and torch.equal(places[0], torch.arange(length))
+        ours, theirs = (vision_tracks(run, segment, segment + 1) for run in (moves, stays))
+        assert_same_tracks(ours, theirs)
+        ours, theirs = (sources_of(run, segment, mine) for run in (moves, stays))
+        torch.testing.assert_close(ours[units[start // 4 : (start + length) // 4].argsort()], theirs)
+        start += length
+
+
+def packed_run(lengths: tuple[int, ...], method: Method, order: Tensor | None, tables: list[Tensor]) -> EncoderRun:
+    """A finished run of two merging layers over queries, keys and values ``(1, H, P, D)`` in picture order."""
+    schedule = MergeSchedule((0, 1), 0.3)
+    session = MergeSession(MergeConfig(schedule, schedule, method, track=True), None)
+    traits = EncoderTraits(patches_per_unit=4, granularity=4, order=order)
+    run = EncoderRun(session, "image", traits, lengths, 1, torch.device("cpu"))
+    query, key, value = tables if order is None else (table[:, :, order] for table in tables)
+    hidden = value[0].transpose(0, 1).flatten(1)
+    for layer in run.layers:
+        here, tap = run.patch_origins(run.merges_before(layer))[0], run.tap(layer)
+        tap.attend(lambda *_, **__: (None, None), nn.Identity(), query[:, :, here], key[:, :, here], value[:, :, here])
+        hidden = run.merge(layer, hidden, tap)
+    run.check_finished()
+    return run
+
+
+def sources_of(run: EncoderRun, segment: int, patches: slice) -> Tensor:
+    """Source patches of the units of one segment, each a visual token: ``(units, patches)``."""
+    kept = run.final.kept_at[0][patches.start // 4 : patches.stop // 4]
+    tokens = selection(kept - kept.min(), run.lengths[segment][-1])
+    return token_sources(run, segment, segment + 1, tokens).to_dense()
