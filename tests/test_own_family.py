@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import tiny_models
 from decode_helpers import steps
 from helpers import assert_differ, assert_same, assert_says, forward, generate
 from illava_hooks import (
@@ -34,10 +33,9 @@ from illava_hooks.engine.provenance import selection
 from illava_hooks.engine.records import records_of
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
-from kind_helpers import prompt_positions
 from own_family import Llava
 from test_no_trace import differences, snapshot
-from tiny_models import IMAGE_ID, Inputs
+from tiny_models import FIRST_TEXT_ID, IMAGE_ID, ROPE, TEXT_CONFIG, VOCAB_SIZE, Inputs, build, padded
 
 PATCHES = 64
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 14, "llm_layers": [1, 3], "llm_ratio": 0.6}
@@ -63,15 +61,15 @@ def llava(attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32,
         intermediate_size=64,
         num_hidden_layers=5,
         num_attention_heads=4,
-        image_size=tiny_models.TILE,
-        patch_size=tiny_models.LLAVA_PATCH,
+        image_size=32,
+        patch_size=4,
         projection_dim=32,
     )
     special = {"bos_token_id": None, "eos_token_id": None}
-    text = LlamaConfig(**tiny_models._text_settings(), rope_parameters=tiny_models._rope(), **special)
+    text = LlamaConfig(**TEXT_CONFIG, rope_parameters=dict(ROPE), **special)
     settings = {"image_token_index": IMAGE_ID, "image_seq_length": PATCHES, "vision_feature_layer": -2} | overrides
     config = LlavaConfig(vision_config=vision, text_config=text, **settings)
-    return tiny_models._build(LlavaForConditionalGeneration, config, attn_implementation, 0, dtype)
+    return build(LlavaForConditionalGeneration, config, attn_implementation, 0, dtype)
 
 
 def patched(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -85,17 +83,17 @@ def row(index: int, texts: Sequence[int]) -> tuple[list[int], list[Tensor]]:
     generator = torch.Generator().manual_seed(index)
     ids: list[int] = []
     for count in texts[:-1]:
-        ids += torch.randint(tiny_models.FIRST_TEXT_ID, 120, (count,), generator=generator).tolist()
+        ids += torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, (count,), generator=generator).tolist()
         ids += [IMAGE_ID] * PATCHES
-    ids += torch.randint(tiny_models.FIRST_TEXT_ID, 120, (texts[-1],), generator=generator).tolist()
-    return ids, [torch.randn(3, tiny_models.TILE, tiny_models.TILE, generator=generator) for _ in texts[:-1]]
+    ids += torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, (texts[-1],), generator=generator).tolist()
+    return ids, [torch.randn(3, 32, 32, generator=generator) for _ in texts[:-1]]
 
 
 def inputs_of(batch: str, only: int | None = None, side: Any = "left", dtype: torch.dtype = torch.float32) -> Inputs:
     """What the processor gives for a batch, or for one of its rows alone."""
     rows = [row(index, texts) for index, texts in enumerate(BATCHES[batch])]
     rows = rows if only is None else rows[only : only + 1]
-    inputs = tiny_models._padded([ids for ids, _ in rows], side)
+    inputs = padded([ids for ids, _ in rows], side)
     if images := [image for _, own in rows for image in own]:
         inputs["pixel_values"] = torch.stack(images).to(dtype)
     return inputs
@@ -209,8 +207,9 @@ def test_a_batch_is_its_rows(method: str, side: str) -> None:
     model = patched(torch.float64, method=method)
 
     def run(inputs: Inputs) -> Tensor:
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
         with torch.no_grad():
-            return model(**inputs, position_ids=prompt_positions(model, inputs)).logits
+            return model(**inputs, position_ids=positions).logits
 
     inputs = inputs_of("ragged", side=side, dtype=torch.float64)
     found = run(inputs)
@@ -291,7 +290,7 @@ def test_a_copy_is_patched_too() -> None:
 
 def test_gradients_reach_the_encoder() -> None:
     model, inputs = patched().train(), inputs_of("ragged")
-    model(**inputs, labels=inputs["input_ids"].where(inputs["input_ids"] >= 10, -100)).loss.backward()
+    model(**inputs, labels=inputs["input_ids"].where(inputs["input_ids"] >= FIRST_TEXT_ID, -100)).loss.backward()
     assert model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad.abs().max() > 0
 
 
