@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Literal, get_args
@@ -14,6 +14,9 @@ from illava_hooks.methods import Method, resolve_method
 __all__ = ["MergeConfig", "MergeSchedule", "Modality", "ModelLimits", "llm_removed"]
 
 Modality = Literal["image", "video"]
+
+#: The two numbers of each stage, and the amount that removes nothing.
+_NOTHING = (("vit_layers", "vit_r", 0), ("llm_layers", "llm_ratio", 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +166,26 @@ def _once(layers: object) -> object:
 
 
 def _preset(limits: ModelLimits, name: str, given: Mapping[str, object]) -> MergeSchedule:
-    """A preset of the model; of a model that has none for this modality, the identity, if every number is given."""
+    """A preset of the model; of a model that has none for this modality, the identity, if what counts is given."""
     for modality, schedule in limits.presets.items():
         if modality == name:
             return schedule
-    missing = [argument for argument, value in given.items() if value is None]
+    missing = [argument for stage in _stages(given) for argument, value in stage.items() if value is None]
     if missing and not limits.presets:
         raise MergeConfigError(f"{missing[0]} is None, and {limits.family} has no presets; give {', '.join(missing)}")
     return MergeSchedule()
 
 
+def _stages(given: Mapping[str, object]) -> Iterator[dict[str, object]]:
+    """The numbers of the stages that are not switched off by one of their two, no layers or nothing to remove."""
+    for layers, amount, nothing in _NOTHING:
+        if given[layers] != () and not (given[amount] is not None and given[amount] == nothing):
+            yield {layers: given[layers], amount: given[amount]}
+
+
 def _schedule(limits: ModelLimits, given: Mapping[str, object], preset: MergeSchedule) -> MergeSchedule:
     value = {name: getattr(preset, name) if chosen is None else chosen for name, chosen in given.items()}
-    for layers, amount, nothing in (("vit_layers", "vit_r", 0), ("llm_layers", "llm_ratio", 1)):
+    for layers, amount, nothing in _NOTHING:
         if given[layers] is None and given[amount] is not None and given[amount] == nothing:
             value[layers] = ()  # where nothing is removed, the preset's layers need not fit the model
     origin = {name: " (from the preset; give it yourself)" if chosen is None else "" for name, chosen in given.items()}

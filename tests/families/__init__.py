@@ -289,6 +289,10 @@ class Family:
         """Patches of every tile or frame of every image, then of every video, in prompt order."""
         raise NotImplementedError
 
+    def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
+        """What decides how many tokens every image and video keeps, in prompt order."""
+        raise NotImplementedError
+
     def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
         """Patches of every image, then of every video, of one prompt."""
         raise NotImplementedError

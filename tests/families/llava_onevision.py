@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from families import Family, LmmsEval, VlmEvalKit
+from families import Family, LmmsEval, Modality, VlmEvalKit
 from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, VIDEO_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
 
 #: Up to transformers 5.17 frames are `pixel_values`, and their newline comes later.
@@ -158,6 +158,11 @@ class LlavaOnevision(Family):
         """64 patches in each tile and frame."""
         images = [num_tiles(model.config, size, len(s.images)) for s in samples for size in s.images]
         return [[self.tile_patches] * count for count in [*images, *(frames for s in samples for frames in s.videos)]]
+
+    def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
+        """Tiles and size of every image, frames of every video."""
+        images = [(num_tiles(model.config, size, len(s.images)), *size) for s in samples for size in s.images]
+        return {"image": images, "video": [(frames,) for s in samples for frames in s.videos]}
 
     def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
         """Tiles of images and frames of videos, of any size."""

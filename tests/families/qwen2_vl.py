@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from families import Family, LmmsEval, VlmEvalKit
+from families import Family, LmmsEval, Modality, VlmEvalKit
 from tiny_models import (
     IMAGE_ID,
     ROPE,
@@ -168,6 +168,12 @@ class Qwen2VL(Family):
         slices = [(math.ceil(frames / FRAMES_PER_SLICE), s.video_size) for s in samples for frames in s.videos]
         grids += [grid_of(count, size) for count, size in slices]
         return [[rows * columns] * time for time, rows, columns in grids]
+
+    def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
+        """Grids of patches."""
+        inputs = self.inputs(samples, "left", model)
+        names: dict[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
+        return {kind: [tuple(grid) for grid in inputs[n].tolist()] for kind, n in names.items() if n in inputs}
 
     def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
         """The products of the grids."""

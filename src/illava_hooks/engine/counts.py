@@ -13,7 +13,7 @@ from illava_hooks.config import MergeConfig, MergeSchedule, Modality
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.methods import Method
 
-__all__ = ["SegmentCounts", "encoder_counts", "max_removed", "shown_units"]
+__all__ = ["SegmentCounts", "encoder_counts", "keeps_quota", "max_removed", "shown_units"]
 
 
 def max_removed(method: Method, num_tokens: int) -> int:
@@ -55,6 +55,18 @@ def encoder_counts(config: MergeConfig, modality: Modality, traits: EncoderTrait
         units.append(units[-1] - patches // unit)
     wish = schedule.vit_r // granularity * granularity if isinstance(schedule.vit_r, int) else 0
     return SegmentCounts(tuple(units), max((wish - patches for patches in removed), default=0))
+
+
+def keeps_quota(method: Method, units: Sequence[int]) -> bool:
+    """Whether what a layout shows of a tile and what it crops away merge apart.
+
+    Matching in pairs cannot promise numbers, and one survivor is not enough for two parts.
+
+    Args:
+        method: the method in use.
+        units: of the tile before, between and after the merges.
+    """
+    return method.quota and method.layout == "aligned" and method.merge != "bipartite" and units[-1] > 1
 
 
 def shown_units(units: Sequence[int], shown: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
-from illava_hooks.engine.counts import encoder_counts, shown_units
+from illava_hooks.engine.counts import encoder_counts, keeps_quota, shown_units
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.session import MergeSession
@@ -59,13 +59,10 @@ class Visible:
     Attributes:
         mask: ``(B, M)`` bool.
         counts: shown units of each tile, on the host.
-        quota: whether shown and cropped units merge apart, so that each tile shows a number of survivors that
-            follows from shapes.
     """
 
     mask: Tensor
     counts: tuple[int, ...]
-    quota: bool
 
 
 class EncoderRun:
@@ -281,13 +278,8 @@ class EncoderRun:
         return Segments.from_lengths(lengths, order), tuple(part[merges + 1] for part in parts if part[0])
 
     def _parts(self, visible: Visible | None) -> list[tuple[int, ...]]:
-        """Counts of the shown and the cropped part of each tile; empty where they merge together.
-
-        A tile of one survivor has none for each part, and matching in pairs cannot promise numbers.
-        """
-        if visible is None or not visible.quota or self.session.config.method.merge == "bipartite":
-            return []
-        if any(units[-1] < 2 for units in self.lengths):
+        """Counts of the shown and the cropped part of each tile; empty where they merge together."""
+        if visible is None or not all(keeps_quota(self.session.config.method, units) for units in self.lengths):
             return []
         parts: list[tuple[int, ...]] = []
         for units, shown in zip(self.lengths, visible.counts, strict=True):

@@ -143,7 +143,8 @@ class Family:
                 encoder_layers=_by_index([self.layers_of(tower) for tower in towers]),
                 decoder_layers=_by_index([text.layers for text in text_models]),
             )
-            for name in (*(f"get_{m}_features" for m in self.modalities), "get_placeholder_mask"):
+            seams = [f"get_{modality}_features" for modality in self.modalities]
+            for name in (*seams, "get_placeholder_mask") if "language" in self.stages else seams:
                 getattr(base, name)
             if "language" in self.stages:
                 _check_language_seams(parts)
@@ -188,7 +189,7 @@ class Family:
         ):
             if layers and stage not in self.stages:
                 raise UnsupportedModelError(
-                    f"{argument} is {list(layers)}; {self.name} merges in its {sorted(self.stages)} stage only; use "
+                    f"{argument} is {list(layers)}; {self.name} merges in its {min(self.stages)} stage only; use "
                     f"{argument}=[]"
                 )
         if "language" in self.stages:

@@ -13,7 +13,15 @@ from illava_hooks.engine.decoder_hooks import DecoderLayerHook, RankingHook, Res
 from illava_hooks.engine.encoder_layers import EncoderLayerHook
 from illava_hooks.engine.family import Family, ModelParts
 from illava_hooks.engine.hookset import has_hooks
-from illava_hooks.engine.model_hooks import AfterBase, AfterHead, BaseMethods, BeforeBase, BeforeHead, HeadMethods
+from illava_hooks.engine.model_hooks import (
+    AfterBase,
+    AfterHead,
+    BaseMethods,
+    BeforeBase,
+    BeforeHead,
+    HeadMethods,
+    quiet_features,
+)
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
@@ -44,7 +52,8 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
         if "language" in family.stages:
             _install_language(family, parts, session)
         if not family.around(parts, session):
-            _install_around(family, parts, session)
+            around = _install_around if "language" in family.stages else _install_quiet
+            around(family, parts, session)
     except BaseException:
         session.hooks.remove()
         raise
@@ -101,6 +110,19 @@ def _install_around(family: Family, parts: ModelParts, session: MergeSession) ->
         if hasattr(parts.top, "_expand_multimodal_outputs"):  # older releases expand pixels instead
             hooks.wrap(parts.top, "_expand_multimodal_outputs", head.expand)
         hooks.swap(parts.top, "_illava_session", session)
+
+
+def _install_quiet(family: Family, parts: ModelParts, session: MergeSession) -> None:
+    """Around a model whose language model is left alone: it sees stock's features, and nothing of ours."""
+    session.no_report = (
+        f"no report: {family.name} merges in its vision encoder only; the records of get_image_features tell what "
+        "merged there"
+    )
+    for part in (parts.base, parts.top):
+        if part is not None:
+            session.hooks.swap(part, "_illava_session", session)
+    for modality in family.modalities:
+        session.hooks.wrap(parts.base, f"get_{modality}_features", quiet_features)
 
 
 def _refuse_shared(parts: ModelParts) -> None:

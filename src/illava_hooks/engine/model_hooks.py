@@ -18,7 +18,7 @@ from illava_hooks.engine.cache import MergedLayer
 from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
-from illava_hooks.engine.records import VisualRecord, attach, records_of, without_records
+from illava_hooks.engine.records import VisualRecord, attach, records_of, with_stock_keys, without_records
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.transport import (
@@ -36,7 +36,7 @@ from illava_hooks.engine.transport import (
 )
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods"]
+__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "quiet_features"]
 
 _PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -176,6 +176,11 @@ class BaseMethods:
                 "the records"
             )
         return known
+
+
+def quiet_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around ``get_*_features`` where nobody but the user reads records: an attribute, and stock's keys."""
+    return with_stock_keys(method(*args, **kwargs))
 
 
 # ---------------------------------------------------------------------- the model with its head

@@ -17,7 +17,15 @@ from transformers.utils.generic import ModelOutput
 from illava_hooks.config import Modality
 from illava_hooks.engine.provenance import Provenance
 
-__all__ = ["RECORDS", "VisualRecord", "attach", "records_of", "vision_provenance", "without_records"]
+__all__ = [
+    "RECORDS",
+    "VisualRecord",
+    "attach",
+    "records_of",
+    "vision_provenance",
+    "with_stock_keys",
+    "without_records",
+]
 
 #: The extra entry of feature outputs.
 RECORDS = "illava_records"
@@ -71,10 +79,10 @@ def without_records(output: Any) -> Any:
     Tuples have no attributes: from them the records are gone.
     """
     if isinstance(output, tuple):
-        return tuple(_with_stock_keys(part) for part in output if not _is_records(part))
+        return tuple(with_stock_keys(part) for part in output if not _is_records(part))
     if isinstance(output, ModelOutput):
         for name, part in list(output.items()):
-            if (plain := _with_stock_keys(part)) is not part:
+            if (plain := with_stock_keys(part)) is not part:
                 output[name] = plain
     return output
 
@@ -83,7 +91,8 @@ def _is_records(part: Any) -> bool:
     return isinstance(part, list) and any(isinstance(item, VisualRecord) for item in part)
 
 
-def _with_stock_keys(part: Any) -> Any:
+def with_stock_keys(part: Any) -> Any:
+    """A feature output with its records as an attribute; anything else as it is."""
     if not (isinstance(part, ModelOutput) and RECORDS in part):
         return part
     plain = type(part)()

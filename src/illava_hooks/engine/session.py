@@ -20,6 +20,11 @@ __all__ = ["MergeSession", "SessionHook"]
 
 logger = logging.getLogger("illava_hooks")
 
+_NO_REPORT = (
+    "no report yet: run the model on an image or a video first, with merging enabled and settings that remove "
+    "something"
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Switch:
@@ -52,12 +57,14 @@ class MergeSession:
         config: the settings in use.
         root: the model that was patched, with or without its head.
         enabled: the switch for everybody; ``merging`` switches for one thread or task only.
+        no_report: what is said where there is no report.
     """
 
     def __init__(self, config: MergeConfig, root: Any) -> None:
         """Starts enabled."""
         self.config, self.root = config, root
         self.enabled = True
+        self.no_report = _NO_REPORT
         self.hooks = HookSet()
         self._warned: set[str] = set()
         self._report: MergeReport | None = None
@@ -89,10 +96,7 @@ class MergeSession:
             PatchStateError: no such forward has run.
         """
         if self._report is None:
-            raise PatchStateError(
-                "no report yet: run the model on an image or a video first, with merging enabled and settings that "
-                "remove something"
-            )
+            raise PatchStateError(self.no_report)
         return self._report
 
     @property

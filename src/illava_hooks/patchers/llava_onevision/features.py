@@ -55,8 +55,7 @@ class FeatureMethods:
         tiles = self._tile_counts(sizes, call.get("batch_num_images"))
         aspect = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
         shown = torch.cat([self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)])
-        quota = self.session.config.method.quota and self._is_aligned
-        visible = Visible(shown.to(device), tuple(shown.sum(1).tolist()), quota)
+        visible = Visible(shown.to(device), tuple(shown.sum(1).tolist()))
         lengths = [tokens_per_tile(config)] * sum(tiles)
         run = EncoderRun(self.session, "image", TRAITS, lengths, len(lengths), device, visible=visible)
         return self._run(method, run, call, args, kwargs)

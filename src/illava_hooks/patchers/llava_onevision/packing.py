@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.config import MergeConfig, Modality
-from illava_hooks.engine.counts import encoder_counts, shown_units
+from illava_hooks.engine.counts import encoder_counts, keeps_quota, shown_units
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.provenance import product, selection, sparse, take_rows
 from illava_hooks.engine.records import VisualRecord
@@ -139,28 +139,47 @@ def keep_heaviest(values: Tensor, mass: Tensor, num_kept: int, columns: int) -> 
 def kept_tokens(
     base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int], traits: EncoderTraits
 ) -> int:
-    """Tokens that enter the language model, where shown and cropped tokens merge apart.
+    """Tokens that enter the language model, newlines included.
 
     Args:
         base: the ``LlavaOnevisionModel``.
-        config: the settings; layout ``"aligned"``.
+        config: the settings.
         modality: of the visual.
         shape: (tiles, height, width) of an image, (frames,) of a video.
         traits: of the tower.
+
+    Raises:
+        MergeConfigError: shapes do not tell, since survivors may be cropped away.
     """
     vision = base.config.vision_config
     num_tokens = int((vision.image_size // vision.patch_size) ** 2)
     units = encoder_counts(config, modality, traits, num_tokens).units
     if modality == "video":
-        pooled = int(type(base).apply_pooling(base, torch.zeros(1, num_tokens, 1)).shape[1])
-        return int(shape[0]) * math.ceil(pooled * units[-1] / num_tokens) + 1
+        return int(shape[0]) * _kept_of_frame(base, config, num_tokens, units[-1]) + 1
     tiles, *size = map(int, shape)
     geometry = image_geometry(base, tiles, num_tokens, size, base.config.vision_aspect_ratio)
-    newlines = int(geometry.is_newline.sum())
+    if config.method.layout == "compact":
+        (small,) = compact_grid(base, [torch.zeros(tiles, units[-1], 1)], [size], torch.zeros(1))
+        return min(len(small), len(geometry.source))
+    newlines, shown = int(geometry.is_newline.sum()), geometry.visible.sum(1).tolist()
     if geometry.shrunk:  # the grid of tiles keeps its share of what it was interpolated to
         inside = len(geometry.source) - num_tokens - newlines
         return units[-1] + math.ceil(inside * units[-1] / num_tokens) + newlines
-    return newlines + sum(shown_units(units, shown)[-1] for shown in geometry.visible.sum(1).tolist())
+    cropped = any(0 < n < num_tokens for n in shown)
+    if cropped and units[-1] < num_tokens and not keeps_quota(config.method, units):
+        raise MergeConfigError(
+            f"an image of {size[0]} x {size[1]} is cropped, and how many of its tokens method {config.method.name!r} "
+            "keeps is not told by shapes; use Method(..., quota=True), no merge by 'bipartite', and a vit_r that "
+            "leaves 2 tokens of a tile"
+        )
+    return newlines + sum(shown_units(units, n)[-1] for n in shown)
+
+
+def _kept_of_frame(base: Any, config: MergeConfig, num_tokens: int, num_kept: int) -> int:
+    pooled = int(type(base).apply_pooling(base, torch.zeros(1, num_tokens, 1)).shape[1])
+    if config.method.layout == "compact":
+        return min(pooled, compact_pool(base, torch.zeros(1, num_kept, 1)).shape[1])
+    return math.ceil(pooled * num_kept / num_tokens)
 
 
 def require_square(num_tokens: int) -> int:
