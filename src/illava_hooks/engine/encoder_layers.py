@@ -177,7 +177,7 @@ def run_features(
     """
     with running(run):
         if run is None:
-            # A tower that was compiled while it merged is told apart by what stands under this key, not by its absence.
+            # A tower compiled while it merged is told apart by what stands under this key, not by its absence.
             return method(*args, **{**kwargs, ENCODER_RUN: None})
         output = method(*args, **{**kwargs, "return_dict": True, ENCODER_RUN: run})
     run.check_finished()
