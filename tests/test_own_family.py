@@ -302,15 +302,13 @@ def test_unknown_until_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava()
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **SETTINGS)
-    assert_says(
-        caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \['colqwen2', 'll"
-    )
+    assert_says(caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \[")
     assert "'llava'," not in str(caught.value).split("supported")[1]
     register_family(Llava())
     assert session_of(model) is None is not patch(model, **SETTINGS)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(llava().model.language_model, **SETTINGS)
-    assert_says(caught.value, "LlamaModel", "supported are .*'llava', 'llava_onevision'")
+    assert_says(caught.value, "LlamaModel", "supported are .*'llava', ")
 
 
 def test_the_published_method_is_refused() -> None:
