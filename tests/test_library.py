@@ -65,6 +65,7 @@ ENGINE_FLOORS = {
     "hookset": 1,
     "modules": 1,
     "provenance": 1,
+    "regions": 1,
     "report": 1,
     "scoring_query": 1,
     "traits": 1,
