@@ -51,6 +51,7 @@ ENGINE_FLOORS = {
     "model_hooks": 7,
     "proof": 6,
     "family": 6,
+    "finding": 7,
     "transport": 6,
     "trace": 5,
     "prompt": 4,
@@ -68,6 +69,7 @@ ENGINE_FLOORS = {
     "regions": 1,
     "report": 1,
     "scoring_query": 1,
+    "tooling": 1,
     "traits": 1,
 }
 
