@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from helpers import needs_ready_features
 from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.regions import listening
 from illava_hooks.errors import InputError
 from illava_hooks.tools.bench import (
     SHAPES,
@@ -269,6 +271,34 @@ class TestBench:
         del block
         assert memory.peak() > 150e6
         assert Memory(torch.device("cpu")).peak() < 20e6
+
+    @needs_ready_features
+    @pytest.mark.parametrize("shape", NARROW.values())
+    def test_regions_are_told_to_who_listens(self, shape: str) -> None:
+        """What merging adds to each stage has a name; an unpatched forward and a decode step have none of it."""
+        model, heard = build_shape(shape, narrow=True), list[str]()
+        inputs = build_workload(model, Workload(tiles=2, patches=256, text=20))
+
+        def note(name: str, *what: Any) -> contextlib.AbstractContextManager[None]:
+            heard.append(name)
+            return contextlib.nullcontext()
+
+        with listening(note):
+            measure(model, inputs, new_tokens=2)
+            assert heard == []
+            patch(model)
+            with pytest.raises(ZeroDivisionError), listening(lambda *what: 1 / 0):
+                measure(model, inputs, new_tokens=1)
+            measure(model, inputs, new_tokens=1)
+            once = list(heard)
+            measure(model, inputs, new_tokens=3)
+        both = {"encoder_plan", "encoder_enter", "encoder_merge", "attention", "records", "report", "restore"}
+        assert {f"illava::{name}" for name in (*both, "prefill", "rank", "decoder_merge")} <= set(once)
+        assert heard == 2 * once
+        session = session_of(model)
+        assert session is not None and once.count("illava::encoder_merge") == len(session.config.image.vit_layers)
+        measure(model, inputs, new_tokens=1)
+        assert heard == 2 * once, "nobody listens any more"
 
     def test_timed_functions_are_put_back(self) -> None:
         class Owner:

@@ -24,6 +24,9 @@ TESTS = ROOT / "tests"
 #: Where tests may know a family by its name.
 OF_ONE_FAMILY = ("families", "families_only", "data")
 
+#: Parts of the package that may know a family by its name: the families, and the embedded models.
+KNOW_FAMILIES = ("patchers", "tiny")
+
 #: The floor of each part of the package; a part is a module or a folder directly under the package.
 FLOORS = {
     "__init__": 10,
@@ -51,6 +54,7 @@ ENGINE_FLOORS = {
     "model_hooks": 7,
     "proof": 6,
     "family": 6,
+    "finding": 7,
     "transport": 6,
     "trace": 5,
     "prompt": 4,
@@ -65,8 +69,10 @@ ENGINE_FLOORS = {
     "hookset": 1,
     "modules": 1,
     "provenance": 1,
+    "regions": 1,
     "report": 1,
     "scoring_query": 1,
+    "tooling": 1,
     "traits": 1,
 }
 
@@ -340,6 +346,17 @@ class TestTheHouse:
         assert len(shared) > 70
         found = {str(path.relative_to(TESTS)): names_in_code(tree, FAMILIES) for path, tree in shared.items()}
         assert {name: names for name, names in found.items() if names} == {}
+
+    def test_only_a_familys_own_module_names_it(self) -> None:
+        """A new family needs a module in `patchers`, and no other file of the package."""
+        from illava_hooks.engine.finding import families
+
+        names = {kind for known in families() for kind in known.model_types}
+        assert len(names) > 2 and set(FAMILIES) <= names
+        shared = {name: path for name, path in modules_of(PACKAGE).items() if part_of(name) not in KNOW_FAMILIES}
+        found = {name: names_in_code(ast.parse(path.read_text()), names) for name, path in shared.items()}
+        assert len(shared) > 60
+        assert {name: said for name, said in found.items() if said} == {}
 
     def test_files_are_short(self) -> None:
         lengths = {name: len(path.read_text().splitlines()) for name, path in modules_of(PACKAGE).items()}

@@ -3,7 +3,8 @@
 from illava_hooks import tiny
 from illava_hooks.api import merging, patch, session_of, unpatch
 from illava_hooks.config import MergeConfig, MergeSchedule
-from illava_hooks.engine.family import PRESETS, Family, register_family
+from illava_hooks.engine.family import Family
+from illava_hooks.engine.finding import PRESETS, register_family
 from illava_hooks.engine.provenance import Provenance
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.engine.session import MergeSession

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from illava_hooks.config import MergeConfig
-from illava_hooks.engine.family import find_family
+from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.install import install
 from illava_hooks.engine.modules import unwrapped
 from illava_hooks.engine.session import MergeSession

@@ -14,6 +14,9 @@ from transformers import ColQwen2Config, ColQwen2ForRetrieval
 from decode_helpers import IMAGE, SETTINGS, TEXT
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, unpatch
+from illava_hooks.errors import InputError
+from illava_hooks.tools.bench import Workload, build_workload
+from illava_hooks.tools.draw import merge_maps
 from kind_helpers import CLOSE, PADDED, said
 from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
@@ -206,3 +209,11 @@ def test_late_interaction_needs_the_distinct_vectors_only() -> None:
     whole, without = ((query @ vectors.T).amax(1).sum() for vectors in (visual, distinct(visual)))
     torch.testing.assert_close(whole, without, **CLOSE)
     assert len(distinct(visual)) == session_of(model).report.visuals[0].language_tokens[-1]
+
+
+def test_what_is_not_for_a_retriever_is_refused() -> None:
+    model = colqwen2()
+    with pytest.raises(InputError, match="model is a ColQwen2, which cannot be drawn"):
+        merge_maps(model, None, pages([PAGE]), **MERGING)
+    with pytest.raises(InputError, match="model is a ColQwen2, which cannot be measured"):
+        build_workload(model, Workload(patches=64))

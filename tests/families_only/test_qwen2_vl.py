@@ -8,6 +8,8 @@ from torch import nn
 import reference as ref
 from helpers import assert_says
 from illava_hooks import UnsupportedModelError, patch, session_of
+from illava_hooks.errors import InputError
+from illava_hooks.tools.bench import Workload, build_workload
 from reference_checks import SAMPLES, SETTINGS
 from test_report import RAGGED, run
 from tiny_models import inputs_for, tiny_model
@@ -42,3 +44,9 @@ def test_foreign_blocks() -> None:
         patch(model, [1], 4, [1], 0.5)
     assert_says(caught.value, "^visual has Linear blocks", "use a stock Qwen2-VL model")
     assert session_of(model) is None
+
+
+@pytest.mark.parametrize("patches", [1, 14, 15, 18])
+def test_workloads_of_half_groups_are_refused(patches: int) -> None:
+    with pytest.raises(InputError, match=f"patches is {patches}; give a product of two even numbers"):
+        build_workload(tiny_model(NAME), Workload(patches=patches))

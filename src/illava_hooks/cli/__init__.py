@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fewer visual tokens inside LLaVA-OneVision and Qwen2-VL: ask, compare, look inside, measure.",
+    help="Fewer visual tokens inside vision-language models: ask, compare, look inside, measure.",
 )
 for command in (ask, visualize, info, bench, evaluate, demo):
     app.command()(command)

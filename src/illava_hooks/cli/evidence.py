@@ -40,10 +40,10 @@ def bench(
         str | None, typer.Option(help="A published shape with random weights; any other word lists them.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A folder or a hub name instead of a shape.")] = None,
-    tiles: Annotated[int, typer.Option(help="LLaVA-OneVision: tiles of the image with the base tile.")] = 3,
+    tiles: Annotated[int, typer.Option(help="Tiles of the image with the base tile, for models that cut it.")] = 3,
     images: Annotated[int, typer.Option(help="Images in a prompt.")] = 1,
     frames: Annotated[int, typer.Option(help="Frames of a video instead of images.")] = 0,
-    patches: Annotated[int, typer.Option(help="Qwen2-VL: patches per image or frame.")] = 4096,
+    patches: Annotated[int, typer.Option(help="Patches per image or frame, for models that take any size.")] = 4096,
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     text: Annotated[int, typer.Option(help="Text tokens of a prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Generated tokens.")] = 8,

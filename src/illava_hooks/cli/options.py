@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from illava_hooks import tiny
 from illava_hooks.errors import IllavaHooksError, InputError
 
 Input = Annotated[
@@ -17,7 +18,9 @@ Input = Annotated[
     typer.Option("--input", help="An image, a folder of images (one prompt), or a video; by default a bundled scene."),
 ]
 Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
-Model = Annotated[str, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")]
+_MODEL = typer.Option(help=f"{', '.join(tiny.ALIASES)}, a folder, or a hub name.")
+Model = Annotated[str, _MODEL]
+ModelOrNone = Annotated[str | None, _MODEL]
 VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
 VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
 LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]

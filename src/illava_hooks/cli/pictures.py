@@ -22,6 +22,7 @@ from illava_hooks.cli.options import (
     LlmRatio,
     MethodName,
     Model,
+    ModelOrNone,
     Preset,
     Question,
     VitLayers,
@@ -156,7 +157,7 @@ def visualize(
 
 @friendly
 def info(
-    model: Annotated[str | None, typer.Option(help="tiny, tiny-qwen2-vl, a folder, or a hub name.")] = None,
+    model: ModelOrNone = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from illava_hooks.config import MergeConfig, MergeSchedule
-from illava_hooks.engine.family import find_family
+from illava_hooks.engine.finding import find_family
 from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.loading import parse_layers, parse_number
 from illava_hooks.tools.media import Media, load_media

@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from illava_hooks.engine.report import MergeReport
+from illava_hooks.engine.finding import find_family
+from illava_hooks.engine.report import MergeReport, kv_bytes
 from illava_hooks.tools.ask import Answer
 from illava_hooks.tools.canvas import tabulate
 from illava_hooks.tools.draw import SHEET_COLUMNS, MergeMap, draw
@@ -52,9 +53,8 @@ def costs(answers: dict[bool, Answer], model: Any) -> str:
 
 def kv_bytes_of(model: Any, tokens: int) -> int:
     """Bytes of the keys and values of so many tokens in all decoder layers of an unpatched model."""
-    text = model.config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * model.dtype.itemsize)
+    shape = find_family(model).decoder_shape(model)
+    return kv_bytes(shape, [tokens] * shape.depth, model.dtype.itemsize)
 
 
 def steps(maps: Sequence[MergeMap]) -> list[tuple[str, int]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from illava_hooks.engine.regions import ATTENTION, region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.attention import attend_and_receive
 from illava_hooks.merge.segments import Segments, host_table
@@ -255,7 +256,8 @@ class EncoderTap:
         # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
         plain = attention is sdpa_attention_forward and _is_plain(query, key, value, attention_mask, **kwargs)
         if self.wanted and plain and not module.training:
-            mixed, received = attend_and_receive(query, key, value, self.scale, bias)
+            with region(ATTENTION, query, key, value, self.scale):
+                mixed, received = attend_and_receive(query, key, value, self.scale, bias)
             self.received.append(received)
             return mixed.transpose(1, 2), None
         if bias is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from illava_hooks.config import MergeConfig, Modality, llm_removed
 from illava_hooks.engine.counts import max_removed
+from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.decision import RuleInputs, SegmentPlan
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
@@ -161,6 +162,7 @@ class DecoderRun:
         """
         self._ranked[layer_idx] = checked_scores(self.config.method.name, self.score, inputs), keys
 
+    @in_region("illava::decoder_merge")
     def merge(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Merges ``(B, K, C)`` on entry to a listed layer.
 
@@ -197,6 +199,7 @@ class DecoderRun:
                 "the model"
             )
 
+    @in_region("illava::restore")
     def expand(self, hidden: Tensor, merges: int) -> Tensor:
         """``(B, K, C)`` of a stage at the logical length ``(B, N, C)``."""
         return scatter_back(hidden, self.states[merges].kept_at.to(hidden.device))

@@ -34,6 +34,7 @@ from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import Hook
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
+from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.trace import Finish
 from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
@@ -99,6 +100,7 @@ class TextModelHook(Hook):
         return None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans a prefill on the host
+    @in_region("illava::prefill")
     def _prefill(self, module: Any, forward: ForwardState, kwargs: dict[str, Any]) -> dict[str, Any]:
         embeds, config = kwargs["inputs_embeds"], module.config
         _check_layers_are_patched(module)
@@ -333,6 +335,7 @@ class _Ranking:
             self._score(query.detach(), key.detach(), scale)
         return attention(module, query, key, *args, **kwargs)
 
+    @in_region("illava::rank")
     def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
         state = self.run.stage(self.layer_idx).to(query.device)
         key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer

@@ -20,6 +20,7 @@ from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.counts import encoder_counts, keeps_quota, shown_units
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
@@ -68,6 +69,7 @@ class Visible:
 class EncoderRun:
     """One run of the vision encoder: counts planned on the host, decisions per merging layer."""
 
+    @in_region("illava::encoder_plan")
     def __init__(
         self,
         session: MergeSession,
@@ -139,6 +141,7 @@ class EncoderRun:
         weighs = self.session.config.method.proportional and self.merges_before(layer_idx) > 0
         return self.merges_in(layer_idx) or weighs
 
+    @in_region("illava::encoder_enter")
     def enter(self, layer_idx: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer, cut down to the survivors."""
         merges = self.merges_before(layer_idx)
@@ -220,6 +223,7 @@ class EncoderRun:
 
     # ------------------------------------------------------------------ merging
 
+    @in_region("illava::encoder_merge")
     def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap) -> Tensor:
         """Merges the patches of one layer.
 

@@ -13,6 +13,7 @@ from illava_hooks.engine.attention_tap import AttentionTap, TappedConfig
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.hookset import CALLED, Called, Hook, foreign_forward
 from illava_hooks.engine.records import attach, vision_provenance
+from illava_hooks.engine.regions import in_region, region
 from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.transport import ENCODER_RUN, MERGE_STEP, in_features, running
 from illava_hooks.errors import UnsupportedModelError
@@ -181,7 +182,8 @@ def run_features(
             return method(*args, **{**kwargs, ENCODER_RUN: None})
         output = method(*args, **{**kwargs, "return_dict": True, ENCODER_RUN: run})
     run.check_finished()
-    behind(output)
+    with region("illava::records"):
+        behind(output)
     if session.config.track:
         session.finish(None, vision_provenance(run.records))
     return_dict = kwargs.get("return_dict")
@@ -191,6 +193,7 @@ def run_features(
     return output
 
 
+@in_region("illava::encoder_expand")
 def expand_output(run: EncoderRun, output: Any) -> None:
     """Gives ``last_hidden_state`` and ``hidden_states`` of the encoder their unpatched length back."""
     if output.last_hidden_state is not None:

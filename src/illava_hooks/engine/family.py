@@ -8,43 +8,26 @@ added with ``register_family``.
 from __future__ import annotations
 
 import inspect
-import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from illava_hooks import tiny
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.errors import UnsupportedModelError
 
-__all__ = [
-    "PATCHERS",
-    "PRESETS",
-    "Family",
-    "ModelParts",
-    "Stage",
-    "changed_layers",
-    "families",
-    "find_family",
-    "register_family",
-]
+__all__ = ["Family", "ModelParts", "Stage", "changed_layers", "schedules_of"]
 
 Stage = Literal["vision", "language"]
-
-#: Where the families of this package lie; the only list of them is that folder.
-PATCHERS = "illava_hooks.patchers"
-
-_registered: dict[str, Family] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +67,10 @@ class Family:
         head_methods: methods of a model with its head that must be there.
         encoder_layer_types: stock classes of encoder layers that the family can change.
         other_tower: what is said of a tower with layers of another ``{kind}``.
+        title: how people call it; empty: by its name.
+        shapes: published sizes that ``bench`` can build with random weights, by name.
+        lmms_eval: its classes in lmms-eval; None: there are none.
+        vlmevalkit: its entries in VLMEvalKit; the first lends its arguments to models of one's own.
     """
 
     name: str
@@ -95,6 +82,10 @@ class Family:
     head_methods: tuple[str, ...] = ("generate",)
     encoder_layer_types: tuple[type[nn.Module], ...] = ()
     other_tower: str = "the vision encoder has {kind} layers, which this family cannot patch; use a stock model"
+    title: str = ""
+    shapes: Mapping[str, PublishedShape] = {}
+    lmms_eval: LmmsEval | None = None
+    vlmevalkit: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ where things are
 
@@ -256,12 +247,46 @@ class Family:
 
     # ------------------------------------------------------------------ tools
 
-    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> Any:
-        """How the patches of each image and video in ``inputs`` lie in it; for drawing."""
-        raise NotImplementedError
+    def projector(self, base: Any) -> nn.Module:
+        """What brings the features of the tower to the width of the decoder."""
+        projector: nn.Module = self.tower(base).merger
+        return projector
 
-    def workload(self, model: Any, load: Any) -> Any:
-        """Inputs of a benchmark; None where nothing is known of the family."""
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture] | None:
+        """What the encoder looks at, for drawing; None: this family cannot be drawn.
+
+        Args:
+            model: the model.
+            inputs: one sample, as the stock processor gives it.
+
+        Returns:
+            The images in their order, then the videos.
+        """
+        return None
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """Inputs of ``model.forward`` for a benchmark, without a processor; None: this family cannot be measured.
+
+        Pixels are random; placeholders stand as the stock processor expands them.
+
+        Args:
+            model: the model.
+            load: sizes, in range as far as they do not depend on each other.
+            generator: where random numbers come from.
+
+        Raises:
+            InputError: the family has no such images or videos.
+        """
+        return None
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """The stock configuration with the published vision encoder, for one of ``shapes``.
+
+        Args:
+            text: sizes of the decoder; what else the family's decoder needs is added.
+            placeholders: the token that stands for visual tokens.
+            narrow: a small vision encoder instead, for smoke tests.
+        """
         raise NotImplementedError
 
 
@@ -321,74 +346,3 @@ def _check_full_attention(text: Any) -> None:
             "text_config has sliding-window layers; merging needs full attention in every layer; load the model with "
             "use_sliding_window=False, or sliding_window=None"
         )
-
-
-# ---------------------------------------------------------------------- finding
-
-
-def register_family(family: Family) -> None:
-    """Makes ``patch`` know a family of another package; one with the same ``model_types`` is replaced.
-
-    Args:
-        family: an object of a subclass of ``Family``.
-    """
-    for model_type in family.model_types:
-        _registered[model_type] = family
-
-
-def families() -> Iterator[Family]:
-    """All families: of this package, and registered ones."""
-    found: dict[str, Family] = {}
-    for module in pkgutil.iter_modules(import_module(PATCHERS).__path__):
-        if not module.name.startswith("_"):
-            family: Family = import_module(f"{PATCHERS}.{module.name}").FAMILY
-            found[family.name] = family
-    yield from (found | {family.name: family for family in _registered.values()}).values()
-
-
-class _Presets(Mapping[str, Mapping[Modality, MergeSchedule]]):
-    """The presets of all families, and as ``family/tiny`` those of the embedded models; imported when asked for."""
-
-    def __getitem__(self, name: str) -> Mapping[Modality, MergeSchedule]:
-        embedded = name.removesuffix("/tiny")
-        if embedded != name and embedded in get_args(tiny.TinyName):
-            own: Mapping[Any, Any] = tiny.presets(embedded)
-            return schedules_of(own)
-        for family in families():
-            if family.name == name:
-                return family.presets
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from (family.name for family in families() if family.presets)
-        yield from (f"{name}/tiny" for name in get_args(tiny.TinyName))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-#: Schedules by family and modality (read-only).
-PRESETS: Mapping[str, Mapping[Modality, MergeSchedule]] = _Presets()
-
-
-def find_family(model: Any) -> Family:
-    """The family of a model.
-
-    Raises:
-        UnsupportedModelError: there is none; the message lists what is supported.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if isinstance(kind, str) and kind in _registered:
-        return _registered[kind]
-    # By name first: the others need not be imported, nor the models that they know.
-    if isinstance(kind, str) and kind.isidentifier() and find_spec(f"{PATCHERS}.{kind}") is not None:
-        family: Family = import_module(f"{PATCHERS}.{kind}").FAMILY
-        return family
-    for family in families():
-        if kind in family.model_types:
-            return family
-    supported = sorted(model_type for family in families() for model_type in family.model_types)
-    raise UnsupportedModelError(
-        f"model is a {type(model).__name__} with model_type {kind!r}; supported are {supported}: give one of those "
-        "Hugging Face models, or the ...Model inside"
-    )

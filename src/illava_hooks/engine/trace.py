@@ -26,6 +26,7 @@ from illava_hooks.engine.provenance import (
     take_rows,
 )
 from illava_hooks.engine.records import VisualRecord, vision_provenance
+from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.report import (
     DecoderShape,
     EncoderShape,
@@ -52,6 +53,7 @@ class Finish:
     masks: tuple[Tensor | None, Sequence[Tensor | None]]
     value_bytes: int
 
+    @in_region("illava::report")
     def __call__(self) -> None:
         """Runs after the text model."""
         provenance = _chain(self.run, self.prompt) if self.session.config.track else None

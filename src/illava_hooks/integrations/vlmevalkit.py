@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
 from illava_hooks.api import patch
+from illava_hooks.engine.finding import FromFamilies, families
 from illava_hooks.errors import IllavaHooksError, InputError, UnsupportedModelError
 from illava_hooks.integrations.arguments import split_arguments
 from illava_hooks.methods import METHODS, Method, resolve_method
@@ -21,10 +22,9 @@ from illava_hooks.methods import METHODS, Method, resolve_method
 __all__ = ["STOCK", "main", "register"]
 
 #: The kit's entries that get a merged twin; the first of a family also lends its arguments to models of your own.
-STOCK = {
-    "qwen2_vl": ("Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct"),
-    "llava_onevision": ("llava-onevision-qwen2-7b-ov-hf", "llava-onevision-qwen2-0.5b-ov-hf"),
-}
+STOCK: Mapping[str, tuple[str, ...]] = FromFamilies(
+    lambda family: {family.name: family.vlmevalkit} if family.vlmevalkit else {}
+)
 _SUFFIX = "-iLLaVA"
 
 
@@ -50,7 +50,7 @@ def register(
         name: of the entry; by default all of ``STOCK`` with "-iLLaVA" behind their names. Without ``model_path`` the
             name of any entry of the kit with "-iLLaVA" behind it.
         model_path: a folder or a hub name, for an entry of your own.
-        family: "llava_onevision" or "qwen2_vl", where it is not to be read from the model's configuration.
+        family: a key of ``STOCK``, where it is not to be read from the model's configuration.
         vit_layers: as for ``patch``, like the others down to ``preset``; what is not given comes from the preset.
         vit_r: tokens removed (int) or fraction removed (float).
         llm_layers: decoder layers.
@@ -152,12 +152,13 @@ def _family(model_path: str, family: str | None) -> str:
         from transformers import AutoConfig
 
         try:
-            family = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
+            kind = AutoConfig.from_pretrained(model_path, trust_remote_code=False).model_type
         except (OSError, ValueError) as error:
             raise InputError(
                 f"model_path is {model_path!r}, whose configuration cannot be read; give a folder with a model, a hub "
                 f"name that can be reached, or family, one of {list(STOCK)}"
             ) from error
+        family = next((known.name for known in families() if kind in known.model_types), str(kind))
     if family not in STOCK:
         raise InputError(f"family of {model_path!r} is {family!r}; it must be one of {list(STOCK)}")
     return family

@@ -6,13 +6,19 @@ calls the model inside with those. So the state of its forward is opened around 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.model_hooks import AfterBase, merges
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
 from illava_hooks.engine.transport import FORWARD, ForwardState, begin_forward, running_forward
 from illava_hooks.patchers.qwen2_vl import Qwen2VL
 
@@ -23,9 +29,14 @@ class ColQwen2(Qwen2VL):
     """The retriever's family: Qwen2-VL's encoder and decoder, another way in."""
 
     name = "colqwen2"
+    title = "ColQwen2"
     model_types = ("colqwen2",)
     modalities = ("image",)
     head_methods = ()
+    # It answers no questions: what is measured and drawn by them is not for it.
+    shapes: Mapping[str, PublishedShape] = MappingProxyType({})
+    lmms_eval = None
+    vlmevalkit = ()
 
     def base(self, model: Any) -> Any:
         """The bare Qwen2-VL inside, whose tower the retriever calls itself."""
@@ -34,6 +45,14 @@ class ColQwen2(Qwen2VL):
     def config(self, model: Any) -> Any:
         """The configuration of the Qwen2-VL inside."""
         return model.config.vlm_config
+
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture] | None:
+        """None: its processor pads pages to one number of patches."""
+        return None
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """None: it has no prefill and decodes nothing."""
+        return None
 
     def around(self, parts: ModelParts, session: MergeSession) -> bool:
         """What stands around the retriever."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,13 +27,17 @@ from illava_hooks.engine.provenance import sparse
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession, SessionHook
+from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
+from illava_hooks.errors import InputError
 
 __all__ = ["FAMILY", "MergingQwen2VLVisionBlock", "Qwen2VL"]
 
 _PRESET = MergeSchedule((12, 13, 14, 15), 0.16, (6, 7, 8), 0.90)
+_TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+_NARROW_TOWER = {"depth": 16, "embed_dim": 64, "num_heads": 2}
 
 
 class MergingQwen2VLVisionBlock(MergingLayer, Qwen2VLVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
@@ -59,11 +63,20 @@ class Qwen2VL(Family):
     """Qwen2-VL's family: groups of 2x2 patches are kept or merged as one."""
 
     name = "qwen2_vl"
+    title = "Qwen2-VL"
     model_types = ("qwen2_vl",)
     presets = MappingProxyType({"image": _PRESET, "video": _PRESET})
     published_llm_score = "query_lse"
     encoder_layer_types = (Qwen2VLVisionBlock,)
     other_tower = "visual has {kind} blocks; use a stock Qwen2-VL model"
+    shapes: Mapping[str, PublishedShape] = MappingProxyType(
+        {
+            "qwen2-vl-2b": PublishedShape(1536, 8960, 28, 12, 2, "Qwen/Qwen2-VL-2B-Instruct"),
+            "qwen2-vl-7b": PublishedShape(3584, 18944, 28, 28, 4, "Qwen/Qwen2-VL-7B-Instruct"),
+        }
+    )
+    lmms_eval: LmmsEval | None = LmmsEval("simple.qwen2_vl.Qwen2_VL")
+    vlmevalkit: tuple[str, ...] = ("Qwen2-VL-7B-Instruct", "Qwen2-VL-2B-Instruct")
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
@@ -100,6 +113,53 @@ class Qwen2VL(Family):
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
         return position_ids[1:] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
+
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture] | None:
+        """Each image, and the first frame of each temporal slice of a video."""
+        vision, found = self.config(model).vision_config, list[Picture]()
+        for modality, name in PIXELS.items():
+            if inputs.get(name) is not None:
+                stacks = _unpacked(vision, inputs[name].detach().double().cpu(), inputs[f"{modality}_grid_thw"])
+                found += [Picture(modality, tuple((frame,) for frame in stack)) for stack in stacks]
+        return found
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """Packed rows of patches.
+
+        Raises:
+            InputError: no grid of whole 2x2 groups has so many patches.
+        """
+        config = self.config(model)
+        vision = config.vision_config
+        height = max((h for h in range(2, int(load.patches**0.5) + 1, 2) if load.patches % (2 * h) == 0), default=1)
+        width = load.patches // height
+        if height % 2 or height * width != load.patches or width % 2:
+            raise InputError(f"patches is {load.patches}; give a product of two even numbers")
+        slices = -(-load.frames // vision.temporal_patch_size) if load.frames else 1
+        count = 1 if load.frames else load.images
+        channels = 3 * vision.temporal_patch_size * vision.patch_size**2
+        modality: Modality = "video" if load.frames else "image"
+        token = config.video_token_id if load.frames else config.image_token_id
+        inputs = load.prompt(token, slices * load.patches // 4, count, generator)
+        rows = load.batch * count * slices * load.patches
+        inputs[PIXELS[modality]] = torch.randn(rows, channels, generator=generator)
+        inputs[f"{modality}_grid_thw"] = torch.tensor([[slices, height, width]] * (load.batch * count))
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int() * (2 if load.frames else 1)
+        return inputs
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """The tower, and M-RoPE in the decoder."""
+        from transformers import Qwen2VLConfig
+
+        sections = [4, 6, 6] if narrow else [16, 24, 24]
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+        vision = {**_TOWER, "hidden_size": text["hidden_size"]} | (_NARROW_TOWER if narrow else {})
+        return Qwen2VLConfig(
+            vision_config=vision,
+            text_config={**text, "rope_parameters": rope},
+            image_token_id=placeholders["image"],
+            video_token_id=placeholders["video"],
+        )
 
 
 def packed_traits(patches_per_token: int, published: bool) -> EncoderTraits:
@@ -272,6 +332,20 @@ def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_t
         record.sources = token_sources(run, first, last, sparse(rows, columns, share, (num_tokens, width)))
         record.vision = vision_tracks(run, first, last)
     return record
+
+
+def _unpacked(vision: Any, values: Tensor, grids: Tensor) -> list[Tensor]:
+    """Per image or video ``(T, 4, H, W)``: the first frame of each slice, pixels and patch numbers."""
+    size, group = vision.patch_size, vision.spatial_merge_size
+    found = []
+    parts = torch.split_with_sizes(values, grids.prod(-1).tolist())
+    for rows, (time, height, width) in zip(parts, grids.tolist(), strict=True):
+        patches = rows.view(len(rows), -1, vision.temporal_patch_size, size, size)[:, :, 0]
+        labels = torch.arange(len(rows)).to(rows).view(-1, 1, 1, 1).expand(-1, 1, size, size)
+        stack = torch.cat([patches, labels], 1)
+        stack = stack.view(time, height // group, width // group, group, group, -1, size, size)
+        found.append(stack.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(time, -1, height * size, width * size))
+    return found
 
 
 FAMILY = Qwen2VL()

@@ -8,14 +8,23 @@ Presets for their depth are a key of their ``config.json``, ``illava_presets``.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any
 
 from illava_hooks.errors import InputError
 
-__all__ = ["TinyName", "folder", "load", "media", "presets"]
+__all__ = ["ALIASES", "NAMES", "folder", "load", "media", "presets"]
 
-TinyName = Literal["llava_onevision", "qwen2_vl"]
+#: The embedded models: the folders beside this file that hold a checkpoint.
+NAMES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.json")))
+_FIRST = "llava_onevision"
+
+#: The embedded models by their names in commands; the first one is what a command takes by default.
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"tiny": _FIRST} | {f"tiny-{name.replace('_', '-')}": name for name in NAMES if name != _FIRST}
+)
 
 
 def folder(name: str) -> Path:
@@ -27,8 +36,8 @@ def folder(name: str) -> Path:
     Raises:
         InputError: there is no embedded model of that name.
     """
-    if name not in get_args(TinyName):
-        raise InputError(f"tiny model is {name!r}; choose one of {list(get_args(TinyName))}")
+    if name not in NAMES:
+        raise InputError(f"tiny model is {name!r}; choose one of {list(NAMES)}")
     return Path(__file__).parent / name
 
 

@@ -1,8 +1,6 @@
 """What the encoder looked at, as pictures in which every pixel knows its source patch.
 
-Pixels and patch numbers travel as channels of one tensor through the same steps, so that they cannot drift apart.
-
-Shapes: ``T`` tiles or frames, ``H`` x ``W`` pixels.
+Shapes: ``H`` x ``W`` pixels of a view, ``P`` source patches.
 """
 
 from __future__ import annotations
@@ -11,20 +9,18 @@ import colorsys
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
 
 from illava_hooks.config import Modality
+from illava_hooks.engine.finding import find_family
+from illava_hooks.engine.modules import unwrapped
+from illava_hooks.errors import InputError
 
 __all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "tabulate", "visuals_of"]
 
@@ -57,27 +53,25 @@ def visuals_of(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[tu
     """The frames of each image and video of one sample, images first.
 
     Args:
-        model: a stock model of either family.
+        model: a stock model of a supported family.
         processor: the processor that made the inputs; what it normalised with is taken back.
         inputs: its outputs.
+
+    Raises:
+        UnsupportedModelError: the model's family is not known.
+        InputError: its family cannot be drawn.
     """
-    found: list[tuple[Modality, tuple[Frame, ...]]] = []
-    tools = {"image": processor.image_processor, "video": processor.video_processor}
-    for modality in get_args(Modality):
-        key, grid = {"image": "pixel_values", "video": "pixel_values_videos"}[modality], f"{modality}_grid_thw"
-        if inputs.get(key) is None:
-            continue
-        values, vision = inputs[key].detach().double().cpu(), model.config.vision_config
-        if grid in inputs:
-            visuals = [[[frame] for frame in stack] for stack in _packed(vision, values, inputs[grid].tolist())]
-        elif modality == "video":
-            visuals = [[[frame] for frame in _with_labels(vision, video)] for video in values]
-        else:
-            sizes = inputs["image_sizes"].tolist()
-            visuals = [[views] for views in _tiled(model.config, values, sizes, inputs.get("batch_num_images"))]
-        colours = _colours(tools[modality])
-        found += [(modality, tuple(tuple(_view(v, *colours) for v in frame) for frame in f)) for f in visuals]
-    return found
+    model = unwrapped(model)
+    family = find_family(model)
+    pictures = family.pictures(model, inputs)
+    if pictures is None:
+        raise InputError(f"model is a {family.title or family.name}, which cannot be drawn; give another model")
+    tools = {one.modality: getattr(processor, f"{one.modality}_processor") for one in pictures}
+    colours = {modality: _colours(tool) for modality, tool in tools.items()}
+    return [
+        (one.modality, tuple(tuple(_view(view, *colours[one.modality]) for view in frame) for frame in one.frames))
+        for one in pictures
+    ]
 
 
 def compose(frame: Frame, scale: int) -> View:
@@ -170,46 +164,3 @@ def _view(stack: Tensor, mean: Tensor, std: Tensor) -> View:
     """A view from ``(4, H, W)``: three normalised channels and the patch numbers."""
     pixels = ((stack[:3] * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return View(pixels.permute(1, 2, 0).contiguous().numpy(), stack[3].round().long().numpy())
-
-
-def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images: Any) -> list[list[Tensor]]:
-    """LLaVA-OneVision: per image the base view and, where it was cut into tiles, their mosaic without padding."""
-    side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
-    # Stock cuts an image into tiles only where it is the only one of its sample.
-    cut = batch_num_images is None or int(batch_num_images[0]) == 1
-    counts = [image_size_to_num_patches(size, pinpoints, side) if cut else 1 for size in sizes]
-    padded = list(values) if values.dim() == 5 else torch.split_with_sizes(values, counts)
-    found = []
-    for tiles, count, size in zip(padded, counts, sizes, strict=True):
-        stack = _with_labels(config.vision_config, tiles[:count])
-        views = [stack[0]]
-        if count > 1:
-            rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)  # type: ignore[no-untyped-call]
-            mosaic = stack[1:].view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
-            mosaic = mosaic.reshape(-1, rows * side, columns * side)
-            views.append(unpad_image(mosaic, size))  # type: ignore[no-untyped-call]
-        found.append(views)
-    return found
-
-
-def _with_labels(vision: Any, tiles: Tensor) -> Tensor:
-    """``(T, 3, S, S)`` tiles with their patch numbers as a fourth channel."""
-    grid = vision.image_size // vision.patch_size
-    # Where patches do not fill the tile (384 = 27 * 14 + 6) the last ones show the rest: it belongs to none.
-    place = (torch.arange(vision.image_size) // vision.patch_size).clamp_max(grid - 1)
-    labels = torch.arange(len(tiles))[:, None, None] * grid**2 + place[:, None] * grid + place
-    return torch.cat([tiles, labels[:, None].to(tiles)], 1)
-
-
-def _packed(vision: Any, values: Tensor, grids: list[list[int]]) -> list[Tensor]:
-    """Qwen2-VL: per image or video the first frame of each temporal slice, ``(T, 4, H, W)``."""
-    size, group = vision.patch_size, vision.spatial_merge_size
-    found = []
-    parts = torch.split_with_sizes(values, [time * height * width for time, height, width in grids])
-    for rows, (time, height, width) in zip(parts, grids, strict=True):
-        patches = rows.view(len(rows), -1, vision.temporal_patch_size, size, size)[:, :, 0]
-        labels = torch.arange(len(rows)).to(rows).view(-1, 1, 1, 1).expand(-1, 1, size, size)
-        stack = torch.cat([patches, labels], 1)
-        stack = stack.view(time, height // group, width // group, group, group, -1, size, size)
-        found.append(stack.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(time, -1, height * size, width * size))
-    return found

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.engine.finding import find_family
+from illava_hooks.engine.modules import unwrapped
 from illava_hooks.engine.provenance import Provenance, TokenProvenance
 from illava_hooks.errors import InputError, MergeConfigError, PatchStateError
 from illava_hooks.tools.canvas import Frame, Ints, compose, paint, tabulate, visuals_of
@@ -88,8 +90,7 @@ def merge_maps(model: Any, processor: Any, inputs: Mapping[str, Any], **settings
     if not provenance.merges:
         return []
     whole = _forward(model, inputs, modalities, WHOLE)[1].at("language", 0).images
-    # Qwen2-VL's 2x2 groups merge as one.
-    group = getattr(model.config.vision_config, "spatial_merge_size", 1) ** 2
+    group = find_family(unwrapped(model)).encoder_shape(unwrapped(model)).patches_per_unit
     schedules, maps = [config.schedule(modality) for modality in modalities], []
     encoder = [schedule.vit_layers if schedule.merges_in_encoder else () for schedule in schedules]
     for visual, (modality, frames) in enumerate(visuals):
@@ -193,8 +194,8 @@ def _heaviest(weights: Tensor) -> Ints:
 
 
 def _scale(map: MergeMap, columns: int = 1) -> int:
-    height, width = map.frames[0][-1].labels.shape
-    width += height * (len(map.frames[0]) - 1)  # the base view is square
+    height = map.frames[0][-1].labels.shape[0]
+    width = sum(round(view.labels.shape[1] * height / view.labels.shape[0]) for view in map.frames[0])
     return int(-(-LEAST_PIXELS // max(height, width * columns)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from illava_hooks.engine.family import families, find_family
+from illava_hooks.engine.finding import families, find_family
 from illava_hooks.methods import METHODS
 
 __all__ = ["environment", "model_info", "torchvision_state"]

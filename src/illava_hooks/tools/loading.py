@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from illava_hooks import tiny
+from illava_hooks.engine.finding import families
 from illava_hooks.errors import InputError
 from illava_hooks.tools.media import Media
 
@@ -25,8 +26,8 @@ __all__ = [
     "unknown_words",
 ]
 
-#: Names of the embedded models.
-EMBEDDED = {"tiny": "llava_onevision", "tiny-qwen2-vl": "qwen2_vl"}
+#: The embedded models by their names in commands.
+EMBEDDED = tiny.ALIASES
 
 
 def quiet() -> None:
@@ -41,7 +42,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     """Loads a model and its processor.
 
     Args:
-        name: "tiny", "tiny-qwen2-vl", a folder, or a name on the model hub.
+        name: a key of ``EMBEDDED`` such as "tiny", a folder, or a name on the model hub.
         device: "auto" (CUDA where there is one), or a torch device.
         dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), or a torch dtype's name.
 
@@ -63,9 +64,15 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"model {name!r} cannot be loaded ({reason}); give one of {list(EMBEDDED)}, a folder with a checkpoint, "
-            "or the hub name of a LLaVA-OneVision or Qwen2-VL model"
+            f"or the hub name of a {_titles()} model"
         ) from error
     return model.to(target).eval(), processor
+
+
+def _titles() -> str:
+    """The families whose models answer questions, in words."""
+    titles = [family.title or family.name for family in families() if "generate" in family.head_methods]
+    return " or ".join([", ".join(titles[:-1]), *titles[-1:]]) if len(titles) > 1 else "".join(titles)
 
 
 def find_device(name: str) -> torch.device:

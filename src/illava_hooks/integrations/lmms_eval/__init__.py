@@ -10,20 +10,31 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["manifests"]
+from illava_hooks.engine.family import Family
+from illava_hooks.engine.finding import families
+
+__all__ = ["classes_of", "manifests"]
 
 _MODELS = f"{__name__}.models"
 
 
 def manifests() -> list[Any]:
-    """Our models for lmms-eval's registry, by name; their classes are loaded when one is used."""
+    """Our models for lmms-eval's registry, by name; their classes are made when one is used."""
     from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore[import-not-found, unused-ignore]
 
     return [
         ModelManifest(
-            "llava_onevision_illava",
-            simple_class_path=f"{_MODELS}.LlavaOnevisionIllavaSimple",
-            chat_class_path=f"{_MODELS}.LlavaOnevisionIllava",
-        ),
-        ModelManifest("qwen2_vl_illava", simple_class_path=f"{_MODELS}.Qwen2VLIllava"),
+            f"{family.name}_illava",
+            **{f"{kind}_class_path": f"{_MODELS}.{name}" for kind, name in classes_of(family).items()},
+        )
+        for family in families()
+        if family.lmms_eval is not None
     ]
+
+
+def classes_of(family: Family) -> dict[str, str]:
+    """The names of our classes for a family, by what they are for: "simple", and "chat" where the harness has that."""
+    name = f"{type(family).__name__}Illava"
+    if family.lmms_eval is None:
+        return {}
+    return {"simple": name} if family.lmms_eval.chat is None else {"simple": f"{name}Simple", "chat": name}

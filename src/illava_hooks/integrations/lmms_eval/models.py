@@ -1,19 +1,23 @@
-"""The harness's own model classes, whose loaded model merges."""
+"""The harness's own model classes, whose loaded model merges; each is an attribute of this module by its name.
+
+``classes_of`` in the package tells the names.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from accelerate import PartialState  # type: ignore[import-untyped, unused-ignore]
-from lmms_eval.models.chat.llava_hf import LlavaHf as ChatLlava  # type: ignore[import-not-found, unused-ignore]
-from lmms_eval.models.simple.llava_hf import LlavaHf as SimpleLlava  # type: ignore[import-not-found, unused-ignore]
-from lmms_eval.models.simple.qwen2_vl import Qwen2_VL  # type: ignore[import-not-found, unused-ignore]
 from loguru import logger  # type: ignore[import-not-found, unused-ignore]
 
 from illava_hooks.api import patch
+from illava_hooks.engine.finding import families
+from illava_hooks.engine.tooling import LmmsEval
 from illava_hooks.integrations.arguments import split_arguments
+from illava_hooks.integrations.lmms_eval import classes_of
 
-__all__ = ["LlavaOnevisionIllava", "LlavaOnevisionIllavaSimple", "Qwen2VLIllava"]
+__all__: list[str] = []
 
 
 class _Merging:
@@ -38,13 +42,20 @@ class _OneDevice:
         super().__init__(**arguments)
 
 
-class LlavaOnevisionIllava(_Merging, _OneDevice, ChatLlava):  # type: ignore[misc, unused-ignore]
-    """LLaVA-OneVision in its Hugging Face form, asked in the model's chat format."""
+def __getattr__(name: str) -> type:
+    """Makes one of our classes when it is asked for the first time."""
+    for family in families():
+        for kind, known in classes_of(family).items():
+            if known == name and family.lmms_eval is not None:
+                globals()[name] = made = _merging(name, kind, family.lmms_eval)
+                return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 
-class LlavaOnevisionIllavaSimple(_Merging, _OneDevice, SimpleLlava):  # type: ignore[misc, unused-ignore]
-    """LLaVA-OneVision in its Hugging Face form, for tasks of text and pictures (``--force_simple``)."""
-
-
-class Qwen2VLIllava(_Merging, Qwen2_VL):  # type: ignore[misc, unused-ignore]
-    """Qwen2-VL."""
+def _merging(name: str, kind: str, harness: LmmsEval) -> type:
+    """A class of the harness whose model merges."""
+    path = harness.chat if kind == "chat" and harness.chat is not None else harness.simple
+    module, _, stock = path.rpartition(".")
+    bases = [_Merging, *([_OneDevice] if harness.names_device else [])]
+    bases.append(getattr(import_module(f"lmms_eval.models.{module}"), stock))
+    return type(name, tuple(bases), {"__module__": __name__, "__doc__": f"``{stock}``, whose model merges."})

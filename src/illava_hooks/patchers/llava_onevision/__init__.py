@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
@@ -15,6 +16,8 @@ from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_l
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.tooling import Picture, Workload
+from illava_hooks.patchers.llava_onevision import tools
 from illava_hooks.patchers.llava_onevision.features import (
     TRAITS,
     FeatureMethods,
@@ -49,6 +52,7 @@ class LlavaOnevision(Family):
     """LLaVA-OneVision's family: patches merge inside of their tile or frame."""
 
     name = "llava_onevision"
+    title = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
     presets = MappingProxyType(
         {
@@ -59,6 +63,9 @@ class LlavaOnevision(Family):
     published_llm_score = "last_query_attention"
     encoder_layer_types = (SiglipEncoderLayer,)
     other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
+    shapes = tools.SHAPES
+    lmms_eval = tools.LMMS_EVAL
+    vlmevalkit = tools.VLMEVALKIT
 
     def tower(self, base: Any) -> Any:
         """The SigLIP tower."""
@@ -118,6 +125,23 @@ class LlavaOnevision(Family):
     def tokens_behind(self, base: Any) -> Mapping[Modality, int]:
         """The newline behind a video, in releases that do not count it to the features."""
         return {"video": newlines_behind_videos(base)}
+
+    def projector(self, base: Any) -> nn.Module:
+        """The MLP between tower and decoder."""
+        projector: nn.Module = base.multi_modal_projector
+        return projector
+
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture]:
+        """Base views with the mosaics of their tiles; frames."""
+        return tools.pictures(model.config, inputs)
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
+        """Tiles or frames."""
+        return tools.workload(model.config, load, generator)
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """SigLIP and a Qwen2."""
+        return tools.published_config(text, placeholders, narrow)
 
 
 FAMILY = LlavaOnevision()

@@ -22,6 +22,7 @@ from illava_hooks.engine.counts import encoder_counts, keeps_quota, shown_units
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.provenance import product, selection, sparse, take_rows
 from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import MergeConfigError
@@ -264,6 +265,7 @@ class Tiles:
         keep = run.keep_mask(state)[rows]
         return cls(first, last, state.kept_at[rows].to(device), state.origins[rows].to(device), keep.to(device))
 
+    @in_region("illava::packing")
     def expand(self, features: Tensor) -> Tensor:
         """``(T, K, C)`` survivors on the full grid, ``(T, N, C)``; on each place who stands for it."""
         return scatter_back(features, self.kept_at)
@@ -292,6 +294,7 @@ def _record(
     return record
 
 
+@in_region("illava::packing")
 def place_published(run: EncoderRun, tiles: Tiles, small: Tensor, num_tokens: int) -> tuple[Tensor, VisualRecord]:
     """The published layout: the packed survivors ``(P', C)`` at the front of ``num_tokens`` places."""
     place = torch.arange(num_tokens, device=small.device)
@@ -299,6 +302,7 @@ def place_published(run: EncoderRun, tiles: Tiles, small: Tensor, num_tokens: in
     return small[shown], _record(run, tiles, place < len(small), shown, None)
 
 
+@in_region("illava::packing")
 def place_image(
     run: EncoderRun, tiles: Tiles, packed: Tensor, geometry: Geometry, show: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, VisualRecord]:
@@ -345,6 +349,7 @@ def place_image(
     return packed, _record(run, tiles, keep, survivor_of, tokens)
 
 
+@in_region("illava::packing")
 def place_video(
     run: EncoderRun, tiles: Tiles, pooled: Tensor, pool: Callable[[Tensor], Tensor], small: Tensor | None
 ) -> tuple[Tensor, list[VisualRecord]]:

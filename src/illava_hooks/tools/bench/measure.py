@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,11 @@ from torch import Tensor
 
 from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.finding import find_family
+from illava_hooks.engine.tooling import PIXELS
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 
 __all__ = ["Measurement", "Stage", "measure", "measure_alternating", "stage_inputs"]
-
-_FEATURES = {"pixel_values": ("image", "get_image_features"), "pixel_values_videos": ("video", "get_video_features")}
-_PIXEL_KEYS = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
-_VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +67,14 @@ class Measurement:
 
 def stage_inputs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[tuple[str, Any, Any]], dict[str, Tensor]]:
     """The calls that encode, as (kind, method, arguments), and the arguments of the language model."""
-    calls = [
-        (kind, getattr(model.model, method), {k: v for k, v in inputs.items() if k in keys})
-        for (pixels, (kind, method)), keys in zip(_FEATURES.items(), (_PIXEL_KEYS, _VIDEO_KEYS), strict=True)
-        if pixels in inputs
-    ]
-    text = {k: v for k, v in inputs.items() if k not in _PIXEL_KEYS + _VIDEO_KEYS or k.endswith("_grid_thw")}
+    family = find_family(model)
+    base, calls, text = family.base(model), list[tuple[str, Any, Any]](), dict(inputs)
+    for modality in family.modalities:
+        if text.pop(PIXELS[modality], None) is not None:
+            name = f"get_{modality}_features"
+            # Of the class: what stands around the method of a patched model need not tell.
+            taken = inspect.signature(getattr(type(base), name)).parameters
+            calls.append((modality, getattr(base, name), {key: inputs[key] for key in taken if key in inputs}))
     return calls, text
 
 
@@ -88,8 +89,8 @@ def measure(model: Any, inputs: Mapping[str, Tensor], new_tokens: int = 8) -> Me
     """
     from transformers import DynamicCache
 
-    watch, base = Stopwatch(model.device), model.model
-    projector = base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
+    watch, family = Stopwatch(model.device), find_family(model)
+    projector = family.projector(family.base(model))
     project: list[tuple[float, float]] = []
     calls, text = stage_inputs(model, inputs)
     cache = DynamicCache(config=model.config.get_text_config())

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,27 +14,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from illava_hooks.api import patch, unpatch
-from illava_hooks.engine import decoder_hooks, encoder_layers
 from illava_hooks.engine.compat import CACHE
-from illava_hooks.engine.decoder import DecoderRun
-from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.regions import ATTENTION, listening
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.bench.measure import stage_inputs
-from illava_hooks.tools.bench.meters import Stopwatch, timed
+from illava_hooks.tools.bench.meters import Stopwatch
 
 __all__ = ["MergeCost", "merge_cost"]
-
-#: Everything that an unpatched prefill does not do.
-_CALLS: list[tuple[Any, str]] = [
-    (EncoderRun, "__init__"),
-    (EncoderRun, "enter"),
-    (EncoderRun, "merge"),
-    (encoder_layers, "expand_output"),
-    (decoder_hooks.TextModelHook, "_prefill"),
-    (decoder_hooks._Ranking, "_score"),
-    (DecoderRun, "merge"),
-    (DecoderRun, "expand"),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +53,21 @@ def merge_cost(model: Any, inputs: Mapping[str, Tensor], settings: dict[str, Any
 
     # A second model around the same weights, so that steps can take turns without patching in between.
     twin = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    watch, spent = Stopwatch(model.device), list[tuple[float, float]]()
-    plain, blocks = list[tuple[float, float]](), list[tuple[float, float]]()
+    watch = Stopwatch(model.device)
+    regions = _RegionClock(watch)
     clock = 1 if model.device.type == "cpu" else 0
     cache = DynamicCache(config=model.config.get_text_config())
     held = {CACHE: cache}
     session = patch(model, **settings)
     try:
         calls, text = stage_inputs(model, inputs)  # behind the patch, which replaces these methods
-        with timed(watch, _CALLS, spent), _beside_plain(watch, plain, blocks):
+        with listening(regions):
             began = watch.look()
             features = {kind: method(**arguments) for kind, method, arguments in calls}
             model(**text, mm_encoder_outputs=features, **held, use_cache=True, logits_to_keep=1)
             whole = watch.look()[clock] - began[clock]
-        extra = sum(table[clock] for table in plain)
-        merging_s = sum(pair[clock] for pair in spent) + sum(pair[clock] for pair in blocks) - extra
+        extra = sum(times[clock] for times in regions.plain)
+        merging_s = sum(times[clock] for times in regions.spent) - extra
         token = text["input_ids"][:, -1:]
         decoding = _decode_ratio(model, cache, twin, _as_many_keys(cache, model), token, steps)
         return MergeCost(session.report, merging_s / (whole - extra), decoding)
@@ -115,28 +100,31 @@ def _decode_ratio(model: Any, cache: Any, twin: Any, other: Any, token: Tensor, 
     return statistics.median(spent[0]) / statistics.median(spent[1]) if steps else 0.0
 
 
-@contextlib.contextmanager
-def _beside_plain(
-    watch: Stopwatch, plain: list[tuple[float, float]], blocks: list[tuple[float, float]]
-) -> Iterator[None]:
-    """Runs plain SDPA beside every attention in blocks, and times both."""
-    tap: Any = import_module("illava_hooks.engine.attention_tap")
-    stock: Any = tap.attend_and_receive
+class _RegionClock:
+    """Times the outermost regions; beside an attention that scores as well, what plain SDPA would take."""
 
-    def both(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        began = watch.look()
-        scaled_dot_product_attention(query, key, value, scale=scale)
-        between = watch.look()
-        found: tuple[Tensor, Tensor] = stock(query, key, value, scale, bias)
-        end = watch.look()
-        plain.append((between[0] - began[0], between[1] - began[1]))
-        blocks.append((end[0] - between[0], end[1] - between[1]))
-        return found
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch, self.depth = watch, 0
+        self.spent: list[tuple[float, float]] = []
+        self.plain: list[tuple[float, float]] = []
 
-    tap.attend_and_receive = both
-    try:
-        yield
-    finally:
-        tap.attend_and_receive = stock
+    @contextlib.contextmanager
+    def __call__(self, name: str, *what: Any) -> Iterator[None]:
+        if self.depth:
+            yield
+            return
+        if name == ATTENTION:
+            query, key, value, scale = what
+            began = self.watch.look()
+            scaled_dot_product_attention(query, key, value, scale=scale)
+            self._note(self.plain, began)
+        began, self.depth = self.watch.look(), 1
+        try:
+            yield
+        finally:
+            self.depth = 0
+            self._note(self.spent, began)
+
+    def _note(self, times: list[tuple[float, float]], began: tuple[float, float]) -> None:
+        wall, cpu = self.watch.look()
+        times.append((wall - began[0], cpu - began[1]))

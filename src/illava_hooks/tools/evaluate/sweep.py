@@ -10,7 +10,7 @@ from typing import Any
 
 from illava_hooks.api import patch, unpatch
 from illava_hooks.config import MergeSchedule
-from illava_hooks.engine.family import find_family
+from illava_hooks.engine.finding import find_family
 from illava_hooks.errors import InputError
 from illava_hooks.tools.datasets import Item
 from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled, find_method
