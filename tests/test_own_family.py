@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from decode_helpers import steps
-from helpers import assert_differ, assert_same, assert_says, forward, generate
+from helpers import assert_differ, assert_same, assert_says, forward, generate, needs_ready_features
 from illava_hooks import (
     MergeConfig,
     MergeConfigError,
@@ -152,7 +152,7 @@ def test_both_stages_merge() -> None:
         assert visual.vision_tokens == (64, 64, 50, 36, 36, 36) and visual.prompt_tokens == 64
         assert visual.language_tokens == (36, 22, 22, 13)
     assert report.prompt_tokens == (141, 12, 75)
-    assert [layer.keys.shape[-2] for layer in out.cache.layers] == [max(n) for n in report.sequence_tokens]
+    assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == [max(n) for n in report.sequence_tokens]
     for merged, whole in (report.encoder_flops, report.projector_flops, report.llm_flops, report.kv_bytes):
         assert 0 < merged < whole
 
@@ -370,6 +370,7 @@ def test_a_stage_that_the_family_does_not_have_is_refused() -> None:
     patch(model, **ENCODER)
 
 
+@needs_ready_features
 def test_an_encoder_alone_merges_and_the_decoder_sees_every_place() -> None:
     """The same features as with both stages, on a decoder that runs as stock runs it."""
     both, stock, inputs = patched(track=True), llava(), inputs_of("ragged")
