@@ -10,9 +10,9 @@
 | ``hookset.CALLED`` | the module | hooks of head and base model | ``CallForward`` in place of their ``forward`` |
 | ``records.RECORDS`` | ``VisualRecord`` list | wrappers of the feature methods, on outputs | hook of the base model |
 
-Where stock code hands no keyword arguments on, four context variables carry the rest, each for one thread or task:
+Where stock code hands no keyword arguments on, context variables carry the rest, each for one thread or task:
 ``running_forward`` (for the wrapped feature methods), ``current_run`` (for what stock calls inside of them),
-``current_generation`` (for forwards inside ``generate``) and the open tap of ``attention_tap``.
+``current_generation`` (for forwards inside ``generate``) and the open tap of ``attention_tap``. A fifth one holds the switches of ``session``.
 """
 
 from __future__ import annotations
