@@ -12,7 +12,8 @@
 
 Where stock code hands no keyword arguments on, context variables carry the rest, each for one thread or task:
 ``running_forward`` (for the wrapped feature methods), ``current_run`` (for what stock calls inside of them),
-``current_generation`` (for forwards inside ``generate``) and the open tap of ``attention_tap``. A fifth one holds the switches of ``session``.
+``current_generation`` (for forwards inside ``generate``) and the open tap of ``attention_tap``. A fifth one
+holds the switches of ``session``.
 """
 
 from __future__ import annotations
