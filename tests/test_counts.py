@@ -16,7 +16,8 @@ from helpers import feature_outputs
 from illava_hooks import METHODS, MergeConfig, Method, PatchStateError, patch, session_of
 from illava_hooks.config import ModelLimits
 from illava_hooks.engine.counts import encoder_counts, shown_units
-from illava_hooks.engine.family import ModelParts, find_family
+from illava_hooks.engine.family import ModelParts
+from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.install import install_encoder
 from illava_hooks.engine.records import VisualRecord, records_of
 from illava_hooks.engine.session import MergeSession

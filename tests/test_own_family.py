@@ -27,7 +27,7 @@ from illava_hooks import (
     session_of,
     unpatch,
 )
-from illava_hooks.engine import family as families
+from illava_hooks.engine import finding as families
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.provenance import selection
 from illava_hooks.engine.records import records_of

@@ -15,7 +15,7 @@ from helpers import assert_differ, assert_same, assert_says, everything, feature
 from illava_hooks import METHODS, MergeConfigError, MergeSession, Method, merging, patch
 from illava_hooks.engine.counts import shown_units
 from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.family import find_family
+from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.records import VisualRecord, records_of
 from illava_hooks.patchers.llava_onevision.packing import Geometry, image_geometry
 from tiny_models import Sample, inputs_for, tiny_model
