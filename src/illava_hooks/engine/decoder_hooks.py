@@ -45,7 +45,16 @@ from illava_hooks.methods import find_score
 __all__ = ["DecoderCall", "DecoderLayerHook", "Prefill", "RankingHook", "RestoreLengths", "TextModelHook"]
 
 
-@dataclass(slots=True)
+class Listening:
+    """Keeps what listens to the layer that runs, so that it goes with the call.
+
+    No dataclass: FSDP copies those wherever it finds them in keyword arguments, and the copy goes too early.
+    """
+
+    tap: AttentionTap | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """A call that introduces visual tokens.
 
@@ -57,7 +66,7 @@ class Prefill:
         past: what it held before this call.
         valid: which keys of each layer are real, those to come included; None: all.
         finish: stores report and provenance.
-        tap: what listens to the layer that runs; kept here, so that it goes with the call.
+        listening: holds the open tap.
     """
 
     run: DecoderRun
@@ -67,7 +76,7 @@ class Prefill:
     past: Past
     valid: Sequence[Tensor | None]
     finish: Finish
-    tap: AttentionTap | None = None
+    listening: Listening
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,9 @@ class TextModelHook(Hook):
         self.family.compact(kwargs, columns, run)
         masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
-        kwargs[DECODER_CALL] = DecoderCall(masks, Prefill(run, prompt, embeds, cache, past, valid, finish))
+        kwargs[DECODER_CALL] = DecoderCall(
+            masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening())
+        )
         return kwargs
 
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
@@ -284,8 +295,8 @@ class DecoderLayerHook(Hook):
                 self._announce(prefill, hidden.device)
         if run.ranks_for(self.layer_idx):
             ranking = _Ranking(run, self.layer_idx, prefill.past.keys[self.layer_idx], prefill.valid[self.layer_idx])
-            prefill.tap = AttentionTap(ranking)
-            open_tap(prefill.tap)  # until RankingHook
+            prefill.listening.tap = tap = AttentionTap(ranking)
+            open_tap(tap)  # until RankingHook
         return (hidden, *args[1:]), kwargs
 
     def _announce(self, prefill: Prefill, device: torch.device) -> None:
