@@ -1,6 +1,7 @@
 """What every test gets: one thread, a fixed seed, and no GPU test where there is no GPU."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
@@ -36,6 +37,14 @@ def golden_limit() -> Iterator[None]:
 
     yield
     check_limit()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state for the process, which refuses another precision: no test leaves it to the next."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

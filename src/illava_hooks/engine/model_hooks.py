@@ -21,6 +21,7 @@ from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.records import VisualRecord, attach, records_of, with_stock_keys, without_records
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.tooling import PIXELS
 from illava_hooks.engine.transport import (
     FORWARD,
     QUERY,
@@ -38,13 +39,11 @@ from illava_hooks.errors import PatchStateError
 
 __all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "quiet_features"]
 
-_PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
-
 
 def carried(named: Mapping[str, Any]) -> list[Modality]:
     """The modalities that a call brings."""
     ready = named.get("mm_encoder_outputs") or {}
-    return [m for m, pixels in _PIXELS.items() if named.get(pixels) is not None or ready.get(m) is not None]
+    return [m for m, pixels in PIXELS.items() if named.get(pixels) is not None or ready.get(m) is not None]
 
 
 def merges(session: MergeSession, named: Mapping[str, Any]) -> bool:
@@ -65,12 +64,13 @@ class BeforeBase(Hook):
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Before the forward."""
-        asked: Asked = kwargs.pop(QUERY, None) or Asked(ScoringQuery())
-        asked.is_heard = True
+        asked: Asked | None = kwargs.pop(QUERY, None)
         kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
+        if asked is not None:
+            asked.is_heard = True
         if merges(self.session, named):
-            forward = ForwardState(self.session, asked.query)
+            forward = ForwardState(self.session, ScoringQuery() if asked is None else asked.query)
             self._warn_of_answers(module, forward.query)
             for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
                 if ready is not None:
