@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from illava_hooks.config import Modality
 
 __all__ = ["PIXELS", "LmmsEval", "Picture", "PublishedShape", "Workload"]
 
-#: What transformers calls the pixels of each modality.
-PIXELS: Mapping[Modality, str] = MappingProxyType({"image": "pixel_values", "video": "pixel_values_videos"})
+#: What transformers calls the pixels of each modality. A plain dict: torch.compile traces the hooks that read it.
+PIXELS: Final[Mapping[Modality, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
