@@ -27,6 +27,7 @@ __all__ = [
     "Past",
     "cache_layer",
     "check_layers",
+    "key_length",
     "layer_mask",
     "logical_mask",
     "past_of",
@@ -80,6 +81,27 @@ class Ledger:
         valid = self.valid.to(device)[:, :length]
         return torch.nn.functional.pad(valid, (0, length - valid.shape[1]), value=True)
 
+    def with_prefill(
+        self, past: int, columns: Tensor, lengths: tuple[int, ...], num_logical: int, valid: Tensor | None
+    ) -> Ledger:
+        """The ledger behind a prefill that merged.
+
+        Args:
+            past: keys before it.
+            columns: ``(B, kept)`` int64, the logical column of each new key; -1 for padding of our own.
+            lengths: real tokens among them, per sample.
+            num_logical: tokens of the call that they stand for.
+            valid: ``(B, past + kept)`` bool, which keys are real; None: all.
+        """
+        before = self.known_columns(past, len(columns), columns.device)
+        return Ledger(
+            num_merged=self.num_merged + num_logical - columns.shape[1],
+            columns=torch.cat([before, columns], 1),
+            valid=valid,
+            history=(*self.history, lengths),
+            knows_mask=True,
+        )
+
     def rows(self, index: Tensor) -> Ledger:
         """The ledger of some samples, also repeated or reordered."""
         columns = None if self.columns is None else self.columns[index.to(self.columns.device)]
@@ -123,40 +145,18 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
         self.ledger, self.trailing_text, self._announced = Ledger(), 0, 0
         self.shared["differs"] = False
 
-    def announce(
-        self,
-        past: int,
-        columns: Tensor,
-        lengths: tuple[int, ...],
-        logical: int,
-        valid: Tensor | None,
-        trailing_text: int,
-        *,
-        moves: bool,
-    ) -> None:
+    def announce(self, ledger: Ledger, num_new: int, trailing_text: int, *, differs: bool) -> None:
         """Says what the next keys will stand for.
 
         Args:
-            past: keys before.
-            columns: ``(B, kept)`` int64, the logical column of each new key; -1 for padding of our own.
-            lengths: real tokens among them, per sample.
-            logical: tokens of the call that they stand for.
-            valid: ``(B, past + kept)`` bool, which keys are real; None: all.
+            ledger: what this layer's keys stand for once they are here (``Ledger.with_prefill``).
+            num_new: how many will come.
             trailing_text: trailing keys that are text.
-            moves: whether some keys stand elsewhere than in the logical sequence, seen from the right.
+            differs: whether some keys stand elsewhere than in the logical sequence, seen from the right, or for more
+                than one token.
         """
-        ledger, kept = self.ledger, columns.shape[1]
-        before = ledger.known_columns(past, len(columns), columns.device)
-        self.ledger = replace(
-            ledger,
-            num_merged=ledger.num_merged + logical - kept,
-            columns=torch.cat([before, columns], 1),
-            valid=valid,
-            history=(*ledger.history, lengths),
-            knows_mask=True,
-        )
-        self.trailing_text, self._announced = trailing_text, kept
-        if logical != kept or moves:
+        self.ledger, self.trailing_text, self._announced = ledger, trailing_text, num_new
+        if differs:
             self.shared["differs"] = True
 
     def forget_mask(self) -> None:
@@ -171,11 +171,14 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             self.trailing_text += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
 
+    def num_keys(self) -> Any:
+        """The physical length: keys that are held; of a static layer a tensor."""
+        # The stock layer comes next in line. One without keys has not begun: announced merges do not count yet.
+        return super().get_seq_length() if self.is_initialized else 0  # type: ignore[safe-super]
+
     def get_seq_length(self) -> Any:
         """The logical length: that of the sequence."""
-        length = super().get_seq_length()  # type: ignore[safe-super]  # the stock layer comes next in line
-        # A layer without keys has not begun: announced merges do not count yet.
-        return length + self.num_merged if self.is_initialized else 0
+        return self.num_keys() + self.ledger.num_merged if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The length of the buffer, or of the keys with ``query_length`` new ones; and offset 0.
@@ -190,7 +193,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
                 f"{CACHE} holds merged tokens, which only a patched model can continue; patch this model, or "
                 "start from a new cache"
             )
-        return super().get_seq_length() + query_length, 0  # type: ignore[safe-super]
+        return self.num_keys() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens, as far as they are text."""
@@ -202,7 +205,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]  # a method of the stock layers, not of their base
         self.trailing_text -= removed
-        self.ledger = self.ledger.cropped(self.get_seq_length() - self.num_merged)
+        self.ledger = self.ledger.cropped(self.num_keys())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles and copies by the stock class: this one is made at run time."""
@@ -300,7 +303,7 @@ def past_of(cache: Cache | None, num_layers: int) -> Past:
     layers: Any = () if cache is None else cache.layers[:num_layers]
     for index, layer in enumerate(layers):
         if getattr(layer, "is_initialized", False):
-            lengths[index] = layer.get_seq_length() - getattr(layer, "num_merged", 0)
+            lengths[index] = layer.num_keys() if isinstance(layer, MergedLayer) else layer.get_seq_length()
     on_device = [n for n in lengths if isinstance(n, Tensor)]
     if on_device:
         known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
@@ -364,6 +367,11 @@ def causal_mask(
     )
 
 
+def key_length(layer: Any, past: Any, num_new: int) -> Any:
+    """How many keys a mask has: those of a static layer's whole buffer, or those held and the new ones."""
+    return layer.max_cache_len if getattr(layer, "is_compileable", False) else past + num_new
+
+
 def layer_mask(config: Any, queries: Tensor, layer: Any, past: int | Tensor, valid: Tensor | None) -> Any:
     """The mask of new queries behind what a cache layer holds.
 
@@ -374,11 +382,10 @@ def layer_mask(config: Any, queries: Tensor, layer: Any, past: int | Tensor, val
         past: its keys.
         valid: ``(B, past + N)`` bool (longer is cut, shorter is real), or None: all keys are real.
     """
-    static = getattr(layer, "is_compileable", False)
-    length: Any = layer.max_cache_len if static else past + queries.shape[1]
+    length = key_length(layer, past, queries.shape[1])
     if valid is not None:
         valid = torch.nn.functional.pad(valid[:, :length], (0, max(0, length - valid.shape[1])), value=True)
-    return causal_mask(config, queries, past, length, valid, static)
+    return causal_mask(config, queries, past, length, valid, getattr(layer, "is_compileable", False))
 
 
 def read_mask(layer: MergedLayer, mask: Tensor, past: int | Tensor, num_new: int, may_ask: bool) -> None:
@@ -391,10 +398,9 @@ def read_mask(layer: MergedLayer, mask: Tensor, past: int | Tensor, num_new: int
         num_new: tokens to come.
         may_ask: whether the device may be asked for the mask's values: without padding, decoding is faster.
     """
-    static = isinstance(layer, StaticLayer)
-    length: Any = layer.max_cache_len if isinstance(layer, StaticLayer) else past + num_new
+    length = key_length(layer, past, num_new)
     valid = layer.ledger.read(mask, length)
-    if static:  # the mask hides what the buffer does not hold yet, but that is not padding
+    if isinstance(layer, StaticLayer):  # the mask hides what the buffer does not hold yet, but that is not padding
         valid = valid | (torch.arange(length, device=valid.device) >= past + num_new)
     padded = not (may_ask and bool(valid.all()))
     layer.ledger = replace(layer.ledger, valid=valid if padded else None, knows_mask=True)

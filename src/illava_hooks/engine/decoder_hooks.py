@@ -17,10 +17,12 @@ from transformers import DynamicCache
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import Attention, AttentionTap, close_tap, open_tap
 from illava_hooks.engine.cache import (
+    Ledger,
     MergedLayer,
     Past,
     cache_layer,
     check_layers,
+    key_length,
     layer_mask,
     logical_mask,
     past_of,
@@ -67,6 +69,7 @@ class Prefill:
         valid: which keys of each layer are real, those to come included; None: all.
         finish: stores report and provenance.
         listening: holds the open tap.
+        ledgers: what the keys of a stage will stand for, made by the first layer that needs it.
     """
 
     run: DecoderRun
@@ -77,6 +80,7 @@ class Prefill:
     valid: Sequence[Tensor | None]
     finish: Finish
     listening: Listening
+    ledgers: dict[Any, Ledger]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,7 @@ class TextModelHook(Hook):
         masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
         kwargs[DECODER_CALL] = DecoderCall(
-            masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening())
+            masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening(), {})
         )
         return kwargs
 
@@ -232,21 +236,20 @@ def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])
         kwargs["inputs_embeds"] = embeds
     width, inside_generate = embeds.shape[1], current_generation() is not None
-    made: dict[Any, tuple[Any, Any]] = {}
+    made: dict[Any, tuple[Any, Ledger]] = {}
     masks = []
     for layer_idx in range(config.num_hidden_layers):
         layer: Any = cache_layer(cache, layer_idx)
-        past: Any = layer.get_seq_length() - layer.num_merged if layer.is_initialized else 0
-        key = (layer.ledger.history, layer.num_merged, None if isinstance(past, Tensor) else past)
+        past, ledger = layer.num_keys(), layer.ledger
+        key = ledger.history, ledger.num_merged, None if isinstance(past, Tensor) else past
         if key not in made:
             # In `generate` masks only grow by real tokens once the first is known; elsewhere each is read anew.
-            if not (inside_generate and layer.ledger.knows_mask):
+            if not (inside_generate and ledger.knows_mask):
                 _read(kwargs.get("attention_mask"), layer, past, width, inside_generate)
-            length = layer.max_cache_len if getattr(layer, "is_compileable", False) else past + width
-            valid = layer.ledger.validity(length, embeds.device)
+            valid = layer.ledger.validity(key_length(layer, past, width), embeds.device)
             made[key] = layer_mask(config, embeds, layer, past, valid), layer.ledger
-        masks.append(made[key][0])
-        layer.ledger = made[key][1]
+        mask, layer.ledger = made[key]
+        masks.append(mask)
     kwargs["attention_mask"] = _ready_made(embeds)
     kwargs[DECODER_CALL] = DecoderCall(masks)
     return kwargs
@@ -300,18 +303,17 @@ class DecoderLayerHook(Hook):
         return (hidden, *args[1:]), kwargs
 
     def _announce(self, prefill: Prefill, device: torch.device) -> None:
-        """Tells the layer's cache what the keys to come stand for."""
-        run, past = prefill.run, prefill.past
-        columns = run.stage(self.layer_idx).columns.to(device)
-        cache_layer(prefill.cache, self.layer_idx).announce(
-            past.keys[self.layer_idx],
-            torch.where(columns < 0, -1, columns + past.logical),
-            run.counts[run.merges_through(self.layer_idx)].lengths,
-            prefill.embeds.shape[1],
-            prefill.valid[self.layer_idx],
-            prefill.prompt.trailing_text,
-            moves=prefill.prompt.moves,
-        )
+        """Tells the layer's cache what the keys to come stand for; layers of one stage and past share the answer."""
+        run, past, layer = prefill.run, prefill.past.keys[self.layer_idx], cache_layer(prefill.cache, self.layer_idx)
+        state, num_logical = run.stage(self.layer_idx), prefill.embeds.shape[1]
+        num_new, key = state.columns.shape[1], (run.merges_through(self.layer_idx), past, layer.ledger.history, device)
+        if key not in prefill.ledgers:
+            columns = torch.where(state.columns < 0, -1, state.columns + prefill.past.logical).to(device)
+            lengths = run.counts[run.merges_through(self.layer_idx)].lengths
+            valid = prefill.valid[self.layer_idx]
+            prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)
+        differs = num_logical != num_new or prefill.prompt.moves
+        layer.announce(prefill.ledgers[key], num_new, prefill.prompt.trailing_text, differs=differs)
 
 
 def _refuse_past(past: Past, layer_idx: int) -> None:
