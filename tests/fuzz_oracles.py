@@ -64,7 +64,7 @@ def check_widths(report: Any, cache: Any, static_length: int) -> None:
     for layer, lengths in zip(cache.layers if cache is not None else (), report.sequence_tokens, strict=False):
         if hasattr(layer, "max_cache_len"):
             assert layer.keys.shape[2] == static_length
-            assert int(layer.get_seq_length()) - layer.num_merged == max(lengths)
+            assert int(layer.num_keys()) == max(lengths)
         else:
             assert layer.keys.shape[2] == max(lengths)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from decode_helpers import SETTINGS, patched
 from families import families_and_methods, family_of
 from illava_hooks import METHODS, Method, merging, patch, session_of
-from illava_hooks.merge.decision import RuleInputs, SegmentPlan
-from illava_hooks.merge.rules import RULES
+from illava_hooks.merge.plan import SegmentPlan
+from illava_hooks.merge.rules import RULES, RuleInputs
 from illava_hooks.merge.scores import ScoreInputs, random_scores
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 

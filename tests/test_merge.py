@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import reference as ref
-from illava_hooks.merge import matching
-from illava_hooks.merge.decision import RuleInputs
+from illava_hooks.merge import rules
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
-from illava_hooks.merge.rules import RULES
+from illava_hooks.merge.rules import RULES, RuleInputs
 from illava_hooks.merge.segments import Segments, buckets, right_align, scatter_back
 
 LENGTHS = (7, 12, 1, 12)
@@ -184,7 +183,7 @@ def test_blocks_of_similarities_change_nothing(rule: str, monkeypatch: pytest.Mo
     tokens = torch.randn(sum(LENGTHS), 8)
     torch.manual_seed(1)
     whole, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
-    monkeypatch.setattr(matching, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(rules, "BLOCK_ELEMENTS", 1)
     torch.manual_seed(1)
     rows, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
     assert torch.equal(whole.keep_mask, rows.keep_mask) and torch.equal(whole.anchors, rows.anchors)

@@ -18,8 +18,7 @@ from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.merge import attention as blocks
-from illava_hooks.merge.attention import attend_and_receive
-from illava_hooks.merge.scores import ScoreInputs, query_lse, received_attention
+from illava_hooks.merge.scores import ScoreInputs, attend_and_receive, query_lse, received_attention
 from tiny_models import FAMILIES, tiny_model
 
 SIZES = torch.tensor([[1, 3, 2, 1], [4, 1, 1, 2]])

@@ -69,4 +69,4 @@ def test_generate_compiles_its_decode_step(family: str) -> None:
     found = model.generate(**inputs, cache_implementation="static", compile_config=config, **wanted)
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
-    assert found.past_key_values.layers[1].num_merged > found.past_key_values.layers[0].num_merged > 0
+    assert found.past_key_values.layers[1].ledger.num_merged > found.past_key_values.layers[0].ledger.num_merged > 0

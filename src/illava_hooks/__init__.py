@@ -15,7 +15,8 @@ from illava_hooks.errors import (
     PatchStateError,
     UnsupportedModelError,
 )
-from illava_hooks.merge.decision import RuleInputs, SegmentPlan
+from illava_hooks.merge.plan import SegmentPlan
+from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.methods import METHODS, Method
 

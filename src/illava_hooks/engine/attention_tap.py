@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from illava_hooks.engine.regions import ATTENTION, region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.attention import attend_and_receive
+from illava_hooks.merge.scores import attend_and_receive
 from illava_hooks.merge.segments import Segments, host_table
 
 __all__ = [

@@ -135,11 +135,6 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
     shared: dict[str, bool]
     _announced: int
 
-    @property
-    def num_merged(self) -> int:
-        """Tokens of the sequence that have no key here."""
-        return self.ledger.num_merged
-
     def start(self) -> None:
         """Opens the ledger of a layer that has not merged yet."""
         self.ledger, self.trailing_text, self._announced = Ledger(), 0, 0
@@ -224,8 +219,7 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sample, for beams and return sequences."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        known = self.ledger.columns
-        if known is not None:
+        if (known := self.ledger.columns) is not None:
             self.ledger = self.ledger.rows(torch.arange(len(known), device=known.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -368,7 +362,7 @@ def causal_mask(
 
 
 def key_length(layer: Any, past: Any, num_new: int) -> Any:
-    """How many keys a mask has: those of a static layer's whole buffer, or those held and the new ones."""
+    """How many keys a mask has: a static layer's whole buffer, or those held and the new ones."""
     return layer.max_cache_len if getattr(layer, "is_compileable", False) else past + num_new
 
 

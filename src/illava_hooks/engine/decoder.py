@@ -17,8 +17,8 @@ from illava_hooks.config import MergeConfig, Modality, llm_removed
 from illava_hooks.engine.counts import max_removed
 from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.decision import RuleInputs, SegmentPlan
-from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import Score, ScoreInputs
 from illava_hooks.merge.segments import Segments, host_table, scatter_back
 from illava_hooks.methods import checked_scores

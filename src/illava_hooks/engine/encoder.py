@@ -24,8 +24,8 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.decision import RuleInputs
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import ScoreInputs, received_attention
 from illava_hooks.merge.segments import Segments, buckets, host_table, scatter_back
 from illava_hooks.methods import checked_scores, find_score

@@ -46,8 +46,10 @@ class SessionHook(Hook):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionHook:
         """With the whole model the session is copied; a copy of a part alone, as adapters make it, stays with it."""
-        whole = id(self.session.root) in memo
-        return type(self)(copy.deepcopy(self.session, memo) if whole else self.session)
+        hook = copy.copy(self)
+        if id(self.session.root) in memo:
+            hook.session = copy.deepcopy(self.session, memo)
+        return hook
 
 
 class MergeSession:

@@ -1,6 +1,9 @@
 """A merge plan is data: who stays, who is folded into whom, with which weight.
 
-Shapes: ``B`` rows of ``N`` tokens, ``K`` survivors per row, ``E`` edges from an absorbed token to its anchor.
+A rule decides inside segments (``SegmentPlan``); ``build_plan`` makes the plan of the whole batch of it.
+
+Shapes: ``B`` rows of ``N`` tokens, ``K`` survivors per row, ``S`` segments of ``L`` tokens (padded), ``E`` edges from
+an absorbed token to its anchor (per segment, or in all).
 Everything that belongs to a token (hidden states, RoPE tables, positions, sizes) goes through the same plan.
 """
 
@@ -11,10 +14,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.decision import SegmentPlan
 from illava_hooks.merge.segments import Segments, right_align
 
-__all__ = ["MergePlan", "apply_merge", "build_plan", "take_kept"]
+__all__ = ["MergePlan", "SegmentPlan", "apply_merge", "build_plan", "nearest_kept", "take_kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """A rule's decision, in token numbers inside each segment.
+
+    Attributes:
+        kept: ``(S, L)`` bool.
+        absorbed: ``(S, E)`` int64, tokens folded into an anchor.
+        anchors: ``(S, E)`` int64, the survivors that receive them.
+        weights: ``(S, E)`` float32, 0 for edges that only fill up the table.
+        self_weights: ``(S, L)`` float32, weight of a survivor in its own new value.
+        survivor_of: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
+    """
+
+    kept: Tensor
+    absorbed: Tensor
+    anchors: Tensor
+    weights: Tensor
+    self_weights: Tensor
+    survivor_of: Tensor
+
+
+def nearest_kept(kept: Tensor, lengths: Tensor) -> Tensor:
+    """For each token the closest survivor by position, the earlier one on a tie: ``(S, L)`` int64."""
+    columns = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    usable = kept & (columns < lengths)
+    far = 2 * kept.shape[1]
+    before = torch.where(usable, columns, -far).cummax(-1).values
+    after = torch.where(usable, columns, far).flip(-1).cummin(-1).values.flip(-1)
+    closest = torch.where(columns - before <= after - columns, before, after)
+    return closest.clamp(0, kept.shape[1] - 1)
 
 
 @dataclass(frozen=True, slots=True)

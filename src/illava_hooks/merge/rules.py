@@ -1,21 +1,74 @@
 """Merge rules: from scores to a decision inside each segment.
 
-Shapes: ``S`` segments of ``L`` tokens (padded), ``R`` the largest number removed in any segment, ``E`` edges
-per segment. Scores are float32, higher means keep; padding and protected tokens carry ``+inf``. All rules
-break ties by position: of two equal scores the earlier token goes first.
+Shapes: ``S`` segments of ``L`` tokens (padded), ``R`` the largest number removed in any segment, ``Q`` tokens that
+look for a match, ``E`` edges per segment. Scores are float32, higher means keep; padding and protected tokens carry
+``+inf``. All rules break ties by position: of two equal scores the earlier token goes first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.decision import RuleInputs, SegmentPlan, assemble
-from illava_hooks.merge.matching import average, best_match, closest_above, mark, take_rows, unit_vectors
+from illava_hooks.merge.plan import SegmentPlan, nearest_kept
+from illava_hooks.merge.segments import host_table
 
-__all__ = ["RULES", "MergeRule", "bipartite", "cluster", "diverse", "drop", "nearest", "recycle"]
+__all__ = [
+    "RULES",
+    "MergeRule",
+    "RuleInputs",
+    "assemble",
+    "best_match",
+    "bipartite",
+    "closest_above",
+    "cluster",
+    "diverse",
+    "drop",
+    "nearest",
+    "recycle",
+]
+
+#: Elements of one block of similarities (16 MB in float32).
+BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class RuleInputs:
+    """What a rule may look at.
+
+    Attributes:
+        scores: ``(S, L)`` float32, never NaN: that counts as the lowest score.
+        lengths: tokens in each segment, on the host.
+        num_removed: tokens to remove from each segment, on the host; below the segment's length.
+        hidden: returns the hidden states, ``(S, L, C)``.
+        keys: returns the attention keys with RoPE, all key heads side by side, ``(S, L, D)``.
+        token_size: ``(S, L)`` float32, how many original tokens each token stands for.
+        visible: ``(S, L)`` bool or None; False where the layout will crop the seat away.
+    """
+
+    scores: Tensor
+    lengths: tuple[int, ...]
+    num_removed: tuple[int, ...]
+    hidden: Callable[[], Tensor]
+    keys: Callable[[], Tensor]
+    token_size: Tensor
+    visible: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """A sort puts NaN, which broken pixels give, behind the padding: a rule would then keep more than planned."""
+        object.__setattr__(self, "scores", self.scores.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+
+    def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
+        """``(S, 1)`` int64 table of one host number per segment."""
+        return host_table(values, self.scores.device)[:, None]
+
+    def slots(self, num: int) -> Tensor:
+        """``(1, num)`` int64: 0, 1, ..."""
+        return torch.arange(num, device=self.scores.device)[None]
 
 
 class MergeRule(Protocol):
@@ -24,6 +77,28 @@ class MergeRule(Protocol):
     def __call__(self, inputs: RuleInputs) -> SegmentPlan:
         """Returns the decision for all segments at once."""
         ...
+
+
+def assemble(
+    inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, weights: Tensor, self_weights: Tensor
+) -> SegmentPlan:
+    """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept."""
+    survivor_of = nearest_kept(kept, inputs.count(inputs.lengths))
+    if absorbed.shape[1]:
+        light_first = torch.argsort(weights, dim=-1, stable=True, descending=True).flip(-1)
+        edge_from, edge_to = absorbed.gather(1, light_first), anchors.gather(1, light_first)
+        rank = torch.zeros_like(survivor_of).scatter_reduce(
+            1,
+            edge_from,
+            torch.where(weights.gather(1, light_first) > 0, inputs.slots(edge_from.shape[1]) + 1, 0),
+            "amax",
+        )
+        heaviest = edge_to.gather(1, (rank - 1).clamp_min(0))
+        survivor_of = torch.where((rank > 0) & ~kept, heaviest, survivor_of)
+    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of)
+
+
+# ---------------------------------------------------------------------- the rules
 
 
 def _ascending(inputs: RuleInputs) -> Tensor:
@@ -170,6 +245,78 @@ def _fold(inputs: RuleInputs, features: Tensor, kept: Tensor, absorbed: Tensor, 
     inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
     anchors = best_match(features, absorbed, kept & inside)
     return average(inputs, kept, absorbed, anchors, used)
+
+
+# ---------------------------------------------------------------------- what rules by similarity share
+
+
+def unit_vectors(features: Tensor) -> Tensor:
+    """``(S, L, D)`` at length 1, in float32 at least."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.nn.functional.normalize(wide, dim=-1)
+
+
+def closest_above(features: Tensor, valid: Tensor) -> Tensor:
+    """The cosine of each token to the most similar one behind it, in blocks of rows that look only that far.
+
+    Args:
+        features: ``(S, L, D)`` unit vectors, in the order that counts.
+        valid: ``(S, L)`` bool, False on who is no match.
+
+    Returns:
+        ``(S, L)``, ``-inf`` where nobody is behind.
+    """
+    segments, length, _ = features.shape
+    # An eighth of the rows at a time leaves out nearly half of all products.
+    rows = max(1, min(-(-length // 8), BLOCK_ELEMENTS // (segments * length)))
+    place = torch.arange(length, device=features.device)
+    found = []
+    for first in range(0, length, rows):
+        similarity = features[:, first : first + rows] @ features[:, first:].transpose(1, 2)
+        hidden = place[first:] <= place[first : first + rows, None]
+        similarity.masked_fill_(hidden | ~valid[:, None, first:], -torch.inf)
+        found.append(similarity.amax(-1))
+    return torch.cat(found, 1)
+
+
+def best_match(features: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
+    """For each of some tokens the most similar one that is allowed, in blocks of rows.
+
+    Args:
+        features: ``(S, L, D)`` unit vectors.
+        tokens: ``(S, Q)`` int64.
+        allowed: ``(S, L)`` bool, whom they may match.
+
+    Returns:
+        Number of the match, ``(S, Q)``; of equals the first.
+    """
+    segments, length, _ = features.shape
+    rows = max(1, BLOCK_ELEMENTS // (segments * length))
+    found = []
+    for first in range(0, tokens.shape[1], rows):
+        similarity = take_rows(features, tokens[:, first : first + rows]) @ features.transpose(1, 2)
+        found.append(similarity.masked_fill_(~allowed[:, None], -torch.inf).max(-1).indices)
+    return torch.cat(found, 1) if found else tokens
+
+
+def average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor) -> SegmentPlan:
+    """Size-weighted means of the anchors and what they absorb."""
+    size = inputs.token_size
+    mass = torch.where(used, size.gather(1, absorbed), 0.0)
+    total = size.scatter_add(1, anchors, mass)
+    # Unused edges stay inside the table: they point at a survivor and weigh nothing.
+    return assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
+
+
+def mark(index: Tensor, used: Tensor, like: Tensor) -> Tensor:
+    """``(S, L)`` bool, True at each ``index`` that is in use."""
+    count = torch.zeros_like(like, dtype=torch.int64)
+    return count.scatter_add(1, index, used.to(torch.int64).expand_as(index)) > 0
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` ``(S, ...)`` of a table ``(S, L, C)``: ``(S, ..., C)``."""
+    return table.gather(1, index[..., None].expand(*index.shape, table.shape[-1]))
 
 
 #: Merge rules by name.

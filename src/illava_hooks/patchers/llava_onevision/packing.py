@@ -26,7 +26,7 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import MergeConfigError
-from illava_hooks.merge.decision import nearest_kept
+from illava_hooks.merge.plan import nearest_kept
 from illava_hooks.merge.segments import host_table, scatter_back
 
 __all__ = [

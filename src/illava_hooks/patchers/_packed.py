@@ -1,0 +1,318 @@
+"""What families share whose vision encoder has one packed row of patches and a 2x2 patch merger.
+
+All images and video slices of a call lie one after the other in a single row; borders say who attends to whom. The
+patches that the merger concatenates follow each other, so they are kept or merged as one unit, and survivors go
+through the merger as in stock.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.engine.counts import encoder_counts
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_layers import (
+    MergingLayer,
+    change_layers,
+    expand_output,
+    run_features,
+    warn_of_direct_call,
+)
+from illava_hooks.engine.family import Family, ModelParts, changed_layers
+from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
+from illava_hooks.engine.provenance import sparse
+from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.session import MergeSession, SessionHook
+from illava_hooks.engine.tooling import PIXELS, Picture, Workload
+from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
+from illava_hooks.errors import InputError
+
+__all__ = ["ExpandTower", "FeatureMethods", "MergingBlock", "PackedFamily", "StartTower"]
+
+
+class MergingBlock(MergingLayer):
+    """In front of a stock vision block: merges between attention and MLP."""
+
+    attention_name = "attn"
+
+    def attend(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the stock block."""
+        block: Any = self
+        out: Tensor = hidden + block.attn(block.norm1(hidden), *args, **kwargs)
+        return out
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """As in the stock block."""
+        block: Any = self
+        out: Tensor = hidden + block.mlp(block.norm2(hidden))
+        return out
+
+
+class PackedFamily(Family):
+    """A family with a packed row of patches: a subclass says which blocks its tower has, and its sizes.
+
+    Attributes:
+        merging_blocks: the merging class of each stock block.
+    """
+
+    merging_blocks: Mapping[type[nn.Module], type[MergingLayer]]
+
+    def install(self, parts: ModelParts, session: MergeSession) -> None:
+        """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
+        changed = changed_layers(session.config, len(parts.encoder_layers))
+        change_layers(parts.encoder_layers, changed, self.merging_blocks, session)
+        methods = FeatureMethods(self, parts.base, session)
+        for modality in self.modalities:
+            session.hooks.wrap(parts.base, f"get_{modality}_features", getattr(methods, f"{modality}_features"))
+        for tower in parts.towers:
+            session.hooks.around_forward(tower, StartTower(self, session), ExpandTower())
+
+    def traits(self, patches_per_token: int, published: bool) -> EncoderTraits:
+        """How patches lie in the row: groups of one visual token stay together.
+
+        Args:
+            patches_per_token: what the merger concatenates.
+            published: whether the published method merges.
+        """
+        return EncoderTraits(patches_per_token, granularity=patches_per_token)
+
+    def shrink(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
+        """The keyword arguments of a block, cut down to the survivors of a packed row: RoPE tables and borders."""
+        tables = kwargs["position_embeddings"]
+        origins = run.patch_origins(merges)[0].to(tables[0].device)
+        lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {
+            **kwargs,
+            "position_embeddings": tuple(table[origins] for table in tables),
+            "cu_seqlens": borders.to(tables[0].device, non_blocking=True),
+            "max_seqlen": max(lengths),
+        }
+
+    def run(
+        self,
+        session: MergeSession,
+        modality: Modality,
+        grids: list[list[int]],
+        patches_per_token: int,
+        device: torch.device,
+    ) -> EncoderRun:
+        """A run over the temporal slices of some images or videos, whose grids (t, h, w) count patches."""
+        lengths = [height * width for time, height, width in grids for _ in range(time)]
+        traits = self.traits(patches_per_token, session.config.method.is_published)
+        return EncoderRun(session, modality, traits, lengths, 1, device, shrink=self.shrink)
+
+    def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
+        """Of one grid (t, h, w) of patches."""
+        time, height, width = shape
+        patches = int(base.visual.spatial_merge_size) ** 2
+        traits = self.traits(patches, config.method.is_published)
+        units = encoder_counts(config, modality, traits, height * width).units[-1]
+        return time * (units * traits.patches_per_unit // patches)
+
+    def text_positions(self, position_ids: Tensor) -> Tensor:
+        """``(3, B, N)``: the fourth row in front, if any, only tells packed sequences apart."""
+        return position_ids[1:] if position_ids.dim() == 3 and position_ids.shape[0] == 4 else position_ids
+
+    def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture] | None:
+        """Each image, and the first frame of each temporal slice of a video."""
+        vision, found = self.config(model).vision_config, list[Picture]()
+        for modality, name in PIXELS.items():
+            if inputs.get(name) is not None:
+                stacks = _unpacked(vision, inputs[name].detach().double().cpu(), inputs[f"{modality}_grid_thw"])
+                found += [Picture(modality, tuple((frame,) for frame in stack)) for stack in stacks]
+        return found
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """Packed rows of patches.
+
+        Raises:
+            InputError: no grid of whole 2x2 groups has so many patches.
+        """
+        config = self.config(model)
+        vision = config.vision_config
+        height = max((h for h in range(2, int(load.patches**0.5) + 1, 2) if load.patches % (2 * h) == 0), default=1)
+        width = load.patches // height
+        if height % 2 or height * width != load.patches or width % 2:
+            raise InputError(f"patches is {load.patches}; give a product of two even numbers")
+        slices = -(-load.frames // vision.temporal_patch_size) if load.frames else 1
+        count = 1 if load.frames else load.images
+        channels = 3 * vision.temporal_patch_size * vision.patch_size**2
+        modality: Modality = "video" if load.frames else "image"
+        token = config.video_token_id if load.frames else config.image_token_id
+        inputs = load.prompt(token, slices * load.patches // 4, count, generator)
+        rows = load.batch * count * slices * load.patches
+        inputs[PIXELS[modality]] = torch.randn(rows, channels, generator=generator)
+        inputs[f"{modality}_grid_thw"] = torch.tensor([[slices, height, width]] * (load.batch * count))
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int() * (2 if load.frames else 1)
+        return inputs
+
+
+class FeatureMethods:
+    """Around the model's feature methods."""
+
+    def __init__(self, family: PackedFamily, base: Any, session: MergeSession) -> None:
+        """Belongs to one model and its session."""
+        self.family, self.base, self.session = family, base, session
+
+    def image_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_image_features``: same shapes, records attached."""
+        return self._features("image", "image_grid_thw", method, args, kwargs)
+
+    def video_features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``get_video_features``: same shapes, records attached."""
+        return self._features("video", "video_grid_thw", method, args, kwargs)
+
+    def _features(self, modality: Modality, grid: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if in_features():
+            return method(*args, **kwargs)
+        merges = self.session.active and not self.session.config.schedule(modality).is_identity
+        if not merges:
+            return run_features(self.session, method, args, kwargs, None, self.base.config, _nothing)
+        call = inspect.signature(method).bind(*args, **kwargs).arguments
+        device = call["pixel_values" if modality == "image" else "pixel_values_videos"].device
+        grids, patches = call[grid].tolist(), self.base.visual.spatial_merge_size**2
+        run = self.family.run(self.session, modality, grids, patches, device)
+
+        def note(output: Any) -> None:
+            run.records = packed_records(run, grids, patches)
+
+        return run_features(self.session, method, args, kwargs, run, self.base.config, note)
+
+
+def _nothing(output: Any) -> None:
+    pass
+
+
+def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: int) -> list[VisualRecord]:
+    """The record of each image or video of a finished run."""
+    shown, first, records = _shown(run, patches_per_token), 0, []
+    for time, _, _ in grids:
+        records.append(_record(run, shown, first, first + time, patches_per_token))
+        first += time
+    return records
+
+
+class StartTower(SessionHook):
+    """Hook in front of the vision tower: starts a run where a forward that merges calls the tower itself.
+
+    Retrievers do. A call that belongs to no forward merges nothing, since it may be another model's that shares the
+    tower; it is said once.
+    """
+
+    def __init__(self, family: PackedFamily, session: MergeSession) -> None:
+        """Belongs to one model's session."""
+        super().__init__(session)
+        self.family = family
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves calls alone that bring a run, or are not to merge."""
+        grids = named_arguments(module, args, kwargs).get("grid_thw")
+        kwargs = {**kwargs, CALLED: Called(module)}
+        if grids is None or in_features() or not self.session.active:
+            return args, kwargs
+        modality: Modality = "video" if bool((grids[:, 0] > 1).any()) else "image"
+        if self.session.config.schedule(modality).is_identity:
+            return args, kwargs
+        forward = running_forward()
+        if forward is None or forward.session is not self.session:
+            warn_of_direct_call(self.session, module)
+            return args, kwargs
+        patches = module.spatial_merge_size**2
+        run = self.family.run(self.session, modality, grids.tolist(), patches, grids.device)
+        return args, {**kwargs, "return_dict": True, ENCODER_RUN: run}
+
+
+class ExpandTower(Hook):
+    """Hook behind the vision tower: gives its outputs their unpatched lengths back before stock splits them."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the output alone when no run travels with the call."""
+        run: EncoderRun | None = kwargs.get(ENCODER_RUN)
+        (out,) = output
+        if run is None or out is None:
+            return None
+        expand_output(run, out)
+        merged = out.pooler_output
+        patches = module.spatial_merge_size**2
+        out.pooler_output = merged[_shown(run, patches).to(merged.device)]
+        if not in_features():
+            run.check_finished()
+            forward = running_forward()
+            if forward is not None and forward.session is run.session:
+                grids = named_arguments(module, args, kwargs)["grid_thw"].tolist()
+                forward.records[run.modality] = packed_records(run, grids, patches)
+        return out
+
+
+def _shown(run: EncoderRun, patches_per_token: int) -> Tensor:
+    """``(n,)`` int64: the output of the patch merger at each place of the packed row.
+
+    Groups stay where they are. Single patches, as published, fill the first places of their slice; the last one
+    fills the rest.
+    """
+    if run.traits.patches_per_unit == patches_per_token:
+        return run.final.kept_at[0]
+    start, parts = 0, []
+    for units in run.lengths:
+        kept = units[-1] // patches_per_token
+        parts.append(torch.arange(units[0] // patches_per_token).clamp_max(kept - 1) + start)
+        start += kept
+    return torch.cat(parts).to(run.final.kept_at.device)
+
+
+def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_token: int) -> VisualRecord:
+    """The record of the image or video in segments ``first .. last - 1``.
+
+    Args:
+        run: the run of the encoder.
+        shown: ``(n,)`` int64, the merged token at each place of the packed row.
+        first: the first segment.
+        last: one past the last segment.
+        patches_per_token: patches of one visual token.
+    """
+    unit = run.traits.patches_per_unit
+    start = sum(units[0] for units in run.lengths[:first]) * unit // patches_per_token
+    num_tokens = sum(units[0] for units in run.lengths[first:last]) * unit // patches_per_token
+    place = torch.arange(num_tokens, device=shown.device)
+    here = shown[start : start + num_tokens]
+    if unit == 1:  # the first places of each slice; the others show what the last of them shows
+        keep = torch.cat([place[:1] == 0, here[1:] != here[:-1]])
+        survivor_of = torch.where(keep, place, 0).cummax(0).values
+    else:
+        keep = run.keep_mask(run.final)[0, start : start + num_tokens]
+        survivor_of = run.final.origins[0][here] - start
+    record = VisualRecord(run.modality, num_tokens, keep, survivor_of, run.patch_counts(first, last), run.layers)
+    if run.session.config.track:
+        units_per_token = patches_per_token // unit
+        lane = torch.arange(units_per_token).repeat(num_tokens)
+        skipped = sum(units[-1] for units in run.lengths[:first])
+        columns = here.cpu().repeat_interleave(units_per_token) * units_per_token + lane - skipped
+        width = sum(units[-1] for units in run.lengths[first:last])
+        rows = torch.arange(num_tokens).repeat_interleave(units_per_token)
+        share = torch.full(rows.shape, 1 / units_per_token, dtype=torch.float32)
+        record.sources = token_sources(run, first, last, sparse(rows, columns, share, (num_tokens, width)))
+        record.vision = vision_tracks(run, first, last)
+    return record
+
+
+def _unpacked(vision: Any, values: Tensor, grids: Tensor) -> list[Tensor]:
+    """Per image or video ``(T, 4, H, W)``: the first frame of each slice, pixels and patch numbers."""
+    size, group = vision.patch_size, vision.spatial_merge_size
+    found = []
+    parts = torch.split_with_sizes(values, grids.prod(-1).tolist())
+    for rows, (time, height, width) in zip(parts, grids.tolist(), strict=True):
+        patches = rows.view(len(rows), -1, vision.temporal_patch_size, size, size)[:, :, 0]
+        labels = torch.arange(len(rows)).to(rows).view(-1, 1, 1, 1).expand(-1, 1, size, size)
+        stack = torch.cat([patches, labels], 1)
+        stack = stack.view(time, height // group, width // group, group, group, -1, size, size)
+        found.append(stack.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(time, -1, height * size, width * size))
+    return found
