@@ -35,6 +35,7 @@ from illava_hooks.engine.report import (
     encoder_flops,
     kv_bytes,
     llm_flops,
+    projector_flops,
 )
 from illava_hooks.engine.session import MergeSession
 
@@ -81,7 +82,6 @@ class Finish:
         lengths = [[count.lengths[b] for count in counts] for b in samples]
         full = [[n] * decoder.depth for n in self.prompt.prompt_lengths]
         held, logical = self._past(len(samples), decoder.depth)
-        per_token = encoder.projector_flops
         return MergeReport(
             visuals=visuals,
             sequence_tokens=tuple(count.lengths for count in counts),
@@ -92,8 +92,8 @@ class Finish:
                 sum(encoder_flops(encoder, s) for s in whole),
             ),
             projector_flops=(
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in merged),
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in whole),
+                sum(projector_flops(encoder, s) for s in merged),
+                sum(projector_flops(encoder, s) for s in whole),
             ),
             llm_flops=(
                 sum(llm_flops(decoder, n, p) for n, p in zip(lengths, held, strict=True)),
