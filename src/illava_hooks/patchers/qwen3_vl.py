@@ -97,9 +97,10 @@ class StackedFeatures:
 
 def add_features(method: Callable[..., Tensor], hidden: Tensor, mask: Tensor, features: Any) -> Tensor:
     """Around ``_deepstack_process``: on the compact sequence a mask of the logical one says nothing."""
-    if isinstance(features, StackedFeatures):
-        return features.added_to(hidden)
-    return method(hidden, mask, features)
+    added: Tensor = (
+        features.added_to(hidden) if isinstance(features, StackedFeatures) else method(hidden, mask, features)
+    )
+    return added
 
 
 class Qwen3VL(PackedFamily):
