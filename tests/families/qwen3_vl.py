@@ -11,7 +11,7 @@ decoder have a width of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Qwen3VL(Qwen2VL):
     vlmevalkit = None
     golden_cases = ()
     golden_prompt = Family.golden_prompt
-    reference_visuals = Family.reference_visuals  # its encoder is replayed in tests/families_only
     spots = Family.spots
     suite = Family.suite
 
@@ -135,6 +134,12 @@ class Qwen3VL(Qwen2VL):
     def projectors(self, model: Any) -> list[nn.Module]:
         """The patch merger, and those of DeepStack."""
         return [model.model.visual.merger, *model.model.visual.deepstack_merger_list]
+
+    def reference_visuals(self, model: Any, inputs: Inputs, settings: Any) -> Iterable[Any]:
+        """Slice by slice, with DeepStack."""
+        from families import _qwen3_vl_reference as reference
+
+        return reference.visuals(model, inputs, settings)
 
     def behind_layer(
         self, layer: int, hidden: Tensor, row: int, columns: list[int], given: Mapping[str, Any]

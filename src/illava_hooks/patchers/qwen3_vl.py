@@ -97,9 +97,8 @@ class StackedFeatures:
 
 def add_features(method: Callable[..., Tensor], hidden: Tensor, mask: Tensor, features: Any) -> Tensor:
     """Around ``_deepstack_process``: on the compact sequence a mask of the logical one says nothing."""
-    added: Tensor = (
-        features.added_to(hidden) if isinstance(features, StackedFeatures) else method(hidden, mask, features)
-    )
+    stacked = isinstance(features, StackedFeatures)
+    added: Tensor = features.added_to(hidden) if stacked else method(hidden, mask, features)
     return added
 
 
@@ -132,12 +131,11 @@ class Qwen3VL(PackedFamily):
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses a balancing loss over experts: it is computed from what each token of the prompt was routed by."""
         super().check(model, parts, config)
-        if (config.vit_layers or config.llm_layers) and getattr(
-            self.text_config(model), "output_router_logits", False
-        ):
+        routed = getattr(self.text_config(model), "output_router_logits", False)
+        if routed and (config.vit_layers or config.llm_layers):
             raise UnsupportedModelError(
-                "text_config.output_router_logits is True; routers see merged tokens, and stock's balancing loss needs "
-                "all; set output_router_logits=False"
+                "text_config.output_router_logits is True; routers see merged tokens, and stock's balancing loss "
+                "needs all; set output_router_logits=False"
             )
 
     # ------------------------------------------------------------------ DeepStack
@@ -150,9 +148,8 @@ class Qwen3VL(PackedFamily):
 
     def expand_beside(self, tower: Any, run: EncoderRun, out: Any) -> None:
         """DeepStack features: one row per group, from the survivors of their block to those of the last merge."""
-        behind = sorted(tower.deepstack_visual_indexes)  # stock appends them as its blocks run
         expanded = []
-        for layer_idx, features in zip(behind, out.deepstack_features, strict=True):
+        for layer_idx, features in zip(_stacked(tower, len(tower.blocks)), out.deepstack_features, strict=True):
             for plan in run.plans[run.merges_before(layer_idx + 1) :]:
                 features = apply_merge(features[None], plan)[0]
             expanded.append(features[run.final.kept_at[0].to(features.device)])
@@ -191,7 +188,7 @@ class Qwen3VL(PackedFamily):
             vision.intermediate_size,
             patches,
             2 * wide * (wide + vision.out_hidden_size),
-            projected_behind=tuple(sorted(vision.deepstack_visual_indexes)),
+            projected_behind=_stacked(vision, vision.depth),
         )
 
     def decoder_shape(self, model: Any) -> DecoderShape:
@@ -219,6 +216,11 @@ class Qwen3VL(PackedFamily):
             image_token_id=placeholders["image"],
             video_token_id=placeholders["video"],
         )
+
+
+def _stacked(vision: Any, depth: int) -> tuple[int, ...]:
+    """Blocks that give DeepStack features, in the order in which they run."""
+    return tuple(layer_idx for layer_idx in range(depth) if layer_idx in vision.deepstack_visual_indexes)
 
 
 def _routes(text: Any, layer_idx: int) -> bool:
