@@ -757,5 +757,5 @@ def _decoder_layer(
     groups = len(query) // len(key)
     repeated = (part.repeat_interleave(groups, dim=0) for part in (key, value))
     hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True))
-    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
     return hidden, query, key, (key, value)

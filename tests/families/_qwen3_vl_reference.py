@@ -37,7 +37,7 @@ def _visual(visual: Any, kind: str, pixels: Tensor, grid: Tensor, settings: Refe
     values = torch.cat([segment.expanded() for segment in segments])
     added = [
         torch.cat([segment.expanded(segment.beside[number]) for segment in segments])
-        for number in range(len(visual.deepstack_visual_indexes))
+        for number in range(len(segments[0].beside))
     ]
     return Visual(kind, values, kept, holder, segments, added)
 

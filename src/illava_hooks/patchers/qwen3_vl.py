@@ -25,7 +25,7 @@ from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import PublishedShape
-from illava_hooks.errors import InputError, UnsupportedModelError
+from illava_hooks.errors import PatchStateError, UnsupportedModelError
 from illava_hooks.merge.plan import apply_merge
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
@@ -159,10 +159,10 @@ class Qwen3VL(PackedFamily):
         """DeepStack features of the compact columns, each of which follows the merges in front of its layer.
 
         Raises:
-            InputError: the call asks for what its routers saw.
+            PatchStateError: the call asks for what its routers saw.
         """
         if kwargs.get("output_router_logits"):
-            raise InputError(
+            raise PatchStateError(
                 "output_router_logits is True; routers see merged tokens, and stock's balancing loss needs all; use "
                 "output_router_logits=False, or merging(model, False)"
             )
