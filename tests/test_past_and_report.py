@@ -84,7 +84,7 @@ def test_flops_count_the_keys_of_the_past(family: str, past: str) -> None:
         alone(**single(alone, SECOND))
     first = session_of(alone).report
     assert report.encoder_flops == first.encoder_flops and report.projector_flops == first.projector_flops
-    width = model.config.text_config.hidden_size
+    width = query_width(model)
     new = [sum(tokens) for tokens in report.sequence_tokens]
     assert report.sequence_tokens == first.sequence_tokens and report.prompt_tokens == first.prompt_tokens
     merged = sum(4 * n * old * width for n, old in zip(new, before, strict=True))

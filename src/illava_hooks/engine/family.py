@@ -303,8 +303,11 @@ def schedules_of(settings: Mapping[Modality, Mapping[str, Any]]) -> Mapping[Moda
 
 
 def changed_layers(config: MergeConfig, depth: int) -> Sequence[int]:
-    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first."""
-    if config.method.proportional and config.vit_layers:
+    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first.
+
+    All if the first layer merges: tools tell a list of equal layers by the class of its first.
+    """
+    if config.vit_layers and (config.method.proportional or config.vit_layers[0] == 0):
         return range(config.vit_layers[0], depth)
     return config.vit_layers
 
