@@ -133,7 +133,7 @@ class EncoderRun:
         return sum(merging < layer_idx for merging in self.layers)
 
     def merges_in(self, layer_idx: int) -> bool:
-        """Whether a layer merges."""
+        """Whether the settings list a layer, also one that finds nothing to remove."""
         return layer_idx in self.layers
 
     def reaches(self, layer_idx: int) -> bool:

@@ -139,7 +139,7 @@ class TowerHook(SessionHook):
     """Pre-hook of the tower: a call from outside of the feature methods does not merge, and that is said."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Changes nothing."""
+        """Says what will not happen; changes no argument of stock's."""
         if not in_features() and self.session.active and self.session.config.vit_layers:
             warn_of_direct_call(self.session, module)
         return args, {**kwargs, CALLED: Called(module)}

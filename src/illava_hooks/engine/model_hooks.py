@@ -63,12 +63,12 @@ class BeforeBase(Hook):
         self.session, self.methods = session, methods
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Before the forward."""
+        """Opens the state, if the call merges; tells ``CallForward`` that the hooks have run."""
         asked: Asked | None = kwargs.pop(QUERY, None)
         kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
         if asked is not None:
-            asked.is_heard = True
+            asked.is_heard = True  # whether it merges or not: what counts is that this base is the patched one
         if merges(self.session, named):
             forward = ForwardState(self.session, ScoringQuery() if asked is None else asked.query)
             self._warn_of_answers(module, forward.query)
@@ -120,6 +120,7 @@ class BaseMethods:
     def __init__(self, session: MergeSession, family: Family, behind: Mapping[Modality, int]) -> None:
         """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
         self.session, self.family, self.behind = session, family, behind
+        # The feature method that was last called outside of a forward: said only once embeddings made of it come in.
         self.made_outside = ""
 
     def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -194,7 +195,7 @@ class BeforeHead(Hook):
         self.session = session
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Before the forward."""
+        """Puts the query among the arguments of the base model, if the call merges."""
         named = named_arguments(module, args, kwargs)
         kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
@@ -213,7 +214,7 @@ class AfterHead(Hook):
     """A forward that was to merge, and whose base model did not know of it, is an error."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        """After the forward."""
+        """Looks whether the base model took the query; nothing to say where the forward failed."""
         asked: Asked | None = kwargs.get(QUERY)
         if asked is not None and not asked.is_heard and output[0] is not None:
             raise PatchStateError(

@@ -127,6 +127,7 @@ def _real(tables: list[Tensor], keys: Sequence[int], valid: Sequence[Tensor | No
 
 def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:
     """For each encoder segment its patches at the entry of each layer, and after the last."""
+    # A layer merges behind its attention: its entry still counts what it will merge away.
     before = [sum(merging < layer for merging in record.layers) for layer in range(depth + 1)]
     return [tuple(segment[merges] for merges in before) for segment in record.segments]
 
@@ -220,6 +221,7 @@ def _chain(run: DecoderRun, prompt: CompactPrompt) -> Provenance:
     """Provenance of the encoder merges, of the entry (layer 0) and of every merge of the language model."""
     found = vision_provenance(prompt.records)
     matrix: Tensor | None = None
+    # All matrices lead from the compact sequence at the entry; the encoder's own sources come in front of it.
     entry = [_rows_of(run, 0, index) for index in range(len(prompt.records))]
     for merges, layer_idx in enumerate((0, *run.layers)):
         if merges:
