@@ -148,6 +148,23 @@ class EncoderRun:
         self._check_reached(merges)
         return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
 
+    def arrange(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Hidden states ``(B, prefix + P, C)`` as the layers from the first merging one on see them.
+
+        Not from the first layer on: where nothing merges, nothing may move, or sums come out in another order.
+        """
+        if not self.traits.regroups or not self.layers or layer_idx != self.layers[0]:
+            return hidden
+        return self._permuted(hidden, self._order(hidden.device))
+
+    def _order(self, device: torch.device) -> Tensor:
+        width = self.states[0].kept_at.shape[1] * self.traits.patches_per_unit
+        return torch.arange(width, device=device) if self.traits.order is None else self.traits.order.to(device)
+
+    def _permuted(self, hidden: Tensor, order: Tensor) -> Tensor:
+        prefix = self.traits.prefix
+        return torch.cat([hidden[:, :prefix], hidden[:, prefix:][:, order]], 1) if prefix else hidden[:, order]
+
     def tap(self, layer_idx: int) -> EncoderTap:
         """What listens to the attention of a layer that merges or weighs."""
         merges, prefix = self.merges_before(layer_idx), self.traits.prefix
@@ -205,9 +222,11 @@ class EncoderRun:
         """Hidden states after so many merges at their unpatched length: each place shows who stands for it."""
         kept_at, width = self.states[merges].kept_at, hidden.shape[-1]
         prefix, units = self._split(hidden)
-        if units.shape[1] == kept_at.shape[1]:
-            return hidden
-        return self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
+        if units.shape[1] != kept_at.shape[1]:
+            hidden = self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
+        if merges and self.traits.regroups:
+            hidden = self._permuted(hidden, torch.argsort(self._order(hidden.device)))
+        return hidden
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, prefix, C)`` and ``(B, K, u * C)`` of the rows ``(B, prefix + K * u, C)`` or ``(K * u, C)``."""

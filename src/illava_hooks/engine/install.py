@@ -20,7 +20,7 @@ from illava_hooks.engine.model_hooks import (
     BeforeBase,
     BeforeHead,
     HeadMethods,
-    quiet_features,
+    QuietFeatures,
 )
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
@@ -117,15 +117,12 @@ def _install_around(family: Family, parts: ModelParts, session: MergeSession) ->
 
 def _install_quiet(family: Family, parts: ModelParts, session: MergeSession) -> None:
     """Around a model whose language model is left alone: it sees stock's features, and nothing of ours."""
-    session.no_report = (
-        f"no report: {family.name} merges in its vision encoder only; the records of get_image_features tell what "
-        "merged there"
-    )
     for part in (parts.base, parts.top):
         if part is not None:
             session.hooks.swap(part, "_illava_session", session)
+    methods = QuietFeatures(session, family.encoder_shape(session.root))
     for modality in family.modalities:
-        session.hooks.wrap(parts.base, f"get_{modality}_features", quiet_features)
+        session.hooks.wrap(parts.base, f"get_{modality}_features", methods.features)
 
 
 def _refuse_shared(parts: ModelParts) -> None:

@@ -19,9 +19,11 @@ from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.records import VisualRecord, attach, records_of, with_stock_keys, without_records
+from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import PIXELS
+from illava_hooks.engine.trace import finish_vision
 from illava_hooks.engine.transport import (
     FORWARD,
     QUERY,
@@ -37,7 +39,7 @@ from illava_hooks.engine.transport import (
 )
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "quiet_features"]
+__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "QuietFeatures"]
 
 
 def carried(named: Mapping[str, Any]) -> list[Modality]:
@@ -179,9 +181,19 @@ class BaseMethods:
         return known
 
 
-def quiet_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``get_*_features`` where nobody but the user reads records: an attribute, and stock's keys."""
-    return with_stock_keys(method(*args, **kwargs))
+class QuietFeatures:
+    """Around ``get_*_features`` where the language model is left alone, and only the user reads records."""
+
+    def __init__(self, session: MergeSession, shape: EncoderShape) -> None:
+        """Belongs to one session; ``shape`` is what its report counts by."""
+        self.session, self.shape = session, shape
+
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stores the report; records become an attribute behind stock's keys."""
+        output = method(*args, **kwargs)
+        if (records := records_of(output)) is not None and not in_features():
+            finish_vision(self.session, self.shape, records)
+        return with_stock_keys(output)
 
 
 # ---------------------------------------------------------------------- the model with its head

@@ -16,13 +16,18 @@ __all__ = ["DecoderShape", "EncoderShape", "MergeReport", "VisualReport", "encod
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
-    """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs."""
+    """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs.
+
+    Attributes:
+        projects_survivors: whether the projector sees survivors only; False: as many tokens as without merging.
+    """
 
     depth: int
     width: int
     mlp_width: int
     patches_per_unit: int
     projector_flops: int
+    projects_survivors: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class VisualReport:
         sample: row of the batch.
         vision_tokens: patches at each encoder layer's entry, and after the last.
         prompt_tokens: visual tokens that the unpatched language model gets.
-        language_tokens: visual tokens at each decoder layer.
+        language_tokens: visual tokens at each decoder layer; empty where the language model is left alone.
     """
 
     modality: str
@@ -56,7 +61,12 @@ class VisualReport:
     @property
     def kept_fraction(self) -> float:
         """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
-        return self.language_tokens[-1] / max(1, self.prompt_tokens)
+        return self.left / max(1, self.prompt_tokens)
+
+    @property
+    def left(self) -> int:
+        """Visual tokens at the last decoder layer."""
+        return self.language_tokens[-1] if self.language_tokens else self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +75,13 @@ class MergeReport:
 
     Attributes:
         visuals: one entry per image or video, images first.
-        sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
-        prompt_tokens: real tokens per sample without merging.
+        sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``; empty where the language
+            model is left alone.
+        prompt_tokens: real tokens per sample without merging; empty likewise.
         encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
         projector_flops: projector or patch merger, merged and unmerged.
-        llm_flops: prefill of the decoder layers, merged and unmerged.
+        llm_flops: prefill of the decoder layers, merged and unmerged; 0 where the language model is left alone, as
+            are its ``kv_bytes``.
         kv_bytes: keys and values of the prompt and of what was in the cache before it, merged and unmerged (padding
             of the prompt not counted).
         past_tokens: real tokens that the cache stood for before this forward, per sample.
@@ -98,7 +110,7 @@ class MergeReport:
     def kept_fraction(self) -> float:
         """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
         whole = sum(v.prompt_tokens for v in self.visuals)
-        return sum(v.language_tokens[-1] for v in self.visuals) / max(1, whole)
+        return sum(v.left for v in self.visuals) / max(1, whole)
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -110,17 +122,19 @@ class MergeReport:
         """A table to read."""
         lines = [
             f"{v.modality} of sample {v.sample}: patches {_steps(v.vision_tokens)}; "
-            f"visual tokens {v.prompt_tokens} -> {_steps(v.language_tokens)}"
+            f"visual tokens {v.prompt_tokens}" + (f" -> {_steps(v.language_tokens)}" if v.language_tokens else "")
             for v in self.visuals
         ]
         lines.append(f"kept fraction of visual tokens: {self.kept_fraction:.3f}")
         rows = {"encoder": self.encoder_flops, "projector": self.projector_flops, "language model": self.llm_flops}
-        rows["prefill in all"] = self.flops
+        if self.llm_flops[1]:
+            rows["prefill in all"] = self.flops
         for name, (merged, whole) in rows.items():
             if whole:
                 lines.append(f"{name:<15} {merged / 1e9:12.3f} of {whole / 1e9:12.3f} GFLOPs ({merged / whole:.3f})")
         merged, whole = self.kv_bytes
-        lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / max(1, whole):.3f})")
+        if whole:
+            lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / whole:.3f})")
         return "\n".join(lines)
 
 

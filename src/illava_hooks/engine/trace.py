@@ -38,7 +38,7 @@ from illava_hooks.engine.report import (
 )
 from illava_hooks.engine.session import MergeSession
 
-__all__ = ["Finish", "token_sources", "vision_tracks"]
+__all__ = ["Finish", "finish_vision", "token_sources", "vision_tracks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +68,25 @@ class Finish:
             VisualReport(
                 record.modality,
                 sample,
-                tuple(sum(column) for column in zip(*_per_layer(record, encoder.depth), strict=True)),
+                _patches(record, encoder.depth),
                 record.num_tokens,
                 tuple(count.visual_lengths[index] for count in counts),
             )
             for index, (record, sample) in enumerate(zip(records, self.prompt.sample_of, strict=True))
         )
         # Beams and return sequences share the features of one run of the encoder.
-        once = {id(record): record for record in records}.values()
-        merged = [segment for record in once for segment in _per_layer(record, encoder.depth)]
-        whole = [(segment[0],) * len(segment) for segment in merged]
+        once = list({id(record): record for record in records}.values())
         lengths = [[count.lengths[b] for count in counts] for b in samples]
         full = [[n] * decoder.depth for n in self.prompt.prompt_lengths]
         held, logical = self._past(len(samples), decoder.depth)
-        per_token = encoder.projector_flops
+        encoder_work, projector_work = _vision_flops(encoder, once)
         return MergeReport(
             visuals=visuals,
             sequence_tokens=tuple(count.lengths for count in counts),
             prompt_tokens=self.prompt.prompt_lengths,
             past_tokens=tuple(row[0] for row in logical),
-            encoder_flops=(
-                sum(encoder_flops(encoder, s) for s in merged),
-                sum(encoder_flops(encoder, s) for s in whole),
-            ),
-            projector_flops=(
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in merged),
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in whole),
-            ),
+            encoder_flops=encoder_work,
+            projector_flops=projector_work,
             llm_flops=(
                 sum(llm_flops(decoder, n, p) for n, p in zip(lengths, held, strict=True)),
                 sum(llm_flops(decoder, n, p) for n, p in zip(full, logical, strict=True)),
@@ -117,6 +109,32 @@ class Finish:
             if mask is not None:
                 whole = mask[:, : self.past.logical].sum(1).tolist()
         return [list(row) for row in zip(*merged, strict=True)], [[n] * depth for n in whole]
+
+
+def finish_vision(session: MergeSession, encoder: EncoderShape, records: Sequence[VisualRecord]) -> None:
+    """Stores report and provenance of a run of the encoder whose language model is left alone."""
+    encoder_work, projector_work = _vision_flops(encoder, records)
+    visuals = tuple(
+        VisualReport(record.modality, index, _patches(record, encoder.depth), record.num_tokens, ())
+        for index, record in enumerate(records)
+    )
+    report = MergeReport(visuals, (), (), encoder_work, projector_work, (0, 0), (0, 0))
+    session.finish(report, vision_provenance(records) if session.config.track else None)
+
+
+def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of encoder and projector, each merged and unmerged."""
+    merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
+    whole = [(segment[0],) * len(segment) for segment in merged]
+    layers = [sum(encoder_flops(encoder, segment) for segment in kind) for kind in (merged, whole)]
+    tokens = [sum(segment[-1] // encoder.patches_per_unit for segment in kind) for kind in (merged, whole)]
+    projected = tokens[0] if encoder.projects_survivors else tokens[1]
+    return (layers[0], layers[1]), (projected * encoder.projector_flops, tokens[1] * encoder.projector_flops)
+
+
+def _patches(record: VisualRecord, depth: int) -> tuple[int, ...]:
+    """Patches of an image or video at the entry of each encoder layer, and after the last."""
+    return tuple(sum(column) for column in zip(*_per_layer(record, depth), strict=True))
 
 
 def _real(tables: list[Tensor], keys: Sequence[int], valid: Sequence[Tensor | None]) -> list[list[int]]:

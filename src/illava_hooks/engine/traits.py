@@ -18,8 +18,11 @@ class EncoderTraits:
             follow each other.
         granularity: counts of removed patches are rounded down to multiples of this.
         prefix: tokens in front of each row that never merge, such as a class token or registers.
-        order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where the encoder
-            permutes patches, for windows or blocks; None: equal.
+        order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where patches are
+            permuted, for windows or blocks; None: equal.
+        regroups: whether the encoder itself keeps picture order. Then a run brings rows into ``order`` on entry to the
+            first merging layer, so that units follow each other, and back behind the encoder: attention without
+            positions of its own does not notice.
         published_score: what the published code ranks by; None where there is no published code.
     """
 
@@ -27,4 +30,5 @@ class EncoderTraits:
     granularity: int = 1
     prefix: int = 0
     order: Tensor | None = None
+    regroups: bool = False
     published_score: str | None = None
