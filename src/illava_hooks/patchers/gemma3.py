@@ -8,29 +8,23 @@ attend in both directions.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
-from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.encoder_layers import TowerHook, change_layers, expand_output, run_features
+from illava_hooks.engine.encoder_layers import TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, Stage, changed_layers
-from illava_hooks.engine.hookset import Hook
-from illava_hooks.engine.provenance import selection
-from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import Picture
-from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.engine.transport import ENCODER_RUN, in_features
 from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
 from illava_hooks.patchers.llava_onevision import MergingSiglipEncoderLayer
 
 __all__ = ["FAMILY", "Gemma3"]
@@ -84,7 +78,7 @@ class Gemma3(Family):
         """Swaps merging layers' classes, wraps the feature method, hooks the tower."""
         changed = changed_layers(session.config, len(parts.encoder_layers))
         change_layers(parts.encoder_layers, changed, {SiglipEncoderLayer: MergingSiglipEncoderLayer}, session)
-        session.hooks.wrap(parts.base, "get_image_features", ImageFeatures(parts.base, session).features)
+        session.hooks.wrap(parts.base, "get_image_features", BlockFeatures(parts.base, session, rows_of).features)
         for tower in parts.towers:
             session.hooks.around_forward(tower, TowerHook(session), ExpandTower())
 
@@ -111,54 +105,20 @@ class Gemma3(Family):
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         """Each tile, as the encoder sees it."""
-        side, pixels = grid_side(model.config), inputs["pixel_values"].detach().double().cpu()
-        size = model.config.vision_config.patch_size
-        numbers = torch.arange(side * side).view(side, side).repeat_interleave(size, 0).repeat_interleave(size, 1)
-        extra = pixels.shape[-1] - numbers.shape[-1]  # pixels at the border that fill no patch
-        labels = torch.nn.functional.pad(numbers.double(), (0, extra, 0, extra), value=-1)
-        return [Picture("image", ((torch.cat([tile, labels[None]]),),)) for tile in pixels]
-
-
-class ImageFeatures:
-    """Around the model's feature method."""
-
-    def __init__(self, base: Any, session: MergeSession) -> None:
-        """Belongs to one model and its session."""
-        self.base, self.session = base, session
-
-    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around ``get_image_features``: same shapes, records attached."""
-        if in_features():
-            return method(*args, **kwargs)
-        run: EncoderRun | None = None
-        if self.session.active and not self.session.config.image.is_identity:
-            pixels = inspect.signature(method).bind(*args, **kwargs).arguments["pixel_values"]
-            traits, length = block_traits(self.base.config), grid_side(self.base.config) ** 2
-            run = EncoderRun(self.session, "image", traits, [length] * len(pixels), len(pixels), pixels.device)
-
-        def note(output: Any) -> None:
-            if run is not None:
-                run.records = [_record(run, tile) for tile in range(run.num_rows)]
-
-        return run_features(self.session, method, args, kwargs, run, self.base.config, note)
-
-
-class ExpandTower(Hook):
-    """Hook behind the tower: every patch shows its survivor, in picture order, before stock pools them."""
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Leaves the output alone when no run travels with the call."""
-        run: EncoderRun | None = kwargs.get(ENCODER_RUN)
-        (out,) = output
-        if run is None or out is None:
-            return None
-        expand_output(run, out)
-        return out
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return []
+        return tile_pictures(pixels.detach().double().cpu(), model.config.vision_config.patch_size)
 
 
 def grid_side(config: Any) -> int:
     """Patches along a side of a tile."""
     return int(config.vision_config.image_size // config.vision_config.patch_size)
+
+
+def rows_of(base: Any) -> tuple[EncoderTraits, int]:
+    """What a tile is, and its patches."""
+    return block_traits(base.config), grid_side(base.config) ** 2
 
 
 def block_traits(config: Any) -> EncoderTraits:
@@ -167,18 +127,6 @@ def block_traits(config: Any) -> EncoderTraits:
     size = side // blocks
     order = torch.arange(side * side).view(blocks, size, blocks, size).transpose(1, 2).flatten()
     return EncoderTraits(size * size, granularity=size * size, order=order, regroups=True)
-
-
-def _record(run: EncoderRun, tile: int) -> VisualRecord:
-    """What merged in one tile; each block is one of its tokens, in the order in which stock pools them."""
-    kept_at: Tensor = run.final.kept_at[tile]
-    keep, survivor_of = run.keep_mask(run.final)[tile], run.final.origins[tile][kept_at]
-    record = VisualRecord("image", len(keep), keep, survivor_of, run.patch_counts(tile, tile + 1), run.layers)
-    if run.session.config.track:
-        tokens = selection(kept_at.cpu(), run.final.origins.shape[1])
-        record.sources = token_sources(run, tile, tile + 1, tokens)
-        record.vision = vision_tracks(run, tile, tile + 1)
-    return record
 
 
 FAMILY = Gemma3()
