@@ -345,6 +345,10 @@ class Family:
         """What brings the encoder's tokens into the language model."""
         raise NotImplementedError
 
+    def projectors(self, model: Any) -> list[nn.Module]:
+        """All that bring tokens of the encoder into the language model."""
+        return [self.projector(model)]
+
     def patches(self, hidden: Tensor) -> Tensor:
         """Hidden states that enter an encoder layer, as ``(patches, C)``, without tokens that are no patches."""
         return hidden.reshape(-1, hidden.shape[-1])

@@ -229,8 +229,8 @@ class Family:
         """Sizes of the decoder, for the report."""
         text = self.text_config(model)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = head * text.num_key_value_heads
-        return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, width)
+        keys, queries = head * text.num_key_value_heads, head * text.num_attention_heads
+        return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, keys, queries)
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``position_ids`` as the text model rotates by: without rows that only tell packed sequences apart."""

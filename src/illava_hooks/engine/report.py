@@ -2,8 +2,8 @@
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
 with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``. Decoder layer:
-``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes: ``2 n d_kv``
-values per layer.
+``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p`` keys of a cache; ``d_q`` is ``d``
+where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DecoderShape", "EncoderShape", "MergeReport", "VisualReport", "encoder_flops", "kv_bytes", "llm_flops"]
+__all__ = [
+    "DecoderShape",
+    "EncoderShape",
+    "MergeReport",
+    "VisualReport",
+    "encoder_flops",
+    "kv_bytes",
+    "llm_flops",
+    "projector_flops",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +28,9 @@ class EncoderShape:
     """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs.
 
     Attributes:
+        projector_flops: per unit.
         projects_survivors: whether the projector sees survivors only; False: as many tokens as without merging.
+        projected_behind: layers behind which units go through a projector as well, of the same size (DeepStack).
     """
 
     depth: int
@@ -28,16 +39,24 @@ class EncoderShape:
     patches_per_unit: int
     projector_flops: int
     projects_survivors: bool = True
+    projected_behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads)."""
+    """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads).
+
+    Attributes:
+        query_width: ``d_q`` (all query heads); None: ``d``.
+        mlp_flops: per token, of each layer, where the MLPs are not plain gated ones of width ``f``; empty: they are.
+    """
 
     depth: int
     width: int
     mlp_width: int
     kv_width: int
+    query_width: int | None = None
+    mlp_flops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +176,12 @@ def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
     )
 
 
+def projector_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
+    """FLOPs of the projector on one encoder segment; ``segment`` as in ``encoder_flops``."""
+    patches = segment[-1] + sum(segment[layer + 1] for layer in shape.projected_behind)
+    return patches // shape.patches_per_unit * shape.projector_flops
+
+
 def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | None = None) -> int:
     """Prefill FLOPs of one sample.
 
@@ -165,10 +190,12 @@ def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | 
         tokens: its length at each decoder layer.
         past: keys of the cache at each layer; None: none.
     """
-    d, f, kv = shape.width, shape.mlp_width, shape.kv_width
+    d, kv = shape.width, shape.kv_width
+    q = d if shape.query_width is None else shape.query_width
+    mlps = shape.mlp_flops or (6 * d * shape.mlp_width,) * len(tokens)
     return sum(
-        4 * n * d * d + 4 * n * d * kv + 2 * n * n * d + 4 * n * p * d + 6 * n * d * f
-        for n, p in zip(tokens, past or [0] * len(tokens), strict=True)
+        4 * n * d * q + 4 * n * d * kv + 2 * n * n * q + 4 * n * p * q + n * mlp
+        for n, p, mlp in zip(tokens, past or [0] * len(tokens), mlps, strict=True)
     )
 
 

@@ -35,6 +35,7 @@ from illava_hooks.engine.report import (
     encoder_flops,
     kv_bytes,
     llm_flops,
+    projector_flops,
 )
 from illava_hooks.engine.session import MergeSession
 
@@ -126,10 +127,11 @@ def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tup
     """Of encoder and projector, each merged and unmerged."""
     merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
     whole = [(segment[0],) * len(segment) for segment in merged]
-    layers = [sum(encoder_flops(encoder, segment) for segment in kind) for kind in (merged, whole)]
-    tokens = [sum(segment[-1] // encoder.patches_per_unit for segment in kind) for kind in (merged, whole)]
-    projected = tokens[0] if encoder.projects_survivors else tokens[1]
-    return (layers[0], layers[1]), (projected * encoder.projector_flops, tokens[1] * encoder.projector_flops)
+    projected = merged if encoder.projects_survivors else whole
+    return (
+        (sum(encoder_flops(encoder, s) for s in merged), sum(encoder_flops(encoder, s) for s in whole)),
+        (sum(projector_flops(encoder, s) for s in projected), sum(projector_flops(encoder, s) for s in whole)),
+    )
 
 
 def _patches(record: VisualRecord, depth: int) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.tooling import PIXELS, Picture, Workload
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
+from illava_hooks.engine.transport import ENCODER_RUN, current_run, in_features, running_forward
 from illava_hooks.errors import InputError
 
 __all__ = ["ExpandTower", "FeatureMethods", "MergingBlock", "PackedFamily", "StartTower"]
@@ -61,9 +61,11 @@ class PackedFamily(Family):
 
     Attributes:
         merging_blocks: the merging class of each stock block.
+        frames_apart: whether each temporal slice of a video has a place of its own in the prompt.
     """
 
     merging_blocks: Mapping[type[nn.Module], type[MergingLayer]]
+    frames_apart: bool = False
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
@@ -73,7 +75,7 @@ class PackedFamily(Family):
         for modality in self.modalities:
             session.hooks.wrap(parts.base, f"get_{modality}_features", getattr(methods, f"{modality}_features"))
         for tower in parts.towers:
-            session.hooks.around_forward(tower, StartTower(self, session), ExpandTower())
+            session.hooks.around_forward(tower, StartTower(self, session), ExpandTower(self))
 
     def traits(self, patches_per_token: int, published: bool) -> EncoderTraits:
         """How patches lie in the row: groups of one visual token stay together.
@@ -96,6 +98,15 @@ class PackedFamily(Family):
             "cu_seqlens": borders.to(tables[0].device, non_blocking=True),
             "max_seqlen": max(lengths),
         }
+
+    def expand_beside(self, tower: Any, run: EncoderRun, out: Any) -> None:
+        """Gives what else a tower puts out its unpatched length, in place; most put out nothing else.
+
+        Args:
+            tower: the tower.
+            run: its finished run.
+            out: its output; hidden states and ``pooler_output`` are done.
+        """
 
     def run(
         self,
@@ -148,7 +159,8 @@ class PackedFamily(Family):
         channels = 3 * vision.temporal_patch_size * vision.patch_size**2
         modality: Modality = "video" if load.frames else "image"
         token = config.video_token_id if load.frames else config.image_token_id
-        inputs = load.prompt(token, slices * load.patches // 4, count, generator)
+        groups = slices if self.frames_apart else 1
+        inputs = load.prompt(token, slices * load.patches // 4 // groups, count * groups, generator)
         rows = load.batch * count * slices * load.patches
         inputs[PIXELS[modality]] = torch.randn(rows, channels, generator=generator)
         inputs[f"{modality}_grid_thw"] = torch.tensor([[slices, height, width]] * (load.batch * count))
@@ -172,8 +184,9 @@ class FeatureMethods:
         return self._features("video", "video_grid_thw", method, args, kwargs)
 
     def _features(self, modality: Modality, grid: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if in_features():
-            return method(*args, **kwargs)
+        if in_features():  # asked by another one, whose run it is; tuples could not carry its records
+            asked = {} if current_run() is None else {"return_dict": True}
+            return method(*args, **kwargs, **asked)
         merges = self.session.active and not self.session.config.schedule(modality).is_identity
         if not merges:
             return run_features(self.session, method, args, kwargs, None, self.base.config, _nothing)
@@ -234,6 +247,10 @@ class StartTower(SessionHook):
 class ExpandTower(Hook):
     """Hook behind the vision tower: gives its outputs their unpatched lengths back before stock splits them."""
 
+    def __init__(self, family: PackedFamily) -> None:
+        """Asks its family for what is beside the features."""
+        self.family = family
+
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the output alone when no run travels with the call."""
         run: EncoderRun | None = kwargs.get(ENCODER_RUN)
@@ -244,6 +261,7 @@ class ExpandTower(Hook):
         merged = out.pooler_output
         patches = module.spatial_merge_size**2
         out.pooler_output = merged[_shown(run, patches).to(merged.device)]
+        self.family.expand_beside(module, run, out)
         if not in_features():
             run.check_finished()
             forward = running_forward()
