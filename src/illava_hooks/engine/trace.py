@@ -35,6 +35,7 @@ from illava_hooks.engine.report import (
     encoder_flops,
     kv_bytes,
     llm_flops,
+    window_flops,
 )
 from illava_hooks.engine.session import MergeSession
 
@@ -75,9 +76,10 @@ class Finish:
             for index, (record, sample) in enumerate(zip(records, self.prompt.sample_of, strict=True))
         )
         # Beams and return sequences share the features of one run of the encoder.
-        once = {id(record): record for record in records}.values()
+        once = list({id(record): record for record in records}.values())
         merged = [segment for record in once for segment in _per_layer(record, encoder.depth)]
         whole = [(segment[0],) * len(segment) for segment in merged]
+        pairs = _pairs_per_layer(once, encoder)
         lengths = [[count.lengths[b] for count in counts] for b in samples]
         full = [[n] * decoder.depth for n in self.prompt.prompt_lengths]
         held, logical = self._past(len(samples), decoder.depth)
@@ -88,8 +90,9 @@ class Finish:
             prompt_tokens=self.prompt.prompt_lengths,
             past_tokens=tuple(row[0] for row in logical),
             encoder_flops=(
-                sum(encoder_flops(encoder, s) for s in merged),
-                sum(encoder_flops(encoder, s) for s in whole),
+                sum(encoder_flops(encoder, s) for s in merged) + sum(window_flops(encoder, p) for p in pairs),
+                sum(encoder_flops(encoder, s) for s in whole)
+                + sum(window_flops(encoder, p[:1] * len(p)) for p in pairs),
             ),
             projector_flops=(
                 sum(s[-1] // encoder.patches_per_unit * per_token for s in merged),
@@ -129,6 +132,22 @@ def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:
     """For each encoder segment its patches at the entry of each layer, and after the last."""
     before = [sum(merging < layer for merging in record.layers) for layer in range(depth + 1)]
     return [tuple(segment[merges] for merges in before) for segment in record.segments]
+
+
+def _pairs_per_layer(records: Sequence[VisualRecord], encoder: EncoderShape) -> list[list[int]]:
+    """Of each record its pairs within windows at each encoder layer; one transfer, where there are windows.
+
+    How many survivors a window has is only known where they were chosen.
+    """
+    windowed = [record for record in records if record.window_pairs is not None] if encoder.windowed else []
+    tables = [record.window_pairs for record in windowed if record.window_pairs is not None]
+    if not tables:
+        return []
+    known = torch.stack([table.to(tables[0].device) for table in tables]).tolist()
+    return [
+        [pairs[sum(merging < layer for merging in record.layers)] for layer in range(encoder.depth)]
+        for record, pairs in zip(windowed, known, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- the vision stage
