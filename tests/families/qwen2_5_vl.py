@@ -7,15 +7,15 @@ alternate have tests of their own (`tests/families_only/test_qwen2_5_vl.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from families import Family, Modality
-from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, Qwen2VL
+from families import Family
+from families.qwen2_vl import FRAMES_PER_SLICE, KINDS, MERGE, PATCH, Qwen2VL
 from tiny_models import (
     IMAGE_ID,
     ROPE,
@@ -36,6 +36,7 @@ class Qwen25VL(Qwen2VL):
     title = "Qwen2.5-VL"
     published = False
     merging_layers = (0, 1, 2)
+    rounding = 10  # the tower's norms, too
     encoder_mlp = "up_proj"
     silenced = ("attn.proj", "o_proj", "down_proj")
     retrievers = ()
@@ -98,6 +99,19 @@ class Qwen25VL(Qwen2VL):
         config = model.config.vision_config
         return config.num_heads, config.hidden_size
 
+    def split_patches(self, hidden: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+        """As pictures have them: the first block gets them in the order of its windows."""
+        names = [name for _, _, name in KINDS if name in inputs]
+        grids = [grid for name in names for grid in inputs[name].tolist()]
+        rows = super().split_patches(hidden, inputs)
+        return [part[places_in_row(grid)] for part, grid in zip(rows, grids, strict=True)]
+
+    def reference_visuals(self, model: Any, inputs: Inputs, settings: Any) -> Iterable[Any]:
+        """Slice by slice, windows by each survivor's own coordinates."""
+        from families import _qwen2_5_vl_reference as reference
+
+        return reference.visuals(model, inputs, settings)
+
     @property
     def golden_cases(self) -> tuple[str, ...]:
         """None: there is no published code."""
@@ -105,3 +119,34 @@ class Qwen25VL(Qwen2VL):
 
 
 FAMILY = Qwen25VL()
+
+
+def row_of_windows(height: int, width: int, groups: int = WINDOW_GROUPS) -> list[int]:
+    """The groups of a slice, by their number in the picture, in the order of the row: window after window.
+
+    Args:
+        height: Rows of patches.
+        width: Columns of patches.
+        groups: Groups along each side of a window.
+    """
+    rows, columns = height // MERGE, width // MERGE
+    return [
+        row * columns + column
+        for top in range(0, rows, groups)
+        for left in range(0, columns, groups)
+        for row in range(top, min(top + groups, rows))
+        for column in range(left, min(left + groups, columns))
+    ]
+
+
+def places_in_row(grid: Sequence[int], groups: int = WINDOW_GROUPS) -> list[int]:
+    """For each patch of an image or video its place in the row of the tower."""
+    slices, height, width = grid
+    order, unit = row_of_windows(height, width, groups), MERGE**2
+    place = {group: index for index, group in enumerate(order)}
+    return [
+        (part * len(order) + place[group]) * unit + lane
+        for part in range(slices)
+        for group in range(len(order))
+        for lane in range(unit)
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionBlock
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.vision_utils import get_vision_window_index
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality
@@ -114,14 +115,25 @@ class Qwen25VL(PackedFamily):
         unit, device = run.traits.patches_per_unit, run.states[0].origins.device
         order = (index.to(device)[:, None] * unit + torch.arange(unit, device=device)).flatten()
         run.traits = replace(run.traits, order=order, windows=borders.to(device, torch.int64))
-        return {**kwargs, **dict(zip(_READY_MADE, (index, borders), strict=True))}
+        kwargs = {**kwargs, **dict(zip(_READY_MADE, (index, borders), strict=True))}
+        if not is_flash_attention_requested(tower.config):
+            kwargs.pop("max_window_seqlen", None)  # by it blocks tell who attends; others do not look at it
+        return kwargs
 
     def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
-        """Of the windows, where a block is given those; the longest one may have become shorter than is said."""
-        given, windows = kwargs["cu_seqlens"], run.traits.windows
+        """Of the windows, where a block is given those; the longest one may have become shorter than is said.
+
+        Flash attention, which has a longest window, takes empty ones. For others they are left out: the one wait for
+        the device that this needs is spent once after a merge, where stock waits in every block.
+        """
+        given, windows, state = kwargs["cu_seqlens"], run.traits.windows, run.states[merges]
         if windows is None or len(given) != len(windows):
             return super().borders(kwargs, run, merges)
-        return {"cu_seqlens": window_borders(run, merges).to(given)}
+        if state.windows is None:
+            state.windows = window_borders(run, merges)
+            if kwargs.get("max_seqlen") is None:
+                state.windows = torch.unique_consecutive(state.windows)
+        return {"cu_seqlens": state.windows.to(given)}
 
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of the vision tower, whose MLP is gated, and of the patch merger."""
