@@ -45,12 +45,14 @@ class EncoderState:
         kept_at: ``(B, M)`` int64, the survivor that stands for each original unit.
         token_size: ``(B, K)`` float32, how many original units each survivor stands for.
         sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
+        windows: borders of the traits' windows among the survivors, once a layer has asked for them.
     """
 
     origins: Tensor
     kept_at: Tensor
     token_size: Tensor
     sources: Tensor | None = None
+    windows: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
-with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``. Decoder layer:
-``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p`` keys of a cache; ``d_q`` is ``d``
-where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
+with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``, where the MLP has
+``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in place of ``n_a^2``.
+Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p`` keys of a cache;
+``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "kv_bytes",
     "llm_flops",
     "projector_flops",
+    "window_flops",
 ]
 
 
@@ -28,9 +30,15 @@ class EncoderShape:
     """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs.
 
     Attributes:
-        projector_flops: per unit.
+        depth: its layers.
+        width: ``d``.
+        mlp_width: ``f``.
+        patches_per_unit: patches of one token of the projector.
+        projector_flops: of one such token.
         projects_survivors: whether the projector sees survivors only; False: as many tokens as without merging.
         projected_behind: layers behind which units go through a projector as well, of the same size (DeepStack).
+        mlp_matrices: 2, or 3 of a gated MLP.
+        windowed: layers whose attention stays within windows.
     """
 
     depth: int
@@ -40,6 +48,8 @@ class EncoderShape:
     projector_flops: int
     projects_survivors: bool = True
     projected_behind: tuple[int, ...] = ()
+    mlp_matrices: int = 2
+    windowed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +173,16 @@ def _steps(counts: Sequence[int]) -> str:
 
 
 def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
-    """FLOPs of one encoder segment.
+    """FLOPs of one encoder segment, but for attention within windows.
 
     Args:
         shape: the encoder.
         segment: tokens at the entry of each layer and after the last, ``depth + 1`` numbers.
     """
-    d, f = shape.width, shape.mlp_width
+    d, mlp = shape.width, 2 * shape.mlp_matrices * shape.width * shape.mlp_width
     return sum(
-        8 * n_a * d * d + 4 * n_a * n_a * d + 4 * n_m * d * f
-        for n_a, n_m in zip(segment[:-1], segment[1:], strict=True)
+        8 * n_a * d * d + (0 if layer in shape.windowed else 4 * n_a * n_a * d) + n_m * mlp
+        for layer, (n_a, n_m) in enumerate(zip(segment[:-1], segment[1:], strict=True))
     )
 
 
@@ -180,6 +190,16 @@ def projector_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
     """FLOPs of the projector on one encoder segment; ``segment`` as in ``encoder_flops``."""
     patches = segment[-1] + sum(segment[layer + 1] for layer in shape.projected_behind)
     return patches // shape.patches_per_unit * shape.projector_flops
+
+
+def window_flops(shape: EncoderShape, pairs: Sequence[int]) -> int:
+    """FLOPs of attention within windows.
+
+    Args:
+        shape: the encoder.
+        pairs: of tokens that see each other in a window, at each layer.
+    """
+    return sum(4 * pairs[layer] * shape.width for layer in shape.windowed)
 
 
 def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | None = None) -> int:

@@ -36,6 +36,7 @@ from illava_hooks.engine.report import (
     kv_bytes,
     llm_flops,
     projector_flops,
+    window_flops,
 )
 from illava_hooks.engine.session import MergeSession
 
@@ -128,8 +129,16 @@ def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tup
     merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
     whole = [(segment[0],) * len(segment) for segment in merged]
     projected = merged if encoder.projects_survivors else whole
+    pairs = _pairs_per_layer(records, encoder)
+    in_windows = (
+        sum(window_flops(encoder, p) for p in pairs),
+        sum(window_flops(encoder, p[:1] * len(p)) for p in pairs),
+    )
     return (
-        (sum(encoder_flops(encoder, s) for s in merged), sum(encoder_flops(encoder, s) for s in whole)),
+        (
+            sum(encoder_flops(encoder, s) for s in merged) + in_windows[0],
+            sum(encoder_flops(encoder, s) for s in whole) + in_windows[1],
+        ),
         (sum(projector_flops(encoder, s) for s in projected), sum(projector_flops(encoder, s) for s in whole)),
     )
 
@@ -150,6 +159,22 @@ def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:
     # A layer merges behind its attention: its entry still counts what it will merge away.
     before = [sum(merging < layer for merging in record.layers) for layer in range(depth + 1)]
     return [tuple(segment[merges] for merges in before) for segment in record.segments]
+
+
+def _pairs_per_layer(records: Sequence[VisualRecord], encoder: EncoderShape) -> list[list[int]]:
+    """Of each record its pairs within windows at each encoder layer; one transfer, where there are windows.
+
+    How many survivors a window has is only known where they were chosen.
+    """
+    windowed = [record for record in records if record.window_pairs is not None] if encoder.windowed else []
+    tables = [record.window_pairs for record in windowed if record.window_pairs is not None]
+    if not tables:
+        return []
+    known = torch.stack([table.to(tables[0].device) for table in tables]).tolist()
+    return [
+        [pairs[sum(merging < layer for merging in record.layers)] for layer in range(encoder.depth)]
+        for record, pairs in zip(windowed, known, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- the vision stage

@@ -23,6 +23,9 @@ class EncoderTraits:
         regroups: whether the encoder itself keeps picture order. Then a run brings rows into ``order`` on entry to the
             first merging layer, so that units follow each other, and back behind the encoder: attention without
             positions of its own does not notice.
+        windows: ``(W + 1,)`` int64, where windows begin and end in one packed row of patches, for layers whose
+            attention stays within them; they lie one after the other, none across segments, and may be empty. None:
+            every layer sees whole segments.
         published_score: what the published code ranks by; None where there is no published code.
     """
 
@@ -31,4 +34,5 @@ class EncoderTraits:
     prefix: int = 0
     order: Tensor | None = None
     regroups: bool = False
+    windows: Tensor | None = None
     published_score: str | None = None
