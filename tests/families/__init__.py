@@ -106,6 +106,7 @@ class Family:
 
         patches_per_token: Patches that stay together and become one visual token of the language model.
         tile_patches: Patches of every tile and frame where all have the same number; None where sizes differ.
+        prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
         back_ends: Attention back-ends that the stock model offers on a CPU.
@@ -160,6 +161,7 @@ class Family:
 
     patches_per_token: ClassVar[int] = 1
     tile_patches: ClassVar[int | None] = None
+    prefix: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 

@@ -1,7 +1,8 @@
 """What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
-with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``. Decoder layer:
+with ``n_a`` tokens in attention and ``n_m`` in the MLP (a class token counts): ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``.
+Decoder layer:
 ``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes: ``2 n d_kv``
 values per layer.
 """
@@ -16,13 +17,18 @@ __all__ = ["DecoderShape", "EncoderShape", "MergeReport", "VisualReport", "encod
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
-    """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs."""
+    """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs.
+
+    ``prefix`` tokens stand in front of the patches of each segment: they cost as much as a patch in every layer, and
+    do not reach the projector.
+    """
 
     depth: int
     width: int
     mlp_width: int
     patches_per_unit: int
     projector_flops: int
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +140,10 @@ def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
 
     Args:
         shape: the encoder.
-        segment: tokens at the entry of each layer and after the last, ``depth + 1`` numbers.
+        segment: patches at the entry of each layer and after the last, ``depth + 1`` numbers.
     """
     d, f = shape.width, shape.mlp_width
+    segment = [n + shape.prefix for n in segment]
     return sum(
         8 * n_a * d * d + 4 * n_a * n_a * d + 4 * n_m * d * f
         for n_a, n_m in zip(segment[:-1], segment[1:], strict=True)
