@@ -138,7 +138,8 @@ def test_scoring_costs_what_it_should(family: str, back_end: str) -> None:
         layer = _counted(model, [known.encoder_layers(model)[1]])
         counts[method] = sum(sum(found.values()) for name, found in counter.get_flop_counts().items() if name in layer)
     heads, width = known.encoder_sizes(model)
-    (segments,) = known.segments(model, samples)
+    (patches,) = known.segments(model, samples)
+    segments = [n + known.prefix for n in patches]
     logits = sum(2 * n * n * width for n in segments) if back_end == "eager" else 0
     assert counts["fastv"] - counts["random"] == logits + sum(2 * n * n * heads for n in segments)
 

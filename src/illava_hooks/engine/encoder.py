@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -151,13 +152,19 @@ class EncoderRun:
         return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
 
     def arrange(self, layer_idx: int, hidden: Tensor) -> Tensor:
-        """Hidden states ``(B, prefix + P, C)`` as the layers from the first merging one on see them.
+        """Hidden states ``(B, prefix + P, C)`` as the layers see them from the first one that removes something.
 
-        Not from the first layer on: where nothing merges, nothing may move, or sums come out in another order.
+        Where nothing is removed nothing moves: sums would come out in another order.
         """
-        if not self.traits.regroups or not self.layers or layer_idx != self.layers[0]:
+        if not self.traits.regroups or layer_idx not in self.layers or self.layers.index(layer_idx) != self._idle:
             return hidden
         return self._permuted(hidden, self._order(hidden.device))
+
+    @property
+    def _idle(self) -> int:
+        """Merges in front of the first one that removes something."""
+        removes = [before.lengths != after.lengths for before, after in pairwise(self.segments)]
+        return removes.index(True) if any(removes) else len(removes)
 
     def _order(self, device: torch.device) -> Tensor:
         width = self.states[0].kept_at.shape[1] * self.traits.patches_per_unit
@@ -226,7 +233,7 @@ class EncoderRun:
         prefix, units = self._split(hidden)
         if units.shape[1] != kept_at.shape[1]:
             hidden = self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
-        if merges and self.traits.regroups:
+        if merges > self._idle and self.traits.regroups:
             hidden = self._permuted(hidden, torch.argsort(self._order(hidden.device)))
         return hidden
 

@@ -1,10 +1,10 @@
 """What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
-with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``, where the MLP has
-``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in place of ``n_a^2``.
-Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p`` keys of a cache;
-``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
+with ``n_a`` tokens in attention and ``n_m`` in the MLP, class tokens too: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``,
+where the MLP has ``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in
+place of ``n_a^2``. Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p``
+keys of a cache; ``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class EncoderShape:
         projected_behind: layers behind which units go through a projector as well, of the same size (DeepStack).
         mlp_matrices: 2, or 3 of a gated MLP.
         windowed: layers whose attention stays within windows.
+        prefix: tokens in front of the patches of each segment, which cost as much as a patch and reach no projector.
     """
 
     depth: int
@@ -50,6 +51,7 @@ class EncoderShape:
     projected_behind: tuple[int, ...] = ()
     mlp_matrices: int = 2
     windowed: frozenset[int] = frozenset()
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,10 @@ def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
 
     Args:
         shape: the encoder.
-        segment: tokens at the entry of each layer and after the last, ``depth + 1`` numbers.
+        segment: patches at the entry of each layer and after the last, ``depth + 1`` numbers.
     """
     d, mlp = shape.width, 2 * shape.mlp_matrices * shape.width * shape.mlp_width
+    segment = [n + shape.prefix for n in segment]
     return sum(
         8 * n_a * d * d + (0 if layer in shape.windowed else 4 * n_a * n_a * d) + n_m * mlp
         for layer, (n_a, n_m) in enumerate(zip(segment[:-1], segment[1:], strict=True))

@@ -21,8 +21,8 @@ class EncoderTraits:
         order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where patches are
             permuted, for windows or blocks; None: equal.
         regroups: whether the encoder itself keeps picture order. Then a run brings rows into ``order`` on entry to the
-            first merging layer, so that units follow each other, and back behind the encoder: attention without
-            positions of its own does not notice.
+            first layer that removes something, so that units follow each other, and back behind the encoder: attention
+            without positions of its own does not notice.
         windows: ``(W + 1,)`` int64, where windows begin and end in one packed row of patches, for layers whose
             attention stays within them; they lie one after the other, none across segments, and may be empty. None:
             every layer sees whole segments.

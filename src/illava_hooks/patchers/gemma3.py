@@ -25,7 +25,7 @@ from illava_hooks.engine.tooling import Picture
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
-from illava_hooks.patchers.llava_onevision import MergingSiglipEncoderLayer
+from illava_hooks.patchers._towers import MergingSiglipEncoderLayer
 
 __all__ = ["FAMILY", "Gemma3"]
 

@@ -150,6 +150,7 @@ class InternVL(Family):
             traits.patches_per_unit,
             2 * text.hidden_size * (wide + text.hidden_size),
             projects_survivors=False,
+            prefix=traits.prefix,
         )
 
     def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
