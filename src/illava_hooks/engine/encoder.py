@@ -233,7 +233,7 @@ class EncoderRun:
         prefix, units = self._split(hidden)
         if units.shape[1] != kept_at.shape[1]:
             hidden = self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
-        if merges > self._idle and self.traits.regroups:
+        if self.traits.regroups and merges > self._idle:
             hidden = self._permuted(hidden, torch.argsort(self._order(hidden.device)))
         return hidden
 
