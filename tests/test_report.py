@@ -133,10 +133,13 @@ def test_scoring_costs_what_it_should(family: str, back_end: str) -> None:
     for method in ("random", "fastv"):
         patch(model, vit_layers=[1], vit_r=0.25, llm_layers=[], llm_ratio=1.0, method=method)
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-            model.get_image_features(**known.feature_arguments(inputs)["image"])
-        counts[method] = counter.get_total_flops()
+            model(**inputs)
+        # The merging layer alone: behind it, who shares a window depends on who was chosen.
+        layer = _counted(model, [known.encoder_layers(model)[1]])
+        counts[method] = sum(sum(found.values()) for name, found in counter.get_flop_counts().items() if name in layer)
     heads, width = known.encoder_sizes(model)
-    (segments,) = known.segments(model, samples)
+    (patches,) = known.segments(model, samples)
+    segments = [n + known.prefix for n in patches]
     logits = sum(2 * n * n * width for n in segments) if back_end == "eager" else 0
     assert counts["fastv"] - counts["random"] == logits + sum(2 * n * n * heads for n in segments)
 

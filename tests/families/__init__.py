@@ -106,8 +106,12 @@ class Family:
 
         patches_per_token: Patches that stay together and become one visual token of the language model.
         tile_patches: Patches of every tile and frame where all have the same number; None where sizes differ.
+        merging_layers: The encoder layers of the tiny model that can merge.
+        prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
+        rounding: How many times further than others it may be from an equal computation in float64, where more of its
+            layers round to float32 inside (norms do).
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
@@ -160,7 +164,10 @@ class Family:
 
     patches_per_token: ClassVar[int] = 1
     tile_patches: ClassVar[int | None] = None
+    merging_layers: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    prefix: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
+    rounding: ClassVar[int] = 1
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
     axes: ClassVar[int] = 1

@@ -302,7 +302,8 @@ def past_of(cache: Cache | None, num_layers: int) -> Past:
     if on_device:
         known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
         lengths = [next(known) if isinstance(n, Tensor) else n for n in lengths]
-    logical = lengths[0] + (getattr(layers[0], "num_merged", 0) if lengths[0] else 0)
+    first = layers[0] if lengths[0] else None
+    logical = lengths[0] + (first.ledger.num_merged if isinstance(first, MergedLayer) else 0)
     return Past(tuple(lengths), logical)
 
 

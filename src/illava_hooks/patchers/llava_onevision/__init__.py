@@ -12,40 +12,21 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.compat import newlines_behind_videos
-from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_layers
+from illava_hooks.engine.encoder_layers import TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import Picture, Workload
+from illava_hooks.patchers._towers import MergingSiglipEncoderLayer, num_used, picked, tokens_per_tile
 from illava_hooks.patchers.llava_onevision import tools
 from illava_hooks.patchers.llava_onevision.features import (
     TRAITS,
     FeatureMethods,
     check_feature_choice,
-    num_used,
-    tokens_per_tile,
 )
 from illava_hooks.patchers.llava_onevision.packing import compact_grid, compact_pool, kept_tokens, require_square
 
 __all__ = ["FAMILY", "LlavaOnevision", "MergingSiglipEncoderLayer", "compact_grid", "compact_pool"]
-
-
-class MergingSiglipEncoderLayer(MergingLayer, SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
-    """A SigLIP layer that merges between attention and MLP."""
-
-    def attend(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As in the stock layer."""
-        mixed, _ = self.self_attn(hidden_states=self.layer_norm1(hidden), attention_mask=attention_mask, **kwargs)
-        out: Tensor = hidden + mixed
-        return out
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """As in the stock layer."""
-        out: Tensor = hidden + self.mlp(self.layer_norm2(hidden))
-        return out
-
-
-MergingSiglipEncoderLayer.__name__ = SiglipEncoderLayer.__name__  # `_no_split_modules` goes by name
 
 
 class LlavaOnevision(Family):
@@ -79,7 +60,7 @@ class LlavaOnevision(Family):
         """Depths and tokens per tile; layers behind the chosen feature layer are of no use."""
         config = model.config
         depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
-        used = max(num_used(layer, depth) for layer in ([chosen] if isinstance(chosen, int) else chosen))
+        used = max(num_used(layer, depth) for layer in picked(chosen))
         llm_depth = config.text_config.num_hidden_layers
         return ModelLimits(self.name, used, llm_depth, tokens_per_tile(config), self.presets_of(model))
 

@@ -17,19 +17,16 @@ from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import current_run, in_features
 from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers._tiles import Geometry, Tiles, place_image, place_video
+from illava_hooks.patchers._towers import num_used, picked, tokens_per_tile
 from illava_hooks.patchers.llava_onevision.packing import (
-    Geometry,
-    Tiles,
     compact_grid,
     compact_pool,
     image_geometry,
-    place_image,
     place_published,
-    place_video,
 )
 
-__all__ = ["FeatureMethods", "check_feature_choice", "num_used", "tokens_per_tile"]
-
+__all__ = ["FeatureMethods", "check_feature_choice"]
 
 #: Tiles of single patches; nothing but hidden states belongs to a token.
 TRAITS = EncoderTraits(published_score="received_attention")
@@ -161,33 +158,23 @@ class FeatureMethods:
         return tokens
 
 
-def tokens_per_tile(config: Any) -> int:
-    """Tokens of one SigLIP tile."""
-    return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
-
-
 def check_feature_choice(chosen: Any, strategy: str, depth: int, layers: tuple[int, ...]) -> None:
     """Refuses feature layers with different numbers of merges before them, and strategy ``"default"``.
 
     Raises:
         UnsupportedModelError: with the cure.
     """
-    picked = [chosen] if isinstance(chosen, int) else list(chosen)
-    merges = {sum(merging < num_used(layer, depth) for merging in layers) for layer in picked}
+    used = [num_used(layer, depth) for layer in picked(chosen)]
+    merges = {sum(merging < layer for merging in layers) for layer in used}
     if len(merges) > 1:
         raise UnsupportedModelError(
             f"vision_feature_layer is {chosen} and spans the merging layers {list(layers)}; choose vit_layers below "
-            f"{min(num_used(layer, depth) for layer in picked)} or vit_layers=[]"
+            f"{min(used)} or vit_layers=[]"
         )
     if strategy != "full":
         raise UnsupportedModelError(
             f"vision_feature_select_strategy is {strategy!r}, which drops a token; use 'full' or vit_layers=[]"
         )
-
-
-def num_used(layer: int, depth: int) -> int:
-    """Encoder layers that ``hidden_states[layer]`` has gone through."""
-    return layer if layer >= 0 else depth + 1 + layer
 
 
 def _host(image_sizes: Any) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from illava_hooks.config import Modality
 from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.errors import InputError
+from illava_hooks.patchers._towers import with_patch_numbers
 
 __all__ = ["LMMS_EVAL", "SHAPES", "VLMEVALKIT", "pictures", "published_config", "workload"]
 
@@ -58,7 +59,7 @@ def pictures(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         found += [Picture("image", (tuple(image),)) for image in views]
     if pixels["video"] is not None:
         for video in pixels["video"].detach().double().cpu():
-            frames = _with_labels(config.vision_config, video)
+            frames = with_patch_numbers(config.vision_config, video)
             found.append(Picture("video", tuple((frame,) for frame in frames)))
     return found
 
@@ -72,7 +73,7 @@ def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images
     padded = list(values) if values.dim() == 5 else torch.split_with_sizes(values, counts)
     found = []
     for tiles, count, size in zip(padded, counts, sizes, strict=True):
-        stack = _with_labels(config.vision_config, tiles[:count])
+        stack = with_patch_numbers(config.vision_config, tiles[:count])
         views = [stack[0]]
         if count > 1:
             rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)  # type: ignore[no-untyped-call]
@@ -81,18 +82,6 @@ def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images
             views.append(unpad_image(mosaic, size))  # type: ignore[no-untyped-call]
         found.append(views)
     return found
-
-
-def _with_labels(vision: Any, tiles: Tensor) -> Tensor:
-    """``(T, 3, S, S)`` tiles with their patch numbers as a fourth channel.
-
-    Pixels and numbers go through the same steps from here on, so that they cannot drift apart.
-    """
-    grid = vision.image_size // vision.patch_size
-    # Where patches do not fill the tile (384 = 27 * 14 + 6) the last ones show the rest: it belongs to none.
-    place = (torch.arange(vision.image_size) // vision.patch_size).clamp_max(grid - 1)
-    labels = torch.arange(len(tiles))[:, None, None] * grid**2 + place[:, None] * grid + place
-    return torch.cat([tiles, labels[:, None].to(tiles)], 1)
 
 
 def workload(config: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:

@@ -1,0 +1,147 @@
+"""LLaVA-1.5: CLIP with a class token, one tile per image, in front of a Llama.
+
+What the stock model wants, learned by running it: `pixel_values` (images, 3, 32, 32), whatever sizes the images had;
+every image is 64 placeholders. Features are those of the layer before the last, without the class token.
+
+Left padding: `forward` counts positions over the padding, `generate` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from families import Family, Modality
+from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+
+TILE = 32
+PATCH = 4
+PATCHES = (TILE // PATCH) ** 2
+#: The decoder of the models with a CLIP tower; its ids for the ends of sequences are no tokens of the tiny vocabulary.
+LLAMA: dict[str, Any] = {**TEXT_CONFIG, "rope_parameters": dict(ROPE), "bos_token_id": None, "eos_token_id": None}
+#: 5 layers, of which the last is not looked at.
+CLIP: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "image_size": TILE,
+    "patch_size": PATCH,
+    "projection_dim": 32,
+}
+
+
+class ClipFamily(Family):
+    """What models with a CLIP tower share."""
+
+    modalities = ("image",)
+    tile_patches = PATCHES
+    prefix = 1
+    back_ends = ("eager", "sdpa", "flex_attention")
+    forward_counts_padding = True
+    records_hidden_states = True
+
+    def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
+        """CLIP's."""
+        tower = model.model.vision_tower
+        layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers
+        return layers
+
+    def projector(self, model: Any) -> nn.Module:
+        """Works token by token."""
+        module: nn.Module = model.model.multi_modal_projector
+        return module
+
+    def patches(self, hidden: Tensor) -> Tensor:
+        """Without the class tokens."""
+        return hidden[:, 1:].flatten(0, 1)
+
+    def make_projector_linear(self, model: Any) -> None:
+        """Without its activation and its biases."""
+        projector = model.model.multi_modal_projector
+        projector.act = nn.Identity()
+        for linear in (projector.linear_1, projector.linear_2):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+
+class Llava(ClipFamily):
+    """LLaVA-1.5."""
+
+    title = "LLaVA-1.5"
+    shapes = {"llava-1.5-7b": 6.9, "llava-1.5-13b": 13.2}
+    stock_modules = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama")
+
+    def build(
+        self,
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> LlavaForConditionalGeneration:
+        """CLIP with 4 layers that count and 64 patches, Llama with 4 layers."""
+        settings: dict[str, Any] = {
+            "image_token_index": IMAGE_ID,
+            "image_seq_length": PATCHES,
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+            "tie_word_embeddings": False,
+        }
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**(CLIP | (vision or {}))),
+            text_config=LlamaConfig(**(LLAMA | (text or {}))),
+            **(settings | overrides),
+        )
+        return build(LlavaForConditionalGeneration, config, attn_implementation, seed, dtype)
+
+    def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
+        """One tile for each image."""
+        vision = model.config.vision_config
+        size, count = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+        rows = [prompt_ids(s, {"i": iter([[IMAGE_ID] * count] * len(s.images)), "v": iter([])}) for s in samples]
+        inputs = padded(rows, side)
+        images = [pixels(s, "i", index, (3, size, size)) for s in samples for index in range(len(s.images))]
+        if images:
+            inputs["pixel_values"] = torch.stack(images)
+        return inputs
+
+    def pixels_by_patch(self, pixels: Tensor, patch: int) -> Tensor:
+        """Tiles, cut into patches."""
+        tiles = pixels.unfold(2, patch, patch).unfold(3, patch, patch)  # (T, 3, 8, 8, patch, patch)
+        return tiles.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(2)
+
+    def segments(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
+        """64 patches in each image."""
+        return [[PATCHES] for sample in samples for _ in sample.images]
+
+    def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
+        """All are equal."""
+        return {"image": [size for sample in samples for size in sample.images], "video": []}
+
+    def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
+        """One tile for each image."""
+        vision = model.config.vision_config
+        return [(vision.image_size // vision.patch_size) ** 2] * len(inputs.get("pixel_values", ()))
+
+    def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tiles."""
+        return inputs["pixel_values"], {}
+
+    def split_patches(self, hidden: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
+        """One call for all images."""
+        (states,) = hidden
+        return list(states.chunk(len(inputs["pixel_values"])))
+
+    def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
+        """Every token comes from patches."""
+        projected: Tensor = self.projector(model)(weights @ patches)
+        return projected
+
+
+FAMILY = Llava()
