@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
 from families import family_of
-from helpers import assert_says, needs_ready_features
+from helpers import assert_says, needs_ready_features, query_width
 from illava_hooks import METHODS, IllavaHooksError, Method, merging, patch, session_of
 from kind_helpers import CACHE, feed, prefill, prompt_positions
 from test_backends import FlashKernel, generated

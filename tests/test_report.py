@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decode_helpers import SETTINGS
 from families import families, families_and, family_of
-from helpers import OLD_TORCH, needs_ready_features
+from helpers import OLD_TORCH, needs_ready_features, query_width
 from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -94,15 +94,12 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
         with merging(model, merged), counter:
             model(**inputs)
     index = 0 if merged else 1
-    text = model.config.text_config
     lengths = [n for (n,) in report.sequence_tokens] if merged else [report.prompt_tokens[0]] * 4
     counts = counter.get_flop_counts()
     language = counts[next(k for k in counts if k.endswith("language_model"))]
     rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith("language_model.rotary_emb"))
     language_flops = sum(language.values()) - rotary  # a product in old releases
-    width = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    ) * text.num_attention_heads
+    width = query_width(model)
     causal = sum(2 * n * n * width for n in lengths)
     assert language_flops == report.llm_flops[index] + causal, "attention runs over the whole square"
     attention = sum(n for op, n in language.items() if "attention" in str(op))

@@ -16,6 +16,7 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 import test_batching
 import test_every_family
 import test_generate
+import test_identity
 import test_no_trace
 import test_past_and_report
 import test_report
@@ -23,11 +24,10 @@ from decode_helpers import BOTH, IMAGE, IMAGES, TEXT
 from families import family_of
 from families.qwen3_vl import TEXT as DENSE
 from families.qwen3_vl import TOP, VISION, Qwen3VL
-from helpers import PROMPTS, assert_near, assert_same, assert_says, everything, prompt
+from helpers import PROMPTS, VISUAL, assert_same, assert_says, everything, prompt
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.patchers import qwen3_vl
 from reference_checks import RULES, SAMPLES, SETTINGS, check_forward
-from test_identity import IDLE
 from tiny_models import build, inputs_for, tiny_model
 
 NAME = "qwen3_vl"
@@ -86,13 +86,9 @@ def test_stock_where_nothing_merges(kind: str) -> None:
         assert_same(everything(model, inputs), expected)
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("kind", VISUAL)
 def test_idle_machinery(kind: str) -> None:
-    model, stock = tiny_model(NAME, dtype=torch.float64), tiny_model(NAME, dtype=torch.float64)
-    inputs = prompt(model, kind)
-    expected = everything(stock, inputs)
-    patch(model, **IDLE)
-    assert_near(everything(model, inputs), expected, 1e-6)
+    test_identity.check_idle(NAME, kind, test_identity.IDLE, everything, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -110,7 +106,8 @@ def test_the_decoder_is_its_layers_one_by_one(kind: str, layers: list[int]) -> N
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("batch", RAGGED)
 def test_against_the_reference(batch: str, rule: str) -> None:
-    check_forward(NAME, RAGGED[batch], rule, SETTINGS)
+    """Stock weighs experts in float32, so rounding shows a bit more than elsewhere."""
+    check_forward(NAME, RAGGED[batch], rule, SETTINGS, tolerance=4e-6)
 
 
 @pytest.mark.parametrize("rule", ["recycle", "diverse"])
