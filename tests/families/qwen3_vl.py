@@ -83,7 +83,6 @@ class Qwen3VL(Qwen2VL):
     golden_cases = ()
     golden_prompt = Family.golden_prompt
     spots = Family.spots
-    suite = Family.suite
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -140,6 +139,12 @@ class Qwen3VL(Qwen2VL):
         from families import _qwen3_vl_reference as reference
 
         return reference.visuals(model, inputs, settings)
+
+    def suite(self) -> tuple[Any, type]:
+        """One grid for an image, one slice for a video."""
+        from families import _qwen3_vl_suite as suite
+
+        return suite.Qwen3VLTester, suite.Qwen3VLTests
 
     def behind_layer(
         self, layer: int, hidden: Tensor, row: int, columns: list[int], given: Mapping[str, Any]

@@ -14,13 +14,13 @@ from torch import nn
 
 import reference as ref
 from helpers import PROMPTS, assert_says, feature_outputs
-from illava_hooks import UnsupportedModelError, patch, session_of
+from illava_hooks import METHODS, UnsupportedModelError, patch, session_of
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.merge.plan import take_kept
 from illava_hooks.patchers import qwen3_vl
 from illava_hooks.tools.bench import SHAPES, Workload, build_shape, build_workload
 from reference_checks import SAMPLES, TOLERANCE, assert_close, check_forward, library_method
-from tiny_models import inputs_for, tiny_model
+from tiny_models import inputs_for, real_positions, tiny_model
 
 NAME = "qwen3_vl"
 
@@ -79,6 +79,25 @@ def test_merging_behind_the_last_stacked_features_needs_nothing(monkeypatch: pyt
     """They are added behind layers 0, 1 and 2, and layer 3 merges."""
     monkeypatch.setattr(qwen3_vl, "apply_merge", taken)
     check_forward(NAME, RAGGED["images"], "recycle", DECODER | {"llm_layers": [3]})
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_in_front_of_stacked_features() -> None:
+    """As in stock: an entry is what its layer put out, and the next layer gets more than that."""
+    model = tiny_model(NAME)
+    patch(model, **DECODER | {"llm_layers": [2]})
+    into, out = {}, {}
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.register_forward_pre_hook(lambda _, args, i=index: into.__setitem__(i, args[0]))
+        layer.register_forward_hook(lambda _, args, output, i=index: out.__setitem__(i, output))
+    inputs = inputs_for(model, PROMPTS["images"])
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    visual = (inputs["input_ids"] == model.config.image_token_id)[0]
+    for index in range(2):
+        torch.testing.assert_close(states[index + 1], out[index], atol=0, rtol=0)
+    added = into[1] - out[0]
+    assert (added[0, ~visual] == 0).all() and (added[0, visual].abs().amax(-1) > 0).all()
+    assert out[2].shape[1] < states[3].shape[1] == inputs["input_ids"].shape[1]
 
 
 # ----------------------------------------------------------------------------------------- the encoder
@@ -179,7 +198,51 @@ def test_videos_merge_where_the_configuration_asks_for_tuples() -> None:
     assert session_of(model).report.kept_fraction < 1
 
 
+# ------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "illava-reference"])
+def test_a_batch_is_its_samples_to_the_last_digits(method: str, side: Any) -> None:
+    """In float64, images and videos, every method."""
+    model = tiny_model(NAME, dtype=torch.float64)
+    patch(model, **ENCODER | {"llm_layers": [1, 2, 3], "llm_ratio": 0.7}, method=method)
+    samples = [*RAGGED["image and video"], *RAGGED["images"]]
+    inputs = inputs_for(model, samples, side)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        for row, sample in enumerate(samples):
+            alone = model(**inputs_for(model, [sample])).logits[0]
+            assert_close(logits[row, real_positions(inputs, row)], alone, 1e-9)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("method", ["illava", "diverse", "fastv"])
+def test_a_batch_generates_what_its_samples_do(method: str, more: dict[str, Any]) -> None:
+    model = tiny_model(NAME, dtype=torch.float64)
+    patch(model, **ENCODER | {"llm_layers": [1, 2], "llm_ratio": 0.6}, method=method)
+    samples = RAGGED["image and video"]
+    given = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True, **more}
+    whole = model.generate(**inputs_for(model, samples), **given)
+    for row, sample in enumerate(samples):
+        alone = model.generate(**inputs_for(model, [sample]), **given)
+        assert whole.sequences[row, -5:].tolist() == alone.sequences[0, -5:].tolist()
+        beams = more.get("num_beams", 1)
+        assert_close(whole.logits[0][row * beams], alone.logits[0][0], 1e-9)
+
+
 # ---------------------------------------------------------------------------------------------- others
+
+
+def test_prompts_without_token_types_are_refused_by_stock() -> None:
+    """Merging or not: positions cannot be counted."""
+    model = tiny_model(NAME)
+    inputs = inputs_for(model, PROMPTS["image"])
+    del inputs["mm_token_type_ids"]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mm_token_type_ids"):
+            model(**inputs)
+        patch(model, **ENCODER)
 
 
 def test_foreign_blocks() -> None:

@@ -7,7 +7,7 @@ through the later merges of the encoder, and what is added behind a decoder laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import PublishedShape
 from illava_hooks.errors import PatchStateError, UnsupportedModelError
-from illava_hooks.merge.plan import apply_merge
+from illava_hooks.merge.plan import MergePlan, apply_merge
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "MergingQwen3VLMoeVisionBlock", "MergingQwen3VLVisionBlock", "Qwen3VL"]
@@ -90,9 +90,8 @@ class StackedFeatures:
         """``hidden`` ``(B, K, C)`` of the layer's stage with the features of its columns."""
         features, rows = self.features.to(hidden.device, hidden.dtype), self.rows.to(hidden.device)
         table = torch.where(rows[..., None] >= 0, features[rows.clamp_min(0)], 0)
-        for plan in self.run.plans[: self.run.merges_through(self.layer_idx)]:
-            table = apply_merge(table.to(plan.keep_indices.device), plan)  # layers of one model may lie on several
-        return hidden + table.to(hidden.device)
+        plans = self.run.plans[: self.run.merges_through(self.layer_idx)]
+        return hidden + _through(table, plans).to(hidden.device)
 
 
 def add_features(method: Callable[..., Tensor], hidden: Tensor, mask: Tensor, features: Any) -> Tensor:
@@ -150,9 +149,8 @@ class Qwen3VL(PackedFamily):
         """DeepStack features: one row per group, from the survivors of their block to those of the last merge."""
         expanded = []
         for layer_idx, features in zip(_stacked(tower, len(tower.blocks)), out.deepstack_features, strict=True):
-            for plan in run.plans[run.merges_before(layer_idx + 1) :]:
-                features = apply_merge(features[None], plan)[0]
-            expanded.append(features[run.final.kept_at[0].to(features.device)])
+            survivors = _through(features[None], run.plans[run.merges_before(layer_idx + 1) :])[0]
+            expanded.append(survivors.to(features.device)[run.final.kept_at[0].to(features.device)])
         out.deepstack_features = expanded
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
@@ -216,6 +214,13 @@ class Qwen3VL(PackedFamily):
             image_token_id=placeholders["image"],
             video_token_id=placeholders["video"],
         )
+
+
+def _through(tokens: Tensor, plans: Sequence[MergePlan]) -> Tensor:
+    """``(B, N, C)`` merged by some plans one after the other, each of which may lie on another device."""
+    for plan in plans:
+        tokens = apply_merge(tokens.to(plan.keep_indices.device), plan)
+    return tokens
 
 
 def _stacked(vision: Any, depth: int) -> tuple[int, ...]:
