@@ -1,17 +1,10 @@
 """What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
-<<<<<<< HEAD
 with ``n_a`` tokens in attention and ``n_m`` in the MLP, class tokens too: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``,
 where the MLP has ``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in
 place of ``n_a^2``. Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p``
 keys of a cache; ``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
-=======
-with ``n_a`` tokens in attention and ``n_m`` in the MLP: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``, where the MLP has
-``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in place of ``n_a^2``.
-Decoder layer: ``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes:
-``2 n d_kv`` values per layer.
->>>>>>> h-b
 """
 
 from __future__ import annotations
