@@ -107,6 +107,7 @@ class Family:
         patches_per_token: Patches that stay together and become one visual token of the language model.
         tile_patches: Patches of every tile and frame where all have the same number; None where sizes differ.
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
+        layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
         back_ends: Attention back-ends that the stock model offers on a CPU.
@@ -162,6 +163,7 @@ class Family:
     patches_per_token: ClassVar[int] = 1
     tile_patches: ClassVar[int | None] = None
     prefix: ClassVar[int] = 0
+    layers_behind: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
@@ -332,6 +334,15 @@ class Family:
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The layers of the vision encoder."""
         raise NotImplementedError
+
+    def shallow(self, layers: int) -> dict[str, int]:
+        """Settings of a vision encoder with so many layers in front of its features."""
+        return {self.depth_name: layers + self.layers_behind}
+
+    def idle_weights(self, model: Any) -> set[int]:
+        """The weights, by their `id`, of encoder layers behind the features: nothing trains them."""
+        layers = self.encoder_layers(model)
+        return {id(w) for layer in layers[len(layers) - self.layers_behind :] for w in layer.parameters()}
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""
