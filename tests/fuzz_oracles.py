@@ -37,7 +37,7 @@ def check_report(model: Any, session: Any, samples: Sequence[Sample], real: Tens
     expected = []
     for segments in family.segments(model, samples):
         steps = [sum(segments)]
-        for layer in range(4):
+        for layer in range(4 + family.layers_behind):
             merges = layer in schedule.vit_layers and schedule.vit_r
             segments = [n - removed_in_encoder(n, schedule.vit_r, group, half) if merges else n for n in segments]
             steps.append(sum(segments))

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from client_helpers import assert_same_gradients, assert_same_prompt, gradients, labelled, with_other_answer
-from decode_helpers import BOTH, KINDS, SETTINGS, patched, single
+from decode_helpers import KINDS, RICHEST, SETTINGS, patched, single
+from families import families_and
 from helpers import assert_differ, assert_same, tensors_of
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 #: A prompt that the others are not.
-OTHER = Sample(text_seed=9, images=((32, 32),))
+OTHER = Sample(text_seed=9, images=((32, 32),), text=(3, 4))
 
 #: What is asked of the head beside its inputs.
 ASKED: dict[str, dict[str, Any]] = {
@@ -34,8 +35,7 @@ def given(inputs: Inputs, asked: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("kind", ["image", "ragged", "both"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "ragged", "both"], KINDS))
 def test_head(family: str, kind: str, asked: str) -> None:
     model = patched(family)
     arguments = given(inputs_for(model, KINDS[kind]), asked)
@@ -59,7 +59,7 @@ def test_head(family: str, kind: str, asked: str) -> None:
 def test_no_answer_ranks_its_own_prompt(family: str, keep: bool) -> None:
     """Labels, or as many logits as the answer is long and one more, tell which tokens are the answer."""
     model = patched(family)
-    inputs = single(model, BOTH) if keep else labelled(single(model, BOTH))
+    inputs = single(model, RICHEST[family]) if keep else labelled(single(model, RICHEST[family]))
     asked = {"logits_to_keep": 4} if keep else {}
     with torch.no_grad():
         ours, theirs = (model.forward(**x, **asked).logits for x in (inputs, with_other_answer(inputs)))
@@ -69,14 +69,13 @@ def test_no_answer_ranks_its_own_prompt(family: str, keep: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients(family: str) -> None:
     model = patched(family).train()
-    inputs = labelled(single(model, BOTH))
+    inputs = labelled(single(model, RICHEST[family]))
     expected, found = model(**inputs).loss, model.forward(**inputs).loss
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert_same_gradients(gradients(model, found), gradients(model, expected))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
 def test_base_model(family: str, kind: str) -> None:
     """Both stages merge, and the report says so."""
     for model in (patched(family), tiny_model(family)):
@@ -100,7 +99,7 @@ def test_base_model(family: str, kind: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positional_ids(family: str) -> None:
     model = patched(family)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     ids = inputs.pop("input_ids")
     with torch.no_grad():
         for called in (model, model.model):
@@ -120,7 +119,7 @@ def test_the_signature_stays_and_nothing_is_left(family: str) -> None:
     unpatch(model)
     for module in model.modules():
         assert "forward" not in vars(module)
-    inputs = single(model, BOTH)
+    inputs = single(model, RICHEST[family])
     with torch.no_grad():
         assert_same(dict(tensors_of(model.forward(**inputs))), dict(tensors_of(stock(**inputs))))
 
@@ -130,7 +129,7 @@ def test_the_signature_stays_and_nothing_is_left(family: str) -> None:
 def test_a_wrapper_on_the_instance(family: str, order: str) -> None:
     """TRL replaces `model.forward` by a function that calls the one it found there, or the base model itself."""
     model, plain = tiny_model(family), patched(family)
-    inputs = labelled(single(model, BOTH))
+    inputs = labelled(single(model, RICHEST[family]))
 
     def wrap() -> None:
         original = model.forward

@@ -20,7 +20,7 @@ from client_helpers import (
     labelled,
     with_other_answer,
 )
-from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, patched, single, steps
+from decode_helpers import IMAGE, IMAGES, RAGGED, RICHEST, SETTINGS, patched, single, steps
 from families import family_of
 from helpers import assert_differ, assert_near, assert_same, forward
 from illava_hooks import merging, patch, session_of, unpatch
@@ -58,7 +58,7 @@ def test_this_is_the_release_that_is_asked_for() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_without_effect_is_the_plain_model(family: str, order: str) -> None:
     wrapper, plain = adapted(family, order, identity=True), patched(family)
-    for inputs in (single(plain, BOTH), inputs_for(plain, RAGGED)):
+    for inputs in (single(plain, RICHEST[family]), inputs_for(plain, RAGGED)):
         for asked in ({"logits_to_keep": 4}, {"logits_to_keep": 1}, {"labels": labelled(inputs)["labels"]}, {}):
             assert_near(forward(wrapper, inputs, **asked), forward(plain, inputs, **asked), **EXACT)
             assert session_of(wrapper).report == session_of(plain).report
@@ -72,7 +72,7 @@ def test_an_adapter_without_effect_is_the_plain_model(family: str, order: str) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_answer_ranks_its_own_prompt(family: str, order: str) -> None:
     wrapper = adapted(family, order, identity=False)
-    inputs = labelled(single(tiny_model(family), BOTH))
+    inputs = labelled(single(tiny_model(family), RICHEST[family]))
     with torch.no_grad():
         ours, theirs = (wrapper(**x).logits for x in (inputs, with_other_answer(inputs)))
         assert_same_prompt(ours, theirs)
@@ -86,7 +86,7 @@ def test_no_answer_ranks_its_own_prompt(family: str, order: str) -> None:
 def test_gradients_of_the_adapters(family: str) -> None:
     """As those of a wrapper that knows no task, and those are a plain call's."""
     found, expected = (adapted(family, "adapter first", identity=False, task=t).train() for t in ("CAUSAL_LM", None))
-    inputs = labelled(single(tiny_model(family), BOTH))
+    inputs = labelled(single(tiny_model(family), RICHEST[family]))
     losses = found(**inputs).loss, expected.get_base_model()(**inputs).loss
     torch.testing.assert_close(*losses, **EXACT)
     assert_same_gradients(gradients(found, losses[0]), gradients(expected, losses[1]))

@@ -63,8 +63,7 @@ def test_ready_features_give_what_pixels_give(family: str, kind: str, way: str) 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", families(generates_from_embeddings=True))
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS, generates_from_embeddings=True))
 def test_embeddings_give_what_ids_give(family: str, kind: str, way: str) -> None:
     """Other families need ids to place their tokens, patched or not (see below)."""
     model = patched(family)

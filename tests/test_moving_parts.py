@@ -70,7 +70,7 @@ compiled = functools.partial(torch.compile, backend="eager")
 
 
 def shallow(family: str) -> Any:
-    return tiny_model(family, vision={family_of(family).depth_name: 2}, text={"num_hidden_layers": 2})
+    return tiny_model(family, vision=family_of(family).shallow(2), text={"num_hidden_layers": 2})
 
 
 def compile_language_model(model: Any) -> None:

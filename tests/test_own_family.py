@@ -297,18 +297,35 @@ def test_gradients_reach_the_encoder() -> None:
 # ---------------------------------------------------------------------------- what is refused
 
 
+class OwnKind(Llava):
+    """The same under a name that nobody else has."""
+
+    name = "own_llava"
+    model_types = ("own_llava",)
+
+
 def test_unknown_until_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_registered", {})
     model = llava()
+    model.config.model_type = "own_llava"
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **SETTINGS)
-    assert_says(caught.value, "LlavaForConditionalGeneration", "model_type 'llava'", r"supported are \[")
-    assert "'llava'," not in str(caught.value).split("supported")[1]
-    register_family(Llava())
+    assert_says(caught.value, "LlavaForConditionalGeneration", "model_type 'own_llava'", r"supported are \[")
+    assert "'own_llava'" not in str(caught.value).split("supported")[1]
+    register_family(OwnKind())
     assert session_of(model) is None is not patch(model, **SETTINGS)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(llava().model.language_model, **SETTINGS)
-    assert_says(caught.value, "LlamaModel", "supported are .*'llava', ")
+    assert_says(caught.value, "LlamaModel", "supported are .*'own_llava', ")
+
+
+def test_it_takes_the_place_of_a_family_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is registered goes first; without it there is the package's own."""
+    model = llava()
+    assert type(families.find_family(model)) is Llava
+    monkeypatch.setattr(families, "_registered", {})
+    own = families.find_family(model)
+    assert own.name == "llava" and not isinstance(own, Llava) and own.presets and not Llava().presets
 
 
 def test_the_published_method_is_refused() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
+from families import families_and
 from helpers import assert_differ
 from illava_hooks import merging, patch
 from kind_helpers import CLOSE, PADDED, outputs, said
@@ -87,9 +88,8 @@ def test_the_last_columns_in_every_form(family: str, form: str, keep: int) -> No
     check_form(family, FORMS[form], LONG, keep, flipped=form == "columns, last first")
 
 
-@pytest.mark.parametrize("sample", ["images", "video and image"])
 @pytest.mark.parametrize("form", ["columns from the end", "slice", "mask"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "sample"), families_and(["images", "video and image"], SAMPLES))
 def test_the_last_columns_behind_other_visuals(family: str, form: str, sample: str) -> None:
     check_form(family, FORMS[form], SAMPLES[sample], 5)
 
@@ -327,8 +327,7 @@ def test_labels_of_padded_rows(family: str, side: Any, told: str) -> None:
 
 
 @pytest.mark.parametrize("told", TOLD)
-@pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "sample"), families_and(SAMPLES))
 def test_an_answer_does_not_rank_its_prompt(family: str, sample: str, told: str) -> None:
     """Changing nothing but the answer's tokens changes no logit of the prompt."""
     model = patched(family)

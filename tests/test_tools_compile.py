@@ -32,7 +32,7 @@ def no_graphs() -> Iterator[None]:
 
 def shallow(family: str) -> Any:
     """A patched model as shallow as can be: tracing takes time by the layer."""
-    model = tiny_model(family, vision={family_of(family).depth_name: 1}, text={"num_hidden_layers": 2})
+    model = tiny_model(family, vision=family_of(family).shallow(1), text={"num_hidden_layers": 2})
     patch(model, **SETTINGS)
     return model
 

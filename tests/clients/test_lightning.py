@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from client_helpers import CLOSE, client, labelled
-from decode_helpers import BOTH, IMAGES, SETTINGS, patched, single
+from decode_helpers import IMAGES, RICHEST, SETTINGS, patched, single
 from helpers import assert_differ, forward
 from illava_hooks import patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -46,7 +46,7 @@ def trainer(folder: Path, steps: int) -> Any:
 def test_training(family: str, order: str, tmp_path: Path) -> None:
     """Losses and weights of two steps; the checkpoint is that of an unpatched model."""
     plain = patched(family)
-    batches = [labelled(single(plain, sample)) for sample in (IMAGES, BOTH)]
+    batches = [labelled(single(plain, sample)) for sample in (IMAGES, RICHEST[family])]
     model = tiny_model(family) if order == "inside" else patched(family)
     module = Module(model)
     if order == "inside":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from client_helpers import CLOSE, client
-from decode_helpers import BOTH, IMAGES, SETTINGS, patched, single
+from decode_helpers import IMAGES, RICHEST, SETTINGS, patched, single
 from helpers import assert_differ, assert_says, logits
 from illava_hooks import IllavaHooksError, merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -45,7 +45,7 @@ def test_tracing(family: str, order: str) -> None:
     if order == "patch first":
         patch(model, **SETTINGS[family])
     wrapped = nnsight.NNsight(model)
-    all_inputs = [single(model, sample) for sample in (IMAGES, BOTH)]
+    all_inputs = [single(model, sample) for sample in (IMAGES, RICHEST[family])]
     try:
         if order == "wrap first":
             patch(model, **SETTINGS[family])

@@ -108,6 +108,7 @@ class Family:
         tile_patches: Patches of every tile and frame where all have the same number; None where sizes differ.
         merging_layers: The encoder layers of the tiny model that can merge.
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
+        layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
@@ -166,6 +167,7 @@ class Family:
     tile_patches: ClassVar[int | None] = None
     merging_layers: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     prefix: ClassVar[int] = 0
+    layers_behind: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
@@ -337,6 +339,15 @@ class Family:
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The layers of the vision encoder."""
         raise NotImplementedError
+
+    def shallow(self, layers: int) -> dict[str, int]:
+        """Settings of a vision encoder with so many layers in front of its features."""
+        return {self.depth_name: layers + self.layers_behind}
+
+    def idle_weights(self, model: Any) -> set[int]:
+        """The weights, by their `id`, of encoder layers behind the features: nothing trains them."""
+        layers = self.encoder_layers(model)
+        return {id(w) for layer in layers[len(layers) - self.layers_behind :] for w in layer.parameters()}
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""

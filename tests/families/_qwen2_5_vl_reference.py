@@ -62,8 +62,21 @@ def same_window(places: Tensor, side: int) -> Tensor:
     return (windows[:, None] == windows[None]).all(-1)
 
 
-def block(layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The residual stream behind the attention of a block, queries and keys ``(H, N, D)``; ``seen`` ``(N, N)``."""
+def block(
+    layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], seen: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first half of a block.
+
+    Args:
+        layer: The block.
+        hidden: ``(N, C)``.
+        angles: Cosines and sines of the patches.
+        seen: ``(N, N)`` bool, who sees whom.
+        bias: ``(N,)``, what is added to the logits of each key.
+
+    Returns:
+        The residual stream behind the attention, queries and keys ``(H, N, D)``.
+    """
     attention = layer.attn
     query, key, value = (
         part.view(len(hidden), attention.num_heads, -1) for part in attention.qkv(layer.norm1(hidden)).chunk(3, dim=-1)
@@ -71,6 +84,7 @@ def block(layer: Any, hidden: Tensor, angles: tuple[Tensor, Tensor], seen: Tenso
     query, key = apply_rotary_pos_emb_vision(query, key, *angles)
     query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     logits = attention_logits(query, key, causal=False).masked_fill(~seen, -torch.inf)
+    logits = logits if bias is None else logits + bias
     mixed = logits.softmax(-1).to(value.dtype) @ value
     return hidden + attention.proj(mixed.transpose(0, 1).flatten(1)), query, key
 

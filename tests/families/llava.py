@@ -41,6 +41,7 @@ class ClipFamily(Family):
     modalities = ("image",)
     tile_patches = PATCHES
     prefix = 1
+    layers_behind = 1
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
     records_hidden_states = True
@@ -136,7 +137,7 @@ class Llava(ClipFamily):
     def split_patches(self, hidden: Sequence[Tensor], inputs: Inputs) -> list[Tensor]:
         """One call for all images."""
         (states,) = hidden
-        return list(states.chunk(len(inputs["pixel_values"])))
+        return [self.patches(part) for part in states.chunk(len(inputs["pixel_values"]))]
 
     def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
         """Every token comes from patches."""

@@ -304,9 +304,9 @@ class EncoderTap:
         rows = torch.where(valid, first[:, None] + column, 0)
         query, key, value = (table[0].transpose(0, 1)[rows].transpose(1, 2) for table in (query, key, value))
         # An empty window has no key at all: infinity would make its rows, which nobody reads, spoil gradients.
-        mask = bias[0][rows].masked_fill(~valid, torch.finfo(query.dtype).min)
+        mask = bias[0].to(query)[rows].masked_fill(~valid, torch.finfo(query.dtype).min)
         mixed, _ = sdpa_attention_forward(
-            module, query, key, value, mask[:, None, None].to(query), scaling=self.scale, is_causal=False
+            module, query, key, value, mask[:, None, None], scaling=self.scale, is_causal=False
         )
         place = torch.arange(bias.shape[1], device=query.device)
         window = torch.searchsorted(borders.long(), place, right=True) - 1

@@ -66,10 +66,13 @@ def _can_run(attention: nn.Module) -> bool:
 
 def _one_row(text_model: Any, attention: Any) -> tuple[Tensor, Tensor, torch.dtype]:
     """The score of one token's row of random tokens and that row itself, ``(1, NUM_TOKENS)`` each; what ran."""
-    config, weight = attention.config, next(p for p in attention.parameters() if p.is_floating_point())
+    # All weights of an attention may be eight-bit integers: the norms beside it have the dtype that runs.
+    weights = (*attention.parameters(), *text_model.parameters())
+    config, device = attention.config, weights[0].device
+    dtype = next(p.dtype for p in weights if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)  # nobody's random numbers change by patching
     width = text_model.config.hidden_size
-    hidden = torch.randn(1, NUM_TOKENS, width, generator=generator).to(weight.device, weight.dtype)
+    hidden = torch.randn(1, NUM_TOKENS, width, generator=generator).to(device, dtype)
     positions = torch.arange(NUM_TOKENS, device=hidden.device)[None]
     if (getattr(text_model.config, "rope_parameters", None) or {}).get("mrope_section"):
         positions = positions.expand(3, 1, -1)  # time, row and column, as for text

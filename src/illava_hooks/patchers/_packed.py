@@ -234,9 +234,9 @@ def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: i
 
 
 class StartTower(SessionHook):
-    """Hook in front of the vision tower: tells a run of its row; starts one where a forward calls the tower itself.
+    """Hook in front of the vision tower: tells a run of its row, and starts one where a forward calls the tower.
 
-    Retrievers call it themselves. A call that belongs to no forward merges nothing, since it may be another model's
+    Retrievers do the latter. A call that belongs to no forward merges nothing, since it may be another model's
     that shares the tower; it is said once.
     """
 
