@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
-from families import family_of
+from families import families, family_of
 from helpers import (
     assert_differ,
     assert_same,
@@ -158,7 +158,7 @@ def test_features_of_an_encoder_that_alone_merges(family: str, caplog: pytest.Lo
 
 
 @needs_ready_features
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(embedded=True))
 def test_the_embedded_models_say_it_too(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """A trained model and a real processor."""
     from PIL import Image
