@@ -125,6 +125,8 @@ class Family:
         generates_from_embeddings: Whether stock `generate` places embeddings as it places ids.
         takes_guidance: Whether the stock model takes `guidance_scale`.
         head_makes_tuples: Whether the model with a head, not the one inside, turns features into tuples.
+        videos_follow_the_config: Whether stock's method of videos returns a tuple where the configuration says so,
+            also when asked for none: it calls the one of images, which is not told.
         records_hidden_states: Whether the stock model asks its tower for hidden states in every forward, for which
             transformers notes down what the tower can record, and hooks it in a way that cannot be pickled.
 
@@ -180,6 +182,7 @@ class Family:
     generates_from_embeddings: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
     head_makes_tuples: ClassVar[bool] = False
+    videos_follow_the_config: ClassVar[bool] = False
     records_hidden_states: ClassVar[bool] = False
 
     takes_labels_by_position: ClassVar[bool] = True

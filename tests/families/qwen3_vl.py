@@ -69,6 +69,7 @@ class Qwen3VL(Qwen2VL):
 
     title = "Qwen3-VL"
     published = False
+    videos_follow_the_config = True
     encoder_mlp = "linear_fc1"
     silenced = ("attn.proj", "linear_fc2", "o_proj", "down_proj")
     retrievers = ()
