@@ -17,6 +17,7 @@ from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import current_run, in_features
 from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers._anyres import host_sizes
 from illava_hooks.patchers._tiles import Geometry, Tiles, place_image, place_video
 from illava_hooks.patchers._towers import num_used, picked, tokens_per_tile
 from illava_hooks.patchers.llava_onevision.packing import (
@@ -48,7 +49,7 @@ class FeatureMethods:
             return self._run(method, None, {}, args, kwargs)
         call = inspect.signature(method).bind(*args, **kwargs).arguments
         config, device = self.base.config, call["pixel_values"].device
-        sizes = _host(call["image_sizes"])
+        sizes = host_sizes(call["image_sizes"])
         tiles = self._tile_counts(sizes, call.get("batch_num_images"))
         aspect = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
         shown = torch.cat([self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)])
@@ -119,7 +120,7 @@ class FeatureMethods:
             return method(*args, **kwargs)
         call = inspect.signature(method).bind(*args, **kwargs)
         call.apply_defaults()
-        features, sizes = call.arguments["image_features"], _host(call.arguments["image_sizes"])
+        features, sizes = call.arguments["image_features"], host_sizes(call.arguments["image_sizes"])
         newline, aspect = call.arguments["image_newline"], call.arguments["vision_aspect_ratio"]
         counts = [len(feature) for feature in features]
         tiles = [Tiles.of(run, sum(counts[:i]), sum(counts[: i + 1]), f.device) for i, f in enumerate(features)]
@@ -175,8 +176,3 @@ def check_feature_choice(chosen: Any, strategy: str, depth: int, layers: tuple[i
         raise UnsupportedModelError(
             f"vision_feature_select_strategy is {strategy!r}, which drops a token; use 'full' or vit_layers=[]"
         )
-
-
-def _host(image_sizes: Any) -> list[tuple[int, ...]]:
-    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-    return [tuple(int(side) for side in size) for size in sizes]
