@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import reference as ref
+from families import family_of
 from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import Sample, inputs_for, real_positions, tiny_model
@@ -34,10 +35,11 @@ def check_forward(
     encoder_score: str = "received_attention",
     llm_score: str = "last_query_attention",
     side: Any = "left",
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     **overrides: Any,
 ) -> None:
     """Every row of a patched forward, and its cache lengths, against the reference."""
+    tolerance = tolerance_of(family) if tolerance is None else tolerance
     model = tiny_model(family, dtype=torch.float64, **overrides)
     method = ref.ReferenceMethod(rule, encoder_score, llm_score)
     expected = [
@@ -55,6 +57,11 @@ def check_forward(
         seen = theirs.kept[-1]
         assert_close(logits[seen], theirs.logits[seen], tolerance, "survivors")
         assert_close(logits, theirs.logits, tolerance, "merged-away positions")
+
+
+def tolerance_of(family: str) -> float:
+    """How far the library in float64 may be from the reference, after many layers that round to float32."""
+    return TOLERANCE * family_of(family).rounding
 
 
 def library_method(

@@ -110,6 +110,8 @@ class Family:
         layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
+        rounding: How many times further than others it may be from an equal computation in float64, where more of its
+            layers round to float32 inside (norms do).
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
@@ -165,6 +167,7 @@ class Family:
     prefix: ClassVar[int] = 0
     layers_behind: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
+    rounding: ClassVar[int] = 1
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
     axes: ClassVar[int] = 1

@@ -6,7 +6,7 @@ tiles, and `image_sizes`. Every image is cut into a base tile and those of its g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +33,7 @@ class AnyresFamily(ClipFamily):
 
     image_inputs = ("pixel_values", "image_sizes")
     one_to_one = False
+    rounding = 2
     head_makes_tuples = True
 
     def image_inputs_of(self, samples: Sequence[Sample], model: Any) -> tuple[Inputs, list[int]]:
@@ -89,6 +90,12 @@ class AnyresFamily(ClipFamily):
         if "pixel_values_videos" in inputs:
             parts += list(next(calls).chunk(len(inputs["pixel_values_videos"])))
         return [self.patches(part) for part in parts]
+
+    def reference_visuals(self, model: Any, inputs: Inputs, settings: Any) -> Iterable[Any]:
+        """Tile by tile."""
+        from families import _clip_reference as reference
+
+        return reference.tiled_images(model, inputs, settings)
 
     def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
         """Tokens that come from no patch are newlines."""
