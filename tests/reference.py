@@ -351,6 +351,7 @@ class Segment:
         holder: For each unit of the full segment the seat that stands for it.
         sizes: Source units of each survivor.
         visible: False for units that the layout will crop away.
+        prefix: Tokens in front that never merge, such as a class token; they are in hidden states, not in seats.
         merges: The decisions, one per merging layer.
         values: Features of the survivors for the language model, (survivors, C).
         beside: Further features of theirs, each with one entry per survivor; they follow the merges that come.
@@ -361,14 +362,15 @@ class Segment:
     holder: list[int]
     sizes: list[float]
     visible: list[bool] | None = None
+    prefix: int = 0
     merges: list[Merge] = field(default_factory=list)
     values: Tensor | None = None
     beside: list[list[Tensor]] = field(default_factory=list)
 
     @classmethod
-    def full(cls, count: int, unit: int, visible: list[bool] | None = None) -> Segment:
+    def full(cls, count: int, unit: int, visible: list[bool] | None = None, prefix: int = 0) -> Segment:
         """A segment of `count` units before any merge."""
-        return cls(unit, list(range(count)), list(range(count)), [1.0] * count, visible)
+        return cls(unit, list(range(count)), list(range(count)), [1.0] * count, visible, prefix)
 
     def num_removed(self, vit_r: int | float) -> int:
         """Units that one merging layer removes; at least one stays."""
@@ -379,7 +381,8 @@ class Segment:
     def merge(self, settings: ReferenceSettings, hidden: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Merges (N, C) hidden states between attention and MLP; query and key are the layer's, (H, N, D)."""
         count, width = len(self.seats), hidden.shape[1]
-        token_scores = encoder_scores(settings.method.encoder_score, query, key)
+        token_scores = encoder_scores(settings.method.encoder_score, query, key)[self.prefix :]
+        front, hidden, key = hidden[: self.prefix], hidden[self.prefix :], key[:, self.prefix :]
         scores = [sum(token_scores[u * self.unit : (u + 1) * self.unit]) / self.unit for u in range(count)]
         units = hidden.reshape(count, self.unit * width)
         decision = decide(
@@ -392,7 +395,7 @@ class Segment:
             visible=None if self.visible is None else [self.visible[seat] for seat in self.seats],
         )
         self._follow(decision)
-        return torch.stack(decision.apply(list(units))).reshape(-1, width)
+        return torch.cat([front, torch.stack(decision.apply(list(units))).reshape(-1, width)])
 
     def _follow(self, decision: Merge) -> None:
         to = decision.holder_or_nearest()
@@ -654,7 +657,7 @@ def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
     config = model.config
     free = {
         "image": (ids == config.image_token_id).nonzero().flatten().tolist(),
-        "video": (ids == config.video_token_id).nonzero().flatten().tolist(),
+        "video": (ids == getattr(config, "video_token_id", -1)).nonzero().flatten().tolist(),
     }
     enters = [True] * len(ids)
     holder = list(range(len(ids)))

@@ -59,7 +59,7 @@ def _image(model: Any, pixels: Tensor, size: Tensor, tiled: bool, settings: Refe
         _segment(model, pixels[t], settings, [t * tokens + u in inside for u in range(tokens)])
         for t in range(num_tiles)
     ]
-    visual = _placed_visual(places, segments, tokens, model.model.image_newline)
+    visual = placed_visual(places, segments, tokens, model.model.image_newline)
     full = _pack(model, torch.stack([s.expanded() for s in segments]), size, model.model.image_newline)
     if len(full) == len(places):
         return visual
@@ -85,7 +85,7 @@ def _packed_places(model: Any, num_tiles: int, tokens: int, size: Tensor) -> lis
     return [int(number) for number in packed[:, 0].tolist()]
 
 
-def _placed_visual(places: list[int], segments: list[Segment], tokens: int, newline: Tensor) -> Visual:
+def placed_visual(places: list[int], segments: list[Segment], tokens: int, newline: Tensor) -> Visual:
     """An image whose packed positions are single tile tokens or newlines."""
     position_of = {place: position for position, place in enumerate(places)}
     expanded = [segment.expanded() for segment in segments]

@@ -8,7 +8,7 @@ Left padding: `forward` counts positions over the padding, `generate` does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,12 @@ class Llava(ClipFamily):
         """One call for all images."""
         (states,) = hidden
         return [self.patches(part) for part in states.chunk(len(inputs["pixel_values"]))]
+
+    def reference_visuals(self, model: Any, inputs: Inputs, settings: Any) -> Iterable[Any]:
+        """Image by image."""
+        from families import _clip_reference as reference
+
+        return reference.images(model, inputs, settings)
 
     def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
         """Every token comes from patches."""

@@ -120,6 +120,8 @@ def test_feature_layer_given_to_a_call() -> None:
     model = patched(NAME)
     with pytest.raises(UnsupportedModelError, match="spans the merging layers"):
         model(**single(model, IMAGE), vision_feature_layer=[-1, 1])
+    with pytest.raises(UnsupportedModelError, match=r"layer is 1, in front of merging layers among \[1, 2\]"):
+        model(**single(model, IMAGE), vision_feature_layer=1)
     with pytest.raises(UnsupportedModelError, match="strategy is 'default'.*use 'full'"):
         model(**single(model, IMAGE), vision_feature_select_strategy="default")
 

@@ -229,7 +229,11 @@ def place_row(run: EncoderRun, tile: Tiles, features: Tensor) -> tuple[Tensor, V
 
 @in_region("illava::packing")
 def place_image(
-    run: EncoderRun, tiles: Tiles, packed: Tensor, geometry: Geometry, show: Callable[[Tensor], Tensor]
+    run: EncoderRun,
+    tiles: Tiles,
+    packed: Tensor,
+    geometry: Geometry,
+    show: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, VisualRecord]:
     """Finds the survivors among packed tokens.
 
@@ -238,7 +242,8 @@ def place_image(
         tiles: the image's tiles.
         packed: ``(P, C)`` stock packing of the expanded tiles.
         geometry: how stock packs this image.
-        show: the stock packing of any values on the tiles, ``(T, N, c)`` to ``(P, c)``, with zero newlines.
+        show: the stock packing of any values on the tiles, ``(T, N, c)`` to ``(P, c)``, with zero newlines;
+            for images whose grid is interpolated.
 
     Returns:
         ``(P, C)`` tokens and the record.
@@ -251,7 +256,7 @@ def place_image(
     survivor_of = torch.where(from_tile, places[tiles.survivors()[source.clamp_min(0)]], index)
     shares = torch.ones(len(packed), dtype=torch.float32, device=device)
     grid = slice(tiles.kept_at.shape[1], None)
-    if geometry.shrunk:
+    if geometry.shrunk and show is not None:
         inside = (~geometry.is_newline[grid]).nonzero().flatten().to(device) + tiles.kept_at.shape[1]
         columns = len(inside) // int(geometry.is_newline.sum())
         num_kept = math.ceil(len(inside) * tiles.origins.shape[1] / tiles.kept_at.shape[1])
@@ -270,7 +275,7 @@ def place_image(
         return selection(rows, tiles.origins.numel())
 
     at = torch.where(from_tile, index, survivor_of)
-    tokens = _Interpolated(tiles, show, at, shares) if geometry.shrunk else chosen
+    tokens = _Interpolated(tiles, show, at, shares) if geometry.shrunk and show is not None else chosen
     return packed, tile_record(run, tiles, keep, survivor_of, tokens)
 
 

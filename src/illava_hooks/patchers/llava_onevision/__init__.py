@@ -17,12 +17,18 @@ from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import Picture, Workload
-from illava_hooks.patchers._towers import MergingSiglipEncoderLayer, num_used, picked, tokens_per_tile
+from illava_hooks.patchers._towers import (
+    MergingSiglipEncoderLayer,
+    check_feature_layer,
+    check_strategy,
+    num_used,
+    picked,
+    tokens_per_tile,
+)
 from illava_hooks.patchers.llava_onevision import tools
 from illava_hooks.patchers.llava_onevision.features import (
     TRAITS,
     FeatureMethods,
-    check_feature_choice,
 )
 from illava_hooks.patchers.llava_onevision.packing import compact_grid, compact_pool, kept_tokens, require_square
 
@@ -70,9 +76,8 @@ class LlavaOnevision(Family):
         stock = model.config
         depth = stock.vision_config.num_hidden_layers
         if config.vit_layers:
-            check_feature_choice(
-                stock.vision_feature_layer, stock.vision_feature_select_strategy, depth, config.vit_layers
-            )
+            check_feature_layer(stock.vision_feature_layer, depth, config.vit_layers)
+            check_strategy(stock, stock.vision_feature_select_strategy)
         if config.method.layout == "compact":
             for schedule in (config.image, config.video):
                 removed = sum(schedule.encoder_removed(tokens_per_tile(stock)))

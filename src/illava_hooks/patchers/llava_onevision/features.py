@@ -16,9 +16,9 @@ from illava_hooks.engine.encoder_layers import expand_output, run_features
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import current_run, in_features
-from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.patchers._anyres import host_sizes
 from illava_hooks.patchers._tiles import Geometry, Tiles, place_image, place_video
-from illava_hooks.patchers._towers import num_used, picked, tokens_per_tile
+from illava_hooks.patchers._towers import check_feature_layer, check_strategy, tokens_per_tile
 from illava_hooks.patchers.llava_onevision.packing import (
     compact_grid,
     compact_pool,
@@ -26,7 +26,7 @@ from illava_hooks.patchers.llava_onevision.packing import (
     place_published,
 )
 
-__all__ = ["FeatureMethods", "check_feature_choice"]
+__all__ = ["FeatureMethods"]
 
 #: Tiles of single patches; nothing but hidden states belongs to a token.
 TRAITS = EncoderTraits(published_score="received_attention")
@@ -48,7 +48,7 @@ class FeatureMethods:
             return self._run(method, None, {}, args, kwargs)
         call = inspect.signature(method).bind(*args, **kwargs).arguments
         config, device = self.base.config, call["pixel_values"].device
-        sizes = _host(call["image_sizes"])
+        sizes = host_sizes(call["image_sizes"])
         tiles = self._tile_counts(sizes, call.get("batch_num_images"))
         aspect = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
         shown = torch.cat([self.geometry(t, size, aspect).visible for t, size in zip(tiles, sizes, strict=True)])
@@ -75,13 +75,12 @@ class FeatureMethods:
         return self._run(method, run, call, args, kwargs)
 
     def _run(self, method: Callable[..., Any], run: EncoderRun | None, call: Any, args: Any, kwargs: Any) -> Any:
-        if run is not None:
-            check_feature_choice(
-                call.get("vision_feature_layer", self.base.config.vision_feature_layer),
-                call.get("vision_feature_select_strategy", self.base.config.vision_feature_select_strategy),
-                self.base.config.vision_config.num_hidden_layers,
-                run.layers,
-            )
+        if run is not None and run.layers:
+            config = self.base.config
+            chosen = call.get("vision_feature_layer")
+            chosen = config.vision_feature_layer if chosen is None else chosen
+            check_feature_layer(chosen, config.vision_config.num_hidden_layers, run.layers)
+            check_strategy(config, call.get("vision_feature_select_strategy") or config.vision_feature_select_strategy)
 
         def expand(output: Any) -> None:
             if run is not None:
@@ -119,7 +118,7 @@ class FeatureMethods:
             return method(*args, **kwargs)
         call = inspect.signature(method).bind(*args, **kwargs)
         call.apply_defaults()
-        features, sizes = call.arguments["image_features"], _host(call.arguments["image_sizes"])
+        features, sizes = call.arguments["image_features"], host_sizes(call.arguments["image_sizes"])
         newline, aspect = call.arguments["image_newline"], call.arguments["vision_aspect_ratio"]
         counts = [len(feature) for feature in features]
         tiles = [Tiles.of(run, sum(counts[:i]), sum(counts[: i + 1]), f.device) for i, f in enumerate(features)]
@@ -156,27 +155,3 @@ class FeatureMethods:
         small = None if self._is_aligned else compact_pool(self.base, image_features)
         tokens, run.records = place_video(run, tiles, pooled, method, small)
         return tokens
-
-
-def check_feature_choice(chosen: Any, strategy: str, depth: int, layers: tuple[int, ...]) -> None:
-    """Refuses feature layers with different numbers of merges before them, and strategy ``"default"``.
-
-    Raises:
-        UnsupportedModelError: with the cure.
-    """
-    used = [num_used(layer, depth) for layer in picked(chosen)]
-    merges = {sum(merging < layer for merging in layers) for layer in used}
-    if len(merges) > 1:
-        raise UnsupportedModelError(
-            f"vision_feature_layer is {chosen} and spans the merging layers {list(layers)}; choose vit_layers below "
-            f"{min(used)} or vit_layers=[]"
-        )
-    if strategy != "full":
-        raise UnsupportedModelError(
-            f"vision_feature_select_strategy is {strategy!r}, which drops a token; use 'full' or vit_layers=[]"
-        )
-
-
-def _host(image_sizes: Any) -> list[tuple[int, ...]]:
-    sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else image_sizes
-    return [tuple(int(side) for side in size) for size in sizes]

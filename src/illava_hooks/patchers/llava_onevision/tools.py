@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.errors import InputError
+from illava_hooks.patchers._anyres import views_of
 from illava_hooks.patchers._towers import with_patch_numbers
 
 __all__ = ["LMMS_EVAL", "SHAPES", "VLMEVALKIT", "pictures", "published_config", "workload"]
@@ -71,17 +68,7 @@ def _tiled(config: Any, values: Tensor, sizes: list[list[int]], batch_num_images
     cut = batch_num_images is None or int(batch_num_images[0]) == 1
     counts = [image_size_to_num_patches(size, pinpoints, side) if cut else 1 for size in sizes]
     padded = list(values) if values.dim() == 5 else torch.split_with_sizes(values, counts)
-    found = []
-    for tiles, count, size in zip(padded, counts, sizes, strict=True):
-        stack = with_patch_numbers(config.vision_config, tiles[:count])
-        views = [stack[0]]
-        if count > 1:
-            rows, columns = get_anyres_image_grid_shape(size, pinpoints, side)  # type: ignore[no-untyped-call]
-            mosaic = stack[1:].view(rows, columns, -1, side, side).permute(2, 0, 3, 1, 4)
-            mosaic = mosaic.reshape(-1, rows * side, columns * side)
-            views.append(unpad_image(mosaic, size))  # type: ignore[no-untyped-call]
-        found.append(views)
-    return found
+    return [views_of(config, tiles[:count], size) for tiles, count, size in zip(padded, counts, sizes, strict=True)]
 
 
 def workload(config: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
