@@ -204,7 +204,9 @@ class TestBench:
         assert session_of(model) is None and 0 < cost.share < 1 and 0.1 < cost.decoding < 10
         after, before = cost.report.kv_bytes
         assert (merged.kv_bytes, plain.kv_bytes) == (after, before) and after < before
-        visuals = 2 * load.batch if load.images == 2 else load.batch
+        visuals = load.batch * load.images
+        if family_of(model).tiles_are_visuals:
+            visuals = load.batch * load.frames or visuals * load.tiles
         assert len(cost.report.visuals) == visuals
 
     def test_published_shapes(self) -> None:
@@ -338,7 +340,7 @@ class TestBench:
         assert "shape is 'gpt'" in CliRunner().invoke(app, ["bench", "--shape", "gpt"]).stderr
 
     @needs_ready_features
-    @pytest.mark.parametrize("family", families(shapes=True, one_to_one=True))
+    @pytest.mark.parametrize("family", families(shapes=True, one_to_one=True, with_tiles=False))
     def test_fresh_processes(self, family: str) -> None:
         shape = NARROW[family]
         arguments = f"bench --shape {shape} --narrow --patches 256 --rounds 1 --new-tokens 1 --fresh --json".split()
@@ -349,7 +351,7 @@ class TestBench:
         assert all(body[kind]["runs"][0]["encoder"]["peak_bytes"] > 0 for kind in ("unpatched", "merged"))
 
     @needs_ready_features
-    @pytest.mark.parametrize("shape", [NARROW[name] for name in families(shapes=True, one_to_one=True)])
+    @pytest.mark.parametrize("shape", [NARROW[n] for n in families(shapes=True, one_to_one=True, with_tiles=False)])
     def test_sweeps(self, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(comparison.SWEEPS, "patches", (64, 256))
         arguments = f"bench --shape {shape} --narrow --rounds 1 --new-tokens 2 --sweep patches".split()

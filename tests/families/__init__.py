@@ -109,6 +109,7 @@ class Family:
         merging_layers: The encoder layers of the tiny model that can merge.
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
+        tiles_are_visuals: Whether the model never learns which tiles or frames belong together: each is a visual.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
@@ -170,6 +171,7 @@ class Family:
     merging_layers: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     prefix: ClassVar[int] = 0
     layers_behind: ClassVar[int] = 0
+    tiles_are_visuals: ClassVar[bool] = False
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")

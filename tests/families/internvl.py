@@ -43,6 +43,8 @@ class InternVL(Family):
     prefix = 1
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
+    records_hidden_states = True
+    tiles_are_visuals = True
     encoder_mlp = "fc1"
     silenced = ("projection_layer", "fc2", "o_proj", "down_proj")
     shapes = {"internvl3-1b": 0.9, "internvl3-8b": 7.9}

@@ -127,12 +127,12 @@ class EncoderLayerHook(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the call alone when no run travels with it."""
         run: EncoderRun | None = kwargs.pop(ENCODER_RUN, None)
-        return None if run is None else self._enter(run, args, kwargs)
+        return None if run is None else self._enter(module, run, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what a run knows is no business of a graph
-    def _enter(self, run: EncoderRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(self, module: Any, run: EncoderRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = run.enter(self.layer_idx, kwargs)
-        if run.reaches(self.layer_idx):
+        if run.reaches(self.layer_idx) and isinstance(module, MergingLayer):  # else the run finds out that none merged
             args = (run.arrange(self.layer_idx, args[0]), *args[1:])
             kwargs = {**kwargs, MERGE_STEP: MergeStep(run, self.layer_idx)}
         return args, kwargs

@@ -17,8 +17,9 @@ from transformers.models.internvl.modeling_internvl import InternVLModel, Intern
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.counts import encoder_counts
-from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_layers
+from illava_hooks.engine.encoder_layers import EncoderLayerHook, MergingLayer, TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
+from illava_hooks.engine.modules import inside
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
@@ -72,8 +73,15 @@ class RunningInternVLVisionEncoder(InternVLVisionEncoder):
         if run is None or not isinstance(self, RunningInternVLVisionEncoder):
             return InternVLVisionEncoder.forward(self, hidden_states)
         for layer in self.layer:
-            hidden_states = layer(hidden_states, **{ENCODER_RUN: run})
+            # A layer that was put in behind patch takes no run; if it was to merge, the run finds out.
+            hidden_states = layer(hidden_states, **({ENCODER_RUN: run} if _listens(layer) else {}))
         return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+def _listens(layer: nn.Module) -> bool:
+    """Whether a layer, also inside of a wrapper, takes the run out of its arguments."""
+    hooks = (hook for part in inside(layer) for hook in part._forward_pre_hooks.values())
+    return any(isinstance(hook, EncoderLayerHook) for hook in hooks)
 
 
 MergingInternVLVisionLayer.__name__ = InternVLVisionLayer.__name__  # `_no_split_modules` goes by name
@@ -171,7 +179,7 @@ class InternVL(Family):
         return tile_pictures(pixels.detach().double().cpu(), model.config.vision_config.patch_size[0])
 
     def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
-        """Tiles of images, or frames: to the model each is an image."""
+        """Tiles or frames: to the model each is an image."""
         config = model.config
         tiles = load.frames or load.images * load.tiles
         traits, patches = rows_of(model)
