@@ -209,7 +209,7 @@ def test_the_oracle_sees_records_in_the_order_of_the_row(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("kind", ["two images", "video"])
 @torch.no_grad()
 def test_provenance_is_in_the_order_of_the_picture(kind: str) -> None:
-    """Its seats are the survivors of the records, which the oracle knows; what merged into them, what they stand for."""
+    """Its seats are the survivors of the records, which the oracle knows; they hold what they stand for."""
     model = deep_model()
     inputs = inputs_for(model, SAMPLES[kind])
     session = patch(model, **MERGING, method="diverse", track=True)
