@@ -47,8 +47,40 @@ def fresh_accelerator() -> Iterator[None]:
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without one."""
+#: Where families differ. The rest is about the engine: two families show it, and `make test-families` all of them.
+OF_EVERY_FAMILY = {
+    "test_batching.py",
+    "test_cache.py",
+    "test_every_family.py",
+    "test_generate.py",
+    "test_identity.py",
+    "test_no_trace.py",
+    "test_nothing_silent.py",
+    "test_padding_kinds.py",
+    "test_provenance.py",
+    "test_reference.py",
+    "test_report.py",
+    "test_shapes.py",
+}
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    """Whether a test repeats on a family without an embedded model what says nothing new about it."""
+    from families import FAMILIES, family
+
+    if item.path.name in OF_EVERY_FAMILY or item.path.parent.name == "families_only":
+        return False
+    values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
+    return any(isinstance(v, str) and v in FAMILIES and family(v).embedded is None for v in values or ())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `make test-families` is for; skip what is marked `gpu` on a machine without one."""
+    if os.environ.get("ILLAVA_FAMILIES") != "all":
+        out = [item for item in items if _is_left_out(item)]
+        left_out = set(out)
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -144,6 +144,12 @@ def assert_same(ours: Found, theirs: Found) -> None:
     assert not changed, f"{len(changed)} of {len(theirs)} tensors differ: {changed[:8]}"
 
 
+def query_width(model: Any) -> int:
+    """All query heads of a decoder layer side by side."""
+    width: int = model.model.language_model.layers[0].self_attn.q_proj.out_features
+    return width
+
+
 def assert_near(ours: Found, theirs: Found, *, atol: float, rtol: float = 0.0) -> None:
     """The same tensors at the same places up to a tolerance."""
     assert list(ours) == list(theirs)

@@ -354,6 +354,7 @@ class Segment:
         prefix: Tokens in front that never merge, such as a class token; they are in hidden states, not in seats.
         merges: The decisions, one per merging layer.
         values: Features of the survivors for the language model, (survivors, C).
+        beside: Further features of theirs, each with one entry per survivor; they follow the merges that come.
     """
 
     unit: int
@@ -364,6 +365,7 @@ class Segment:
     prefix: int = 0
     merges: list[Merge] = field(default_factory=list)
     values: Tensor | None = None
+    beside: list[list[Tensor]] = field(default_factory=list)
 
     @classmethod
     def full(cls, count: int, unit: int, visible: list[bool] | None = None, prefix: int = 0) -> Segment:
@@ -401,12 +403,14 @@ class Segment:
         self.holder = [moved[seat] for seat in self.holder]
         self.sizes = decision.new_sizes(self.sizes)
         self.seats = [self.seats[index] for index in decision.kept]
+        self.beside = [decision.apply(features) for features in self.beside]
         self.merges.append(decision)
 
-    def expanded(self) -> Tensor:
-        """Features at full length: each unit shows its holder's."""
+    def expanded(self, features: Sequence[Tensor] | Tensor | None = None) -> Tensor:
+        """Features at full length, `values` if none are given: each unit shows its holder's."""
         row = {seat: index for index, seat in enumerate(self.seats)}
-        return torch.stack([self.values[row[seat]] for seat in self.holder])
+        shown = self.values if features is None else features
+        return torch.stack([shown[row[seat]] for seat in self.holder])
 
     def mass(self) -> Tensor:
         """1.0 at the seats of survivors, 0.0 elsewhere, (units,)."""
@@ -424,6 +428,7 @@ class Visual:
         holder: For each token the kept token that stands for it; where the seat that stands for it was cropped
             away, the nearest kept token by index.
         segments: The segments it is made of.
+        added: What is added to the tokens behind the first decoder layers, one by one; in the form of `values`.
     """
 
     kind: str
@@ -431,6 +436,7 @@ class Visual:
     kept: list[bool]
     holder: list[int]
     segments: list[Segment]
+    added: list[Tensor] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -534,6 +540,7 @@ class Tokens:
         spans: For each visual its logical positions.
         sizes: Source tokens of each token, by logical position.
         holder: For every logical position the one that stands for it.
+        added: For each of the first layers, what is added behind it, by logical position.
     """
 
     hidden: Tensor
@@ -541,6 +548,13 @@ class Tokens:
     spans: list[list[int]]
     sizes: dict[int, float]
     holder: list[int]
+    added: list[dict[int, Tensor]]
+
+    def add_behind(self, layer: int) -> None:
+        """Adds to the hidden states what belongs behind a layer."""
+        if layer < len(self.added):
+            zero = torch.zeros_like(self.hidden[0])
+            self.hidden = self.hidden + torch.stack([self.added[layer].get(place, zero) for place in self.places])
 
 
 @torch.no_grad()
@@ -588,6 +602,7 @@ def reference_forward(
         tokens.hidden, query_heads, key_heads, cache = _decoder_layer(
             layer, tokens.hidden, cos[tokens.places], sin[tokens.places]
         )
+        tokens.add_behind(index)
         kept.append(list(tokens.places))
         caches.append(cache)
     row = {place: index for index, place in enumerate(tokens.places)}
@@ -647,6 +662,7 @@ def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
     enters = [True] * len(ids)
     holder = list(range(len(ids)))
     spans = []
+    added: list[dict[int, Tensor]] = [{} for _ in range(max((len(visual.added) for visual in visuals), default=0))]
     for visual in visuals:
         count = len(visual.kept)
         span, free[visual.kind] = free[visual.kind][:count], free[visual.kind][count:]
@@ -654,6 +670,8 @@ def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
             embeddings[place] = visual.values[index]
             enters[place] = visual.kept[index]
             holder[place] = span[visual.holder[index]]
+            for layer, features in enumerate(visual.added):
+                added[layer][place] = features[index]
         spans.append(span)
     places = [place for place in range(len(ids)) if enters[place]]
     return Tokens(
@@ -662,6 +680,7 @@ def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
         spans=spans,
         sizes={place: 1.0 for place in places},
         holder=holder,
+        added=added,
     )
 
 
@@ -691,6 +710,9 @@ def _merge_spans(
         sizes = decision.new_sizes([tokens.sizes[place] for place in current])
         for index, value, size in zip(decision.kept, decision.apply(list(tokens.hidden[rows])), sizes, strict=True):
             values[current[index]], tokens.sizes[current[index]] = value, size
+        for features in tokens.added:
+            merged = decision.apply([features[place] for place in current])
+            features.update(zip((current[index] for index in decision.kept), merged, strict=True))
         for place, held in zip(current, decision.holder_or_nearest(), strict=True):
             moved[place] = current[held]
         decisions.append(decision)
@@ -730,11 +752,13 @@ def _decoder_layer(
         heads_of(projection(normed), attention.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
     query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
     if cache is not None:
         key, value = torch.cat([cache[0], key], dim=1), torch.cat([cache[1], value], dim=1)
     groups = len(query) // len(key)
     repeated = (part.repeat_interleave(groups, dim=0) for part in (key, value))
     hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True))
-    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
     return hidden, query, key, (key, value)

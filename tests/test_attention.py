@@ -19,7 +19,7 @@ from helpers import MERGING, prompt, richest
 from illava_hooks import PatchStateError, patch
 from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import AttentionTap, EncoderTap, TappedConfig
-from illava_hooks.merge import attention as blocks
+from illava_hooks.merge import scores as blocks
 from illava_hooks.merge.scores import attend_and_receive
 from tiny_models import FAMILIES, tiny_model
 

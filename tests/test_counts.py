@@ -40,7 +40,7 @@ def shared_model(name: str) -> Any:
 
 def random_schedule(draw: random.Random, name: str) -> dict[str, Any]:
     """Layers and amounts of the encoder; whole numbers leave something of a tile."""
-    layers = sorted(draw.sample(range(4), draw.randint(1, 3)))
+    layers = sorted(draw.sample(family(name).merging_layers, draw.randint(1, 3)))
     most = ((family(name).tile_patches or 150) - 2) // len(layers)
     return {"vit_layers": layers, "vit_r": draw.choice([draw.randint(1, most), draw.uniform(0.01, 0.6)])}
 

@@ -252,8 +252,8 @@ def test_masks_of_the_users_own(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(family)
-    tiles = family_of(family).with_tiles
-    patch(model, [0, 1, 2, 3], 12 if tiles else 24, [1], 0.01)
+    known = family_of(family)
+    patch(model, list(known.merging_layers), 12 if known.with_tiles else 24, [1], 0.01)
     samples = [Sample(text_seed=1, images=((16, 16), (24, 16))), Sample(text_seed=2, images=((48, 30), (8, 8)))]
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="illava_hooks"):
         for _ in range(2):
@@ -261,7 +261,7 @@ def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogC
     assert logits.isfinite().all()
     assert all(visual.language_tokens[-1] >= 1 for visual in session_of(model).report.visuals)
     said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
-    if tiles:
+    if known.with_tiles:
         assert said == []  # they are always whole
     else:
         assert len(said) == 1 and said[0].startswith("vit_r is 24, more than some images") and "\n" not in said[0]

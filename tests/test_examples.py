@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,7 +14,6 @@ import torch
 
 import offline
 import quickstart
-import results
 from families import family_of
 
 EXAMPLES = Path(offline.__file__).parent
@@ -152,24 +150,3 @@ def test_the_video_is_a_film() -> None:
     frames = offline.video(4)
     assert frames.shape == (4, 272, 640, 3) and frames.dtype == np.uint8
     assert min(np.abs(a - b).mean() for a, b in zip(frames[:-1].astype(float), frames[1:], strict=True)) > 1
-
-
-def test_ceiling_prints_the_table_of_the_docs() -> None:
-    rows = run("ceiling.py").splitlines()
-    assert len(rows) == 8
-    page = (EXAMPLES.parent / "docs" / "how-it-works.md").read_text()
-    assert all(row in page for row in rows)
-
-
-def test_the_page_of_results_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = results.DOCS / "RESULTS.md"
-    shutil.copytree(results.DOCS / "results", tmp_path / "results")
-    emptied = re.sub(r"(<!-- (?!end)[^>]* -->\n).*?(?=<!-- end)", r"\1", page.read_text(), flags=re.DOTALL)
-    assert len(emptied) < len(page.read_text()) / 2
-    (tmp_path / "RESULTS.md").write_text(emptied)
-    monkeypatch.setattr(results, "DOCS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["results.py"])
-    results.main()
-    assert (tmp_path / "RESULTS.md").read_text() == page.read_text()
-    for name in re.findall(r"\((results/.*?png)\)", page.read_text()):
-        assert (tmp_path / name).stat().st_size > 10_000

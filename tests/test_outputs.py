@@ -30,6 +30,9 @@ def test_tuples_are_returned_where_stock_returns_them(
             expected = feature_outputs(called, inputs, **options)
     assert set(found) == set(family_of(family).modalities)
     for kind, output in found.items():
+        if kind == "video" and asked and not configured and family_of(family).videos_follow_the_config:
+            assert isinstance(expected[kind], tuple) and RECORDS in output, "merged, it is what was asked for"
+            continue
         assert type(output) is type(expected[kind])
         if isinstance(output, tuple):
             assert len(output) == len(expected[kind])

@@ -418,14 +418,20 @@ def forward_with(stock: Any, inputs: Inputs, image_outputs: Any) -> dict[str, Te
     return forward(stock, {**rest, "mm_encoder_outputs": {"image": image_outputs}})
 
 
-def test_an_encoder_alone_says_why_there_is_no_report() -> None:
+def test_an_encoder_alone_has_a_report_without_a_language_model() -> None:
     register_family(EncoderOnly())
     model = llava()
     session = patch(model, **ENCODER)
-    forward(model, inputs_of("image"))
-    with pytest.raises(PatchStateError) as caught:
+    with pytest.raises(PatchStateError, match="^no report yet"):
         _ = session.report
-    assert_says(caught.value, "^no report: llava merges in its vision encoder only", "records of get_image_features")
+    forward(model, inputs_of("image"))
+    (visual,) = session.report.visuals
+    assert visual.vision_tokens[-1] < visual.vision_tokens[0] and visual.language_tokens == ()
+    assert session.report.kept_fraction == 1  # the language model sees them all
+    assert session.report.llm_flops == session.report.kv_bytes == (0, 0)
+    assert 0 < session.report.encoder_flops[0] < session.report.encoder_flops[1]
+    lines = str(session.report).splitlines()
+    assert not any(line.startswith(("language model", "prefill", "KV")) for line in lines)
 
 
 def test_nothing_of_ours_reaches_a_decoder_that_is_left_alone() -> None:

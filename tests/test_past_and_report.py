@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
 from families import family_of
-from helpers import assert_says, needs_ready_features
+from helpers import assert_says, needs_ready_features, query_width
 from illava_hooks import METHODS, IllavaHooksError, Method, merging, patch, session_of
 from kind_helpers import CACHE, feed, prefill, prompt_positions
 from test_backends import FlashKernel, generated
@@ -84,7 +84,7 @@ def test_flops_count_the_keys_of_the_past(family: str, past: str) -> None:
         alone(**single(alone, SECOND))
     first = session_of(alone).report
     assert report.encoder_flops == first.encoder_flops and report.projector_flops == first.projector_flops
-    width = model.config.text_config.hidden_size
+    width = query_width(model)
     new = [sum(tokens) for tokens in report.sequence_tokens]
     assert report.sequence_tokens == first.sequence_tokens and report.prompt_tokens == first.prompt_tokens
     merged = sum(4 * n * old * width for n, old in zip(new, before, strict=True))

@@ -17,7 +17,7 @@ from illava_hooks import Method, patch, unpatch
 from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.merge import attention as blocks
+from illava_hooks.merge import scores as blocks
 from illava_hooks.merge.scores import ScoreInputs, attend_and_receive, query_lse, received_attention
 from tiny_models import FAMILIES, tiny_model
 

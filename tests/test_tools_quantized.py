@@ -55,7 +55,7 @@ def run(model: Any, inputs: Inputs) -> tuple[Tensor, list[int]]:
 
 def assert_nearer(found: Tensor, near: Tensor, far: Tensor) -> None:
     """Eight bits cost less than merging changes."""
-    assert (found - near).abs().mean() < 0.7 * (found - far).abs().mean()
+    assert (found - near).abs().mean() < 0.75 * (found - far).abs().mean()
 
 
 def left(model: nn.Module) -> list[str]:

@@ -70,7 +70,7 @@ class Method:
 
     @property
     def rule(self) -> MergeRule:
-        """The merge rule itself."""
+        """The merge rule as a function, where ``merge`` may be its name."""
         return RULES[self.merge] if isinstance(self.merge, str) else self.merge
 
 

@@ -106,6 +106,7 @@ class Family:
 
         patches_per_token: Patches that stay together and become one visual token of the language model.
         tile_patches: Patches of every tile and frame where all have the same number; None where sizes differ.
+        merging_layers: The encoder layers of the tiny model that can merge.
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
@@ -124,6 +125,8 @@ class Family:
         generates_from_embeddings: Whether stock `generate` places embeddings as it places ids.
         takes_guidance: Whether the stock model takes `guidance_scale`.
         head_makes_tuples: Whether the model with a head, not the one inside, turns features into tuples.
+        videos_follow_the_config: Whether stock's method of videos returns a tuple where the configuration says so,
+            also when asked for none: it calls the one of images, which is not told.
         records_hidden_states: Whether the stock model asks its tower for hidden states in every forward, for which
             transformers notes down what the tower can record, and hooks it in a way that cannot be pickled.
 
@@ -164,6 +167,7 @@ class Family:
 
     patches_per_token: ClassVar[int] = 1
     tile_patches: ClassVar[int | None] = None
+    merging_layers: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     prefix: ClassVar[int] = 0
     layers_behind: ClassVar[int] = 0
     one_to_one: ClassVar[bool] = True
@@ -178,6 +182,7 @@ class Family:
     generates_from_embeddings: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = True
     head_makes_tuples: ClassVar[bool] = False
+    videos_follow_the_config: ClassVar[bool] = False
     records_hidden_states: ClassVar[bool] = False
 
     takes_labels_by_position: ClassVar[bool] = True
@@ -360,6 +365,10 @@ class Family:
     def projector(self, model: Any) -> nn.Module:
         """What brings the encoder's tokens into the language model."""
         raise NotImplementedError
+
+    def projectors(self, model: Any) -> list[nn.Module]:
+        """All that bring tokens of the encoder into the language model."""
+        return [self.projector(model)]
 
     def patches(self, hidden: Tensor) -> Tensor:
         """Hidden states that enter an encoder layer, as ``(patches, C)``, without tokens that are no patches."""

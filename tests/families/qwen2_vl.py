@@ -141,7 +141,7 @@ class Qwen2VL(Family):
             rows.append(prompt_ids(sample, pieces))
             for kind in "iv":
                 grids[kind] += own[kind]
-                patches[kind] += [_patches(sample, kind, i, grid) for i, grid in enumerate(own[kind])]
+                patches[kind] += [patches_of(sample, kind, i, grid) for i, grid in enumerate(own[kind])]
         inputs = padded(rows, side)
         inputs |= self.token_types(model, inputs["input_ids"])
         for kind, pixel_name, grid_name in KINDS:
@@ -268,7 +268,7 @@ def _placeholders(kind: str, count: int) -> list[int]:
     return [VISION_START_ID, *[IMAGE_ID if kind == "i" else VIDEO_ID] * count, VISION_END_ID]
 
 
-def _patches(sample: Sample, kind: str, index: int, grid: list[int]) -> Tensor:
+def patches_of(sample: Sample, kind: str, index: int, grid: list[int]) -> Tensor:
     """Flattened patches (channel, frame, row, column); an image's frame is doubled, as the processor does."""
     frames = 1 if kind == "i" else FRAMES_PER_SLICE
     drawn = pixels(sample, kind, index, (math.prod(grid), 3, frames, PATCH, PATCH))

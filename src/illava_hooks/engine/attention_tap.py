@@ -262,8 +262,11 @@ class EncoderTap:
             return mixed.transpose(1, 2), None
         if bias is None:
             return attention(module, query, key, value, attention_mask, **kwargs)
-        if kwargs.get("cu_seq_lens_q") is not None:
+        borders = kwargs.get("cu_seq_lens_q")
+        if borders is not None and len(borders) == len(self.lengths) + 1:
             return self._by_segments(module, query, key, value, bias), None
+        if borders is not None:
+            return self._by_windows(module, query, key, value, bias, borders, int(kwargs["max_length_q"])), None
         takes_bias = (
             attention is sdpa_attention_forward or getattr(attention, "__name__", "") == "eager_attention_forward"
         )
@@ -290,6 +293,24 @@ class EncoderTap:
         longest = mixed.shape[1]
         places = [segment * longest + i for segment, length in enumerate(self.lengths) for i in range(length)]
         return mixed.flatten(0, 1)[host_table(places, query.device)][None]
+
+    def _by_windows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, borders: Tensor, longest: int
+    ) -> Tensor:
+        """The same for windows, whose borders only the device knows; one may be empty, none exceeds ``longest``."""
+        first, size = borders[:-1].long(), borders.diff()
+        column = torch.arange(longest, device=query.device)
+        valid = column < size[:, None]
+        rows = torch.where(valid, first[:, None] + column, 0)
+        query, key, value = (table[0].transpose(0, 1)[rows].transpose(1, 2) for table in (query, key, value))
+        # An empty window has no key at all: infinity would make its rows, which nobody reads, spoil gradients.
+        mask = bias[0].to(query)[rows].masked_fill(~valid, torch.finfo(query.dtype).min)
+        mixed, _ = sdpa_attention_forward(
+            module, query, key, value, mask[:, None, None], scaling=self.scale, is_causal=False
+        )
+        place = torch.arange(bias.shape[1], device=query.device)
+        window = torch.searchsorted(borders.long(), place, right=True) - 1
+        return mixed[window, place - first[window]][None]
 
 
 def _joined(tables: Sequence[Tensor]) -> Tensor:

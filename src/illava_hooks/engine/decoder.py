@@ -209,6 +209,7 @@ class DecoderRun:
         state = self.states[merges] = self.states[merges].to(hidden.device)
         valid = before.valid(hidden.device)
         exists = torch.ones_like(state.visual, dtype=torch.bool) if valid is None else valid
+        # Images that the encoder or a mask emptied make no segment: a rule is never asked about nothing.
         counts = [(n, m) for n, m in zip(before.visual_lengths, after.visual_lengths, strict=True) if n]
         if counts:
             # Text and padding, -1, sort to the front; behind them the visuals follow each other.
@@ -228,7 +229,7 @@ class DecoderRun:
                 token_size=segments.take(state.token_size.flatten()),
             )
             local = self.config.method.rule(inputs)
-        else:
+        else:  # no visual token is left; stages are counted by plans, so there must be one
             segments = Segments(torch.zeros(1, 1, dtype=torch.int64, device=hidden.device), None, (1,))
             local = _nothing(hidden.device)
         plan = build_plan(local, segments, exists, after.width)

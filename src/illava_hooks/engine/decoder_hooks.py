@@ -118,7 +118,7 @@ class TextModelHook(Hook):
         embeds, config = kwargs["inputs_embeds"], module.config
         _check_layers_are_patched(module)
         cache = kwargs[CACHE] = _resolve_cache(module, kwargs)
-        check_layers(cache)
+        check_layers(cache)  # now: a layer that refuses later would leave keys in those before it
         past = past_of(cache, config.num_hidden_layers)
         mask = logical_mask(kwargs.get("attention_mask"), prepared=getattr(cache, "is_compileable", False))
         prompt = compact_prompt(
@@ -128,6 +128,7 @@ class TextModelHook(Hook):
             _packed_candidates(kwargs.get("position_ids"), mask, cache),
         )
         run = forward.run = self._plan(forward, prompt)
+        # Survivors keep the positions that they have in the logical sequence: RoPE must not notice what is gone.
         columns, positions = prompt.columns, self._positions(kwargs.get("position_ids"), past.logical, embeds)
         compact = kwargs["inputs_embeds"] = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
         kwargs["position_ids"] = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
@@ -250,6 +251,7 @@ def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             made[key] = layer_mask(config, embeds, layer, past, valid), layer.ledger
         mask, layer.ledger = made[key]
         masks.append(mask)
+    # The text model would ask the first layer only, and find a mask that is wrong for all behind a merge.
     kwargs["attention_mask"] = _ready_made(embeds)
     kwargs[DECODER_CALL] = DecoderCall(masks)
     return kwargs
@@ -282,6 +284,7 @@ class DecoderLayerHook(Hook):
     def _enter(self, module: Any, prefill: Prefill, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run, hidden, (cos, sin) = prefill.run, args[0], kwargs["position_embeddings"]
         if run.states[0].rope is None:
+            # The text model makes the tables behind our hook: the first layer is the first to see them.
             tables = compose_tables((cos, sin), module.self_attn.config)
             run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
         if self.layer_idx in run.layers:
@@ -329,7 +332,7 @@ class RankingHook(Hook):
     """Around a decoder layer whose attention ranks for the next: its tap is closed behind it."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        """Closes what is open."""
+        """Closes the tap that ``DecoderLayerHook`` opened, whatever the layer came to."""
         close_tap()
 
 
@@ -378,7 +381,7 @@ class RestoreLengths(Hook):
             return None
         (out,), run = output, call.prefill.run
         run.check_finished()
-        run.is_finished = True
+        run.is_finished = True  # what runs from here on is a replay for gradients
         last = len(run.layers)
         out.last_hidden_state = run.expand(out.last_hidden_state, last)
         if out.hidden_states is not None:

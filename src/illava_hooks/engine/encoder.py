@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ class EncoderState:
         kept_at: ``(B, M)`` int64, the survivor that stands for each original unit.
         token_size: ``(B, K)`` float32, how many original units each survivor stands for.
         sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
+        windows: borders of the traits' windows among the survivors, once a layer has asked for them.
     """
 
     origins: Tensor
     kept_at: Tensor
     token_size: Tensor
     sources: Tensor | None = None
+    windows: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ class EncoderRun:
         return sum(merging < layer_idx for merging in self.layers)
 
     def merges_in(self, layer_idx: int) -> bool:
-        """Whether a layer merges."""
+        """Whether the settings list a layer, also one that finds nothing to remove."""
         return layer_idx in self.layers
 
     def reaches(self, layer_idx: int) -> bool:
@@ -147,6 +150,29 @@ class EncoderRun:
         merges = self.merges_before(layer_idx)
         self._check_reached(merges)
         return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
+
+    def arrange(self, layer_idx: int, hidden: Tensor) -> Tensor:
+        """Hidden states ``(B, prefix + P, C)`` as the layers see them from the first one that removes something.
+
+        Where nothing is removed nothing moves: sums would come out in another order.
+        """
+        if not self.traits.regroups or layer_idx not in self.layers or self.layers.index(layer_idx) != self._idle:
+            return hidden
+        return self._permuted(hidden, self._order(hidden.device))
+
+    @property
+    def _idle(self) -> int:
+        """Merges in front of the first one that removes something."""
+        removes = [before.lengths != after.lengths for before, after in pairwise(self.segments)]
+        return removes.index(True) if any(removes) else len(removes)
+
+    def _order(self, device: torch.device) -> Tensor:
+        width = self.states[0].kept_at.shape[1] * self.traits.patches_per_unit
+        return torch.arange(width, device=device) if self.traits.order is None else self.traits.order.to(device)
+
+    def _permuted(self, hidden: Tensor, order: Tensor) -> Tensor:
+        prefix = self.traits.prefix
+        return torch.cat([hidden[:, :prefix], hidden[:, prefix:][:, order]], 1) if prefix else hidden[:, order]
 
     def tap(self, layer_idx: int) -> EncoderTap:
         """What listens to the attention of a layer that merges or weighs."""
@@ -205,9 +231,11 @@ class EncoderRun:
         """Hidden states after so many merges at their unpatched length: each place shows who stands for it."""
         kept_at, width = self.states[merges].kept_at, hidden.shape[-1]
         prefix, units = self._split(hidden)
-        if units.shape[1] == kept_at.shape[1]:
-            return hidden
-        return self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
+        if units.shape[1] != kept_at.shape[1]:
+            hidden = self._join(prefix, scatter_back(units, kept_at.to(hidden.device)), hidden.shape[:-2], width)
+        if self.traits.regroups and merges > self._idle:
+            hidden = self._permuted(hidden, torch.argsort(self._order(hidden.device)))
+        return hidden
 
     def _split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, prefix, C)`` and ``(B, K, u * C)`` of the rows ``(B, prefix + K * u, C)`` or ``(K * u, C)``."""

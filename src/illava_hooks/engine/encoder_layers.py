@@ -127,19 +127,22 @@ class EncoderLayerHook(Hook):
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the call alone when no run travels with it."""
         run: EncoderRun | None = kwargs.pop(ENCODER_RUN, None)
-        return None if run is None else (args, self._enter(run, kwargs))
+        return None if run is None else self._enter(run, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what a run knows is no business of a graph
-    def _enter(self, run: EncoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _enter(self, run: EncoderRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = run.enter(self.layer_idx, kwargs)
-        return {**kwargs, MERGE_STEP: MergeStep(run, self.layer_idx)} if run.reaches(self.layer_idx) else kwargs
+        if run.reaches(self.layer_idx):
+            args = (run.arrange(self.layer_idx, args[0]), *args[1:])
+            kwargs = {**kwargs, MERGE_STEP: MergeStep(run, self.layer_idx)}
+        return args, kwargs
 
 
 class TowerHook(SessionHook):
     """Pre-hook of the tower: a call from outside of the feature methods does not merge, and that is said."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Changes nothing."""
+        """Says what will not happen; changes no argument of stock's."""
         if not in_features() and self.session.active and self.session.config.vit_layers:
             warn_of_direct_call(self.session, module)
         return args, {**kwargs, CALLED: Called(module)}

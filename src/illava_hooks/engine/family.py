@@ -229,8 +229,8 @@ class Family:
         """Sizes of the decoder, for the report."""
         text = self.text_config(model)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = head * text.num_key_value_heads
-        return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, width)
+        keys, queries = head * text.num_key_value_heads, head * text.num_attention_heads
+        return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, keys, queries)
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``position_ids`` as the text model rotates by: without rows that only tell packed sequences apart."""
@@ -303,8 +303,11 @@ def schedules_of(settings: Mapping[Modality, Mapping[str, Any]]) -> Mapping[Moda
 
 
 def changed_layers(config: MergeConfig, depth: int) -> Sequence[int]:
-    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first."""
-    if config.method.proportional and config.vit_layers:
+    """Encoder layers whose class is swapped: those that merge, with a proportional method all behind the first.
+
+    All if the first layer merges: tools tell a list of equal layers by the class of its first.
+    """
+    if config.vit_layers and (config.method.proportional or config.vit_layers[0] == 0):
         return range(config.vit_layers[0], depth)
     return config.vit_layers
 

@@ -77,15 +77,15 @@ class FromFamilies(Mapping[str, T]):
         return {name: entry for family in families() for name, entry in self._read(family).items()}
 
     def __getitem__(self, name: str) -> T:
-        """One entry."""
+        """The answer of that name, from whichever family has it."""
         return self._entries()[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
+        """The names of all families' entries, family by family."""
         return iter(self._entries())
 
     def __len__(self) -> int:
-        """How many there are."""
+        """How many names all families have together."""
         return len(self._entries())
 
 

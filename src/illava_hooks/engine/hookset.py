@@ -82,7 +82,7 @@ class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # gen
         return MethodWrapper(method, around, copy.deepcopy(self._self_installed, memo))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles as its parts."""
+        """Pickles method, callable and switch; the proxy itself refuses to be pickled."""
         return MethodWrapper, (self.__wrapped__, self._self_around, self._self_installed)
 
 
@@ -110,7 +110,7 @@ class Called:
     """Which module was called: a box, since accelerate sends whatever has a ``to`` to another device."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Holds the module."""
+        """Keeps ``module`` where tools that walk through keyword arguments do not find it."""
         self.module = module
 
 
@@ -181,7 +181,7 @@ class CallForward:
 
     @property
     def __name__(self) -> str:
-        """As stock's."""
+        """Of the stock forward, for tools that print or look it up."""
         return "forward"
 
 
@@ -224,7 +224,7 @@ class HookSet:
     """The changes made to one model; ``remove`` undoes them all, in reverse order, and leaves no trace."""
 
     def __init__(self) -> None:
-        """Starts with no change."""
+        """Owns nothing yet."""
         self.installed = Installed()
         self._handles: list[Any] = []
         self._attributes: list[tuple[Any, str, bool, Any]] = []
@@ -271,7 +271,7 @@ class HookSet:
 
     def remove(self, root: nn.Module | None = None) -> None:
         """Undoes every change, and what copied our hooks inside of ``root``. Safe to call twice."""
-        self.installed.now = False
+        self.installed.now = False  # first: what others still hold of ours turns into stock at once
         while self._handles:
             self._handles.pop().remove()
         while self._attributes:

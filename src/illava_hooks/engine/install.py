@@ -20,7 +20,7 @@ from illava_hooks.engine.model_hooks import (
     BeforeBase,
     BeforeHead,
     HeadMethods,
-    quiet_features,
+    QuietFeatures,
 )
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
@@ -44,6 +44,7 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
         Exception: whatever else stopped it; the model is then as before.
     """
     _refuse_shared(parts)
+    # Before anything is changed: what is compared is the stock layer, and a refusal leaves nothing to undo.
     for text in parts.text_models:
         check_scores(text, [layer - 1 for layer in config.llm_layers])
     session = MergeSession(config, model)
@@ -71,6 +72,7 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
         session: owns the changes.
     """
     family.install(parts, session)
+    # Every layer, merging or not: behind a merge each needs the survivors' tables.
     for index, layers in enumerate(parts.encoder_layers):
         for layer in layers:
             session.hooks.before(layer, EncoderLayerHook(index))
@@ -82,6 +84,7 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
     for text in parts.text_models:
         hooks.before(text, TextModelHook(family, shapes))
         hooks.after(text, RestoreLengths())
+    # Every layer, merging or not: each needs the mask and the RoPE tables of its stage.
     for index, layers in enumerate(parts.decoder_layers):
         for layer in layers:
             if index in ranking:
@@ -114,15 +117,12 @@ def _install_around(family: Family, parts: ModelParts, session: MergeSession) ->
 
 def _install_quiet(family: Family, parts: ModelParts, session: MergeSession) -> None:
     """Around a model whose language model is left alone: it sees stock's features, and nothing of ours."""
-    session.no_report = (
-        f"no report: {family.name} merges in its vision encoder only; the records of get_image_features tell what "
-        "merged there"
-    )
     for part in (parts.base, parts.top):
         if part is not None:
             session.hooks.swap(part, "_illava_session", session)
+    methods = QuietFeatures(session, family.encoder_shape(session.root))
     for modality in family.modalities:
-        session.hooks.wrap(parts.base, f"get_{modality}_features", quiet_features)
+        session.hooks.wrap(parts.base, f"get_{modality}_features", methods.features)
 
 
 def _refuse_shared(parts: ModelParts) -> None:

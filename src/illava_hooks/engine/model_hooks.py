@@ -19,9 +19,11 @@ from illava_hooks.engine.compat import cache_of
 from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import CALLED, Called, Hook, named_arguments
 from illava_hooks.engine.records import VisualRecord, attach, records_of, with_stock_keys, without_records
+from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import PIXELS
+from illava_hooks.engine.trace import finish_vision
 from illava_hooks.engine.transport import (
     FORWARD,
     QUERY,
@@ -37,7 +39,7 @@ from illava_hooks.engine.transport import (
 )
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "quiet_features"]
+__all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "QuietFeatures"]
 
 
 def carried(named: Mapping[str, Any]) -> list[Modality]:
@@ -63,12 +65,12 @@ class BeforeBase(Hook):
         self.session, self.methods = session, methods
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Before the forward."""
+        """Opens the state, if the call merges; tells ``CallForward`` that the hooks have run."""
         asked: Asked | None = kwargs.pop(QUERY, None)
         kwargs = {**kwargs, CALLED: Called(module)}
         named = named_arguments(module, args, kwargs)
         if asked is not None:
-            asked.is_heard = True
+            asked.is_heard = True  # whether it merges or not: what counts is that this base is the patched one
         if merges(self.session, named):
             forward = ForwardState(self.session, ScoringQuery() if asked is None else asked.query)
             self._warn_of_answers(module, forward.query)
@@ -120,6 +122,7 @@ class BaseMethods:
     def __init__(self, session: MergeSession, family: Family, behind: Mapping[Modality, int]) -> None:
         """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
         self.session, self.family, self.behind = session, family, behind
+        # The feature method that was last called outside of a forward: said only once embeddings made of it come in.
         self.made_outside = ""
 
     def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,9 +181,19 @@ class BaseMethods:
         return known
 
 
-def quiet_features(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around ``get_*_features`` where nobody but the user reads records: an attribute, and stock's keys."""
-    return with_stock_keys(method(*args, **kwargs))
+class QuietFeatures:
+    """Around ``get_*_features`` where the language model is left alone, and only the user reads records."""
+
+    def __init__(self, session: MergeSession, shape: EncoderShape) -> None:
+        """Belongs to one session; ``shape`` is what its report counts by."""
+        self.session, self.shape = session, shape
+
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stores the report; records become an attribute behind stock's keys."""
+        output = method(*args, **kwargs)
+        if (records := records_of(output)) is not None and not in_features():
+            finish_vision(self.session, self.shape, records)
+        return with_stock_keys(output)
 
 
 # ---------------------------------------------------------------------- the model with its head
@@ -194,7 +207,7 @@ class BeforeHead(Hook):
         self.session = session
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Before the forward."""
+        """Puts the query among the arguments of the base model, if the call merges."""
         named = named_arguments(module, args, kwargs)
         kwargs = {**kwargs, CALLED: Called(module)}
         if merges(self.session, named):
@@ -213,7 +226,7 @@ class AfterHead(Hook):
     """A forward that was to merge, and whose base model did not know of it, is an error."""
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
-        """After the forward."""
+        """Looks whether the base model took the query; nothing to say where the forward failed."""
         asked: Asked | None = kwargs.get(QUERY)
         if asked is not None and not asked.is_heard and output[0] is not None:
             raise PatchStateError(

@@ -167,6 +167,7 @@ def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visua
         "restarts": _restarts(text_positions, real)[None],
         "moves": (marks.keep[:, :-1] & ~marks.keep[:, 1:]).any()[None].to(torch.int64),
     }
+    # Side by side in one tensor: every transfer makes the host wait for all that the device still has to do.
     numbers = iter(torch.cat(list(tables.values())).tolist())
     return {name: [next(numbers) for _ in range(len(table))] for name, table in tables.items()}
 
@@ -194,6 +195,7 @@ def _restarts(positions: Tensor | None, real: Tensor) -> Tensor:
     """1 if positions fall inside a row, else 0, without asking the device."""
     if positions is None:
         return torch.zeros((), dtype=torch.int64, device=real.device)
+    # Both neighbours real: the positions of padding are whatever the caller's arithmetic left there.
     falls = (positions[:, 1:] <= positions[:, :-1]) & real[:, 1:] & real[:, :-1]
     return falls.any().to(torch.int64)
 

@@ -44,6 +44,8 @@ class VisualRecord:
         sources: sparse ``(n, patches)`` weights of the source patches in each visual token, if tracked.
         layers: the merging layers between which ``segments`` counts.
         vision: by encoder layer, origins and weights after its merge, if tracked.
+        window_pairs: ``(merges + 1,)`` int64, pairs of patches that share a window before, between and after the
+            merges; None where attention has no windows.
     """
 
     modality: Modality = field(compare=False)  # torch.testing can compare all but strings
@@ -54,6 +56,7 @@ class VisualRecord:
     layers: tuple[int, ...] = ()
     sources: Tensor | None = None
     vision: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    window_pairs: Tensor | None = None
 
 
 def vision_provenance(records: Sequence[VisualRecord]) -> Provenance:

@@ -1,10 +1,10 @@
 """What a forward did, from shapes alone: tokens, FLOPs and KV bytes, with and without merging.
 
 The formulas are those of the ceiling: 2 FLOPs per multiply-add, causal attention at half cost. Encoder layer
-with ``n_a`` tokens in attention and ``n_m`` in the MLP (a class token counts): ``8 n_a d^2 + 4 n_a^2 d + 4 n_m d f``.
-Decoder layer:
-``4 n d^2 + 4 n d d_kv + 2 n^2 d + 6 n d f``, and ``4 n p d`` behind ``p`` keys of a cache. KV bytes: ``2 n d_kv``
-values per layer.
+with ``n_a`` tokens in attention and ``n_m`` in the MLP, class tokens too: ``8 n_a d^2 + 4 n_a^2 d + 2 m n_m d f``,
+where the MLP has ``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in
+place of ``n_a^2``. Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p``
+keys of a cache; ``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
 """
 
 from __future__ import annotations
@@ -12,15 +12,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DecoderShape", "EncoderShape", "MergeReport", "VisualReport", "encoder_flops", "kv_bytes", "llm_flops"]
+__all__ = [
+    "DecoderShape",
+    "EncoderShape",
+    "MergeReport",
+    "VisualReport",
+    "encoder_flops",
+    "kv_bytes",
+    "llm_flops",
+    "projector_flops",
+    "window_flops",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
     """Width ``d`` and MLP width ``f`` of a vision encoder, its depth, patches per token unit, projector FLOPs.
 
-    ``prefix`` tokens stand in front of the patches of each segment: they cost as much as a patch in every layer, and
-    do not reach the projector.
+    Attributes:
+        depth: its layers.
+        width: ``d``.
+        mlp_width: ``f``.
+        patches_per_unit: patches of one token of the projector.
+        projector_flops: of one such token.
+        projects_survivors: whether the projector sees survivors only; False: as many tokens as without merging.
+        projected_behind: layers behind which units go through a projector as well, of the same size (DeepStack).
+        mlp_matrices: 2, or 3 of a gated MLP.
+        windowed: layers whose attention stays within windows.
+        prefix: tokens in front of the patches of each segment, which cost as much as a patch and reach no projector.
     """
 
     depth: int
@@ -28,17 +47,28 @@ class EncoderShape:
     mlp_width: int
     patches_per_unit: int
     projector_flops: int
+    projects_survivors: bool = True
+    projected_behind: tuple[int, ...] = ()
+    mlp_matrices: int = 2
+    windowed: frozenset[int] = frozenset()
     prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads)."""
+    """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads).
+
+    Attributes:
+        query_width: ``d_q`` (all query heads); None: ``d``.
+        mlp_flops: per token, of each layer, where the MLPs are not plain gated ones of width ``f``; empty: they are.
+    """
 
     depth: int
     width: int
     mlp_width: int
     kv_width: int
+    query_width: int | None = None
+    mlp_flops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +80,7 @@ class VisualReport:
         sample: row of the batch.
         vision_tokens: patches at each encoder layer's entry, and after the last.
         prompt_tokens: visual tokens that the unpatched language model gets.
-        language_tokens: visual tokens at each decoder layer.
+        language_tokens: visual tokens at each decoder layer; empty where the language model is left alone.
     """
 
     modality: str
@@ -62,7 +92,12 @@ class VisualReport:
     @property
     def kept_fraction(self) -> float:
         """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
-        return self.language_tokens[-1] / max(1, self.prompt_tokens)
+        return self.left / max(1, self.prompt_tokens)
+
+    @property
+    def left(self) -> int:
+        """Visual tokens at the last decoder layer."""
+        return self.language_tokens[-1] if self.language_tokens else self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +106,13 @@ class MergeReport:
 
     Attributes:
         visuals: one entry per image or video, images first.
-        sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``.
-        prompt_tokens: real tokens per sample without merging.
+        sequence_tokens: real tokens per sample at each decoder layer, ``[layer][sample]``; empty where the language
+            model is left alone.
+        prompt_tokens: real tokens per sample without merging; empty likewise.
         encoder_flops: vision encoder, merged and unmerged; 0 where features came ready-made.
         projector_flops: projector or patch merger, merged and unmerged.
-        llm_flops: prefill of the decoder layers, merged and unmerged.
+        llm_flops: prefill of the decoder layers, merged and unmerged; 0 where the language model is left alone, as
+            are its ``kv_bytes``.
         kv_bytes: keys and values of the prompt and of what was in the cache before it, merged and unmerged (padding
             of the prompt not counted).
         past_tokens: real tokens that the cache stood for before this forward, per sample.
@@ -104,7 +141,7 @@ class MergeReport:
     def kept_fraction(self) -> float:
         """Visual tokens left at the last decoder layer, of those the unpatched model has there."""
         whole = sum(v.prompt_tokens for v in self.visuals)
-        return sum(v.language_tokens[-1] for v in self.visuals) / max(1, whole)
+        return sum(v.left for v in self.visuals) / max(1, whole)
 
     @property
     def flops(self) -> tuple[int, int]:
@@ -116,17 +153,19 @@ class MergeReport:
         """A table to read."""
         lines = [
             f"{v.modality} of sample {v.sample}: patches {_steps(v.vision_tokens)}; "
-            f"visual tokens {v.prompt_tokens} -> {_steps(v.language_tokens)}"
+            f"visual tokens {v.prompt_tokens}" + (f" -> {_steps(v.language_tokens)}" if v.language_tokens else "")
             for v in self.visuals
         ]
         lines.append(f"kept fraction of visual tokens: {self.kept_fraction:.3f}")
         rows = {"encoder": self.encoder_flops, "projector": self.projector_flops, "language model": self.llm_flops}
-        rows["prefill in all"] = self.flops
+        if self.llm_flops[1]:
+            rows["prefill in all"] = self.flops
         for name, (merged, whole) in rows.items():
             if whole:
                 lines.append(f"{name:<15} {merged / 1e9:12.3f} of {whole / 1e9:12.3f} GFLOPs ({merged / whole:.3f})")
         merged, whole = self.kv_bytes
-        lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / max(1, whole):.3f})")
+        if whole:
+            lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / whole:.3f})")
         return "\n".join(lines)
 
 
@@ -136,18 +175,34 @@ def _steps(counts: Sequence[int]) -> str:
 
 
 def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
-    """FLOPs of one encoder segment.
+    """FLOPs of one encoder segment, but for attention within windows.
 
     Args:
         shape: the encoder.
         segment: patches at the entry of each layer and after the last, ``depth + 1`` numbers.
     """
-    d, f = shape.width, shape.mlp_width
+    d, mlp = shape.width, 2 * shape.mlp_matrices * shape.width * shape.mlp_width
     segment = [n + shape.prefix for n in segment]
     return sum(
-        8 * n_a * d * d + 4 * n_a * n_a * d + 4 * n_m * d * f
-        for n_a, n_m in zip(segment[:-1], segment[1:], strict=True)
+        8 * n_a * d * d + (0 if layer in shape.windowed else 4 * n_a * n_a * d) + n_m * mlp
+        for layer, (n_a, n_m) in enumerate(zip(segment[:-1], segment[1:], strict=True))
     )
+
+
+def projector_flops(shape: EncoderShape, segment: Sequence[int]) -> int:
+    """FLOPs of the projector on one encoder segment; ``segment`` as in ``encoder_flops``."""
+    patches = segment[-1] + sum(segment[layer + 1] for layer in shape.projected_behind)
+    return patches // shape.patches_per_unit * shape.projector_flops
+
+
+def window_flops(shape: EncoderShape, pairs: Sequence[int]) -> int:
+    """FLOPs of attention within windows.
+
+    Args:
+        shape: the encoder.
+        pairs: of tokens that see each other in a window, at each layer.
+    """
+    return sum(4 * pairs[layer] * shape.width for layer in shape.windowed)
 
 
 def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | None = None) -> int:
@@ -158,10 +213,12 @@ def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | 
         tokens: its length at each decoder layer.
         past: keys of the cache at each layer; None: none.
     """
-    d, f, kv = shape.width, shape.mlp_width, shape.kv_width
+    d, kv = shape.width, shape.kv_width
+    q = d if shape.query_width is None else shape.query_width
+    mlps = shape.mlp_flops or (6 * d * shape.mlp_width,) * len(tokens)
     return sum(
-        4 * n * d * d + 4 * n * d * kv + 2 * n * n * d + 4 * n * p * d + 6 * n * d * f
-        for n, p in zip(tokens, past or [0] * len(tokens), strict=True)
+        4 * n * d * q + 4 * n * d * kv + 2 * n * n * q + 4 * n * p * q + n * mlp
+        for n, p, mlp in zip(tokens, past or [0] * len(tokens), mlps, strict=True)
     )
 
 

@@ -59,14 +59,12 @@ class MergeSession:
         config: the settings in use.
         root: the model that was patched, with or without its head.
         enabled: the switch for everybody; ``merging`` switches for one thread or task only.
-        no_report: what is said where there is no report.
     """
 
     def __init__(self, config: MergeConfig, root: Any) -> None:
         """Starts enabled."""
         self.config, self.root = config, root
         self.enabled = True
-        self.no_report = _NO_REPORT
         self.hooks = HookSet()
         self._warned: set[str] = set()
         self._report: MergeReport | None = None
@@ -98,7 +96,7 @@ class MergeSession:
             PatchStateError: no such forward has run.
         """
         if self._report is None:
-            raise PatchStateError(self.no_report)
+            raise PatchStateError(_NO_REPORT)
         return self._report
 
     @property

@@ -35,10 +35,12 @@ from illava_hooks.engine.report import (
     encoder_flops,
     kv_bytes,
     llm_flops,
+    projector_flops,
+    window_flops,
 )
 from illava_hooks.engine.session import MergeSession
 
-__all__ = ["Finish", "token_sources", "vision_tracks"]
+__all__ = ["Finish", "finish_vision", "token_sources", "vision_tracks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +70,25 @@ class Finish:
             VisualReport(
                 record.modality,
                 sample,
-                tuple(sum(column) for column in zip(*_per_layer(record, encoder.depth), strict=True)),
+                _patches(record, encoder.depth),
                 record.num_tokens,
                 tuple(count.visual_lengths[index] for count in counts),
             )
             for index, (record, sample) in enumerate(zip(records, self.prompt.sample_of, strict=True))
         )
         # Beams and return sequences share the features of one run of the encoder.
-        once = {id(record): record for record in records}.values()
-        merged = [segment for record in once for segment in _per_layer(record, encoder.depth)]
-        whole = [(segment[0],) * len(segment) for segment in merged]
+        once = list({id(record): record for record in records}.values())
         lengths = [[count.lengths[b] for count in counts] for b in samples]
         full = [[n] * decoder.depth for n in self.prompt.prompt_lengths]
         held, logical = self._past(len(samples), decoder.depth)
-        per_token = encoder.projector_flops
+        encoder_work, projector_work = _vision_flops(encoder, once)
         return MergeReport(
             visuals=visuals,
             sequence_tokens=tuple(count.lengths for count in counts),
             prompt_tokens=self.prompt.prompt_lengths,
             past_tokens=tuple(row[0] for row in logical),
-            encoder_flops=(
-                sum(encoder_flops(encoder, s) for s in merged),
-                sum(encoder_flops(encoder, s) for s in whole),
-            ),
-            projector_flops=(
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in merged),
-                sum(s[-1] // encoder.patches_per_unit * per_token for s in whole),
-            ),
+            encoder_flops=encoder_work,
+            projector_flops=projector_work,
             llm_flops=(
                 sum(llm_flops(decoder, n, p) for n, p in zip(lengths, held, strict=True)),
                 sum(llm_flops(decoder, n, p) for n, p in zip(full, logical, strict=True)),
@@ -119,6 +113,41 @@ class Finish:
         return [list(row) for row in zip(*merged, strict=True)], [[n] * depth for n in whole]
 
 
+def finish_vision(session: MergeSession, encoder: EncoderShape, records: Sequence[VisualRecord]) -> None:
+    """Stores report and provenance of a run of the encoder whose language model is left alone."""
+    encoder_work, projector_work = _vision_flops(encoder, records)
+    visuals = tuple(
+        VisualReport(record.modality, index, _patches(record, encoder.depth), record.num_tokens, ())
+        for index, record in enumerate(records)
+    )
+    report = MergeReport(visuals, (), (), encoder_work, projector_work, (0, 0), (0, 0))
+    session.finish(report, vision_provenance(records) if session.config.track else None)
+
+
+def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of encoder and projector, each merged and unmerged."""
+    merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
+    whole = [(segment[0],) * len(segment) for segment in merged]
+    projected = merged if encoder.projects_survivors else whole
+    pairs = _pairs_per_layer(records, encoder)
+    in_windows = (
+        sum(window_flops(encoder, p) for p in pairs),
+        sum(window_flops(encoder, p[:1] * len(p)) for p in pairs),
+    )
+    return (
+        (
+            sum(encoder_flops(encoder, s) for s in merged) + in_windows[0],
+            sum(encoder_flops(encoder, s) for s in whole) + in_windows[1],
+        ),
+        (sum(projector_flops(encoder, s) for s in projected), sum(projector_flops(encoder, s) for s in whole)),
+    )
+
+
+def _patches(record: VisualRecord, depth: int) -> tuple[int, ...]:
+    """Patches of an image or video at the entry of each encoder layer, and after the last."""
+    return tuple(sum(column) for column in zip(*_per_layer(record, depth), strict=True))
+
+
 def _real(tables: list[Tensor], keys: Sequence[int], valid: Sequence[Tensor | None]) -> list[list[int]]:
     """How many of the past keys each table calls real, per sample."""
     past = {id(table): held for table, held in zip(valid, keys, strict=True) if table is not None}
@@ -127,8 +156,25 @@ def _real(tables: list[Tensor], keys: Sequence[int], valid: Sequence[Tensor | No
 
 def _per_layer(record: VisualRecord, depth: int) -> list[tuple[int, ...]]:
     """For each encoder segment its patches at the entry of each layer, and after the last."""
+    # A layer merges behind its attention: its entry still counts what it will merge away.
     before = [sum(merging < layer for merging in record.layers) for layer in range(depth + 1)]
     return [tuple(segment[merges] for merges in before) for segment in record.segments]
+
+
+def _pairs_per_layer(records: Sequence[VisualRecord], encoder: EncoderShape) -> list[list[int]]:
+    """Of each record its pairs within windows at each encoder layer; one transfer, where there are windows.
+
+    How many survivors a window has is only known where they were chosen.
+    """
+    windowed = [record for record in records if record.window_pairs is not None] if encoder.windowed else []
+    tables = [record.window_pairs for record in windowed if record.window_pairs is not None]
+    if not tables:
+        return []
+    known = torch.stack([table.to(tables[0].device) for table in tables]).tolist()
+    return [
+        [pairs[sum(merging < layer for merging in record.layers)] for layer in range(encoder.depth)]
+        for record, pairs in zip(windowed, known, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------- the vision stage
@@ -220,6 +266,7 @@ def _chain(run: DecoderRun, prompt: CompactPrompt) -> Provenance:
     """Provenance of the encoder merges, of the entry (layer 0) and of every merge of the language model."""
     found = vision_provenance(prompt.records)
     matrix: Tensor | None = None
+    # All matrices lead from the compact sequence at the entry; the encoder's own sources come in front of it.
     entry = [_rows_of(run, 0, index) for index in range(len(prompt.records))]
     for merges, layer_idx in enumerate((0, *run.layers)):
         if merges:

@@ -18,8 +18,14 @@ class EncoderTraits:
             follow each other.
         granularity: counts of removed patches are rounded down to multiples of this.
         prefix: tokens in front of each row that never merge, such as a class token or registers.
-        order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where the encoder
-            permutes patches, for windows or blocks; None: equal.
+        order: ``(patches of a row,)`` int64, the place in the picture of each place of the row, where patches are
+            permuted, for windows or blocks; None: equal.
+        regroups: whether the encoder itself keeps picture order. Then a run brings rows into ``order`` on entry to the
+            first layer that removes something, so that units follow each other, and back behind the encoder: attention
+            without positions of its own does not notice.
+        windows: ``(W + 1,)`` int64, where windows begin and end in one packed row of patches, for layers whose
+            attention stays within them; they lie one after the other, none across segments, and may be empty. None:
+            every layer sees whole segments.
         published_score: what the published code ranks by; None where there is no published code.
     """
 
@@ -27,4 +33,6 @@ class EncoderTraits:
     granularity: int = 1
     prefix: int = 0
     order: Tensor | None = None
+    regroups: bool = False
+    windows: Tensor | None = None
     published_score: str | None = None

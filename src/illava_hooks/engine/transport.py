@@ -83,6 +83,7 @@ class ForwardState:
         placeholders: ``(B, N)`` bool masks by modality.
         records: the images and videos in prompt order, by modality.
         run: what the language stage did, once it began.
+        encoder: the run of a vision encoder that the forward calls past the feature methods, while it is called.
     """
 
     session: MergeSession
@@ -90,6 +91,7 @@ class ForwardState:
     placeholders: dict[Modality, Tensor] = field(default_factory=dict)
     records: dict[Modality, list[VisualRecord]] = field(default_factory=dict)
     run: DecoderRun | None = None
+    encoder: EncoderRun | None = None
     _token: Token[Any] | None = None
 
 
@@ -122,7 +124,10 @@ _run: ContextVar[EncoderRun | bool | None] = ContextVar("illava_encoder", defaul
 def current_run() -> EncoderRun | None:
     """The run of the vision encoder that is going on here."""
     run = _run.get()
-    return None if run is None or isinstance(run, bool) else run
+    if run is None:
+        forward = running_forward()
+        return None if forward is None else forward.encoder
+    return None if isinstance(run, bool) else run
 
 
 def in_features() -> bool:

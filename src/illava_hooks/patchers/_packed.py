@@ -8,6 +8,8 @@ through the merger as in stock.
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +34,9 @@ from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.tooling import PIXELS, Picture, Workload
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.engine.transport import ENCODER_RUN, in_features, running_forward
+from illava_hooks.engine.transport import ENCODER_RUN, current_run, in_features, running_forward
 from illava_hooks.errors import InputError
+from illava_hooks.patchers._windows import window_pairs
 
 __all__ = ["ExpandTower", "FeatureMethods", "MergingBlock", "PackedFamily", "StartTower"]
 
@@ -61,9 +64,11 @@ class PackedFamily(Family):
 
     Attributes:
         merging_blocks: the merging class of each stock block.
+        frames_apart: whether each temporal slice of a video has a place of its own in the prompt.
     """
 
     merging_blocks: Mapping[type[nn.Module], type[MergingLayer]]
+    frames_apart: bool = False
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
@@ -73,7 +78,7 @@ class PackedFamily(Family):
         for modality in self.modalities:
             session.hooks.wrap(parts.base, f"get_{modality}_features", getattr(methods, f"{modality}_features"))
         for tower in parts.towers:
-            session.hooks.around_forward(tower, StartTower(self, session), ExpandTower())
+            session.hooks.around_forward(tower, StartTower(self, session), ExpandTower(self))
 
     def traits(self, patches_per_token: int, published: bool) -> EncoderTraits:
         """How patches lie in the row: groups of one visual token stay together.
@@ -88,14 +93,35 @@ class PackedFamily(Family):
         """The keyword arguments of a block, cut down to the survivors of a packed row: RoPE tables and borders."""
         tables = kwargs["position_embeddings"]
         origins = run.patch_origins(merges)[0].to(tables[0].device)
+        borders = self.borders(kwargs, run, merges)
+        return {**kwargs, "position_embeddings": tuple(table[origins] for table in tables), **borders}
+
+    def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
+        """Who attends to whom among the survivors: what is left of each segment, which the host knows."""
         lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return {
-            **kwargs,
-            "position_embeddings": tuple(table[origins] for table in tables),
-            "cu_seqlens": borders.to(tables[0].device, non_blocking=True),
-            "max_seqlen": max(lengths),
-        }
+        device = kwargs["position_embeddings"][0].device
+        return {"cu_seqlens": borders.to(device, non_blocking=True), "max_seqlen": max(lengths)}
+
+    def lay_out(self, run: EncoderRun, tower: Any, grids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The tower's keyword arguments for a run; a family whose tower permutes its row tells the run of it here.
+
+        Args:
+            run: the run, before the first layer.
+            tower: the vision tower, about to be called.
+            grids: ``(n, 3)``, patches of each image or video.
+            kwargs: as the tower was given them.
+        """
+        return kwargs
+
+    def expand_beside(self, tower: Any, run: EncoderRun, out: Any) -> None:
+        """Gives what else a tower puts out its unpatched length, in place; most put out nothing else.
+
+        Args:
+            tower: the tower.
+            run: its finished run.
+            out: its output; hidden states and ``pooler_output`` are done.
+        """
 
     def run(
         self,
@@ -148,7 +174,8 @@ class PackedFamily(Family):
         channels = 3 * vision.temporal_patch_size * vision.patch_size**2
         modality: Modality = "video" if load.frames else "image"
         token = config.video_token_id if load.frames else config.image_token_id
-        inputs = load.prompt(token, slices * load.patches // 4, count, generator)
+        groups = slices if self.frames_apart else 1
+        inputs = load.prompt(token, slices * load.patches // 4 // groups, count * groups, generator)
         rows = load.batch * count * slices * load.patches
         inputs[PIXELS[modality]] = torch.randn(rows, channels, generator=generator)
         inputs[f"{modality}_grid_thw"] = torch.tensor([[slices, height, width]] * (load.batch * count))
@@ -172,8 +199,9 @@ class FeatureMethods:
         return self._features("video", "video_grid_thw", method, args, kwargs)
 
     def _features(self, modality: Modality, grid: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if in_features():
-            return method(*args, **kwargs)
+        if in_features():  # asked by another one, whose run it is; tuples could not carry its records
+            asked = {} if current_run() is None else {"return_dict": True}
+            return method(*args, **kwargs, **asked)
         merges = self.session.active and not self.session.config.schedule(modality).is_identity
         if not merges:
             return run_features(self.session, method, args, kwargs, None, self.base.config, _nothing)
@@ -198,14 +226,18 @@ def packed_records(run: EncoderRun, grids: list[list[int]], patches_per_token: i
     for time, _, _ in grids:
         records.append(_record(run, shown, first, first + time, patches_per_token))
         first += time
+    if run.traits.windows is not None:
+        starts = [0, *itertools.accumulate(math.prod(grid) for grid in grids)]
+        for record, pairs in zip(records, window_pairs(run, starts), strict=True):
+            record.window_pairs = pairs
     return records
 
 
 class StartTower(SessionHook):
-    """Hook in front of the vision tower: starts a run where a forward that merges calls the tower itself.
+    """Hook in front of the vision tower: tells a run of its row, and starts one where a forward calls the tower.
 
-    Retrievers do. A call that belongs to no forward merges nothing, since it may be another model's that shares the
-    tower; it is said once.
+    Retrievers do the latter. A call that belongs to no forward merges nothing, since it may be another model's
+    that shares the tower; it is said once.
     """
 
     def __init__(self, family: PackedFamily, session: MergeSession) -> None:
@@ -217,6 +249,8 @@ class StartTower(SessionHook):
         """Leaves calls alone that bring a run, or are not to merge."""
         grids = named_arguments(module, args, kwargs).get("grid_thw")
         kwargs = {**kwargs, CALLED: Called(module)}
+        if grids is not None and in_features() and (run := kwargs.get(ENCODER_RUN)) is not None:
+            return args, self.family.lay_out(run, module, grids, kwargs)
         if grids is None or in_features() or not self.session.active:
             return args, kwargs
         modality: Modality = "video" if bool((grids[:, 0] > 1).any()) else "image"
@@ -227,26 +261,32 @@ class StartTower(SessionHook):
             warn_of_direct_call(self.session, module)
             return args, kwargs
         patches = module.spatial_merge_size**2
-        run = self.family.run(self.session, modality, grids.tolist(), patches, grids.device)
-        return args, {**kwargs, "return_dict": True, ENCODER_RUN: run}
+        run = forward.encoder = self.family.run(self.session, modality, grids.tolist(), patches, grids.device)
+        return args, self.family.lay_out(run, module, grids, {**kwargs, "return_dict": True, ENCODER_RUN: run})
 
 
 class ExpandTower(Hook):
     """Hook behind the vision tower: gives its outputs their unpatched lengths back before stock splits them."""
 
+    def __init__(self, family: PackedFamily) -> None:
+        """Asks its family for what is beside the features."""
+        self.family = family
+
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the output alone when no run travels with the call."""
         run: EncoderRun | None = kwargs.get(ENCODER_RUN)
-        (out,) = output
+        (out,), forward = output, running_forward()
+        if forward is not None and forward.encoder is run:
+            forward.encoder = None
         if run is None or out is None:
             return None
         expand_output(run, out)
-        merged = out.pooler_output
-        patches = module.spatial_merge_size**2
-        out.pooler_output = merged[_shown(run, patches).to(merged.device)]
+        merged, patches = out.pooler_output, module.spatial_merge_size**2
+        if run.traits.order is None:  # else stock puts the picture's order back, for which all must have been there
+            out.pooler_output = merged[_shown(run, patches).to(merged.device)]
+        self.family.expand_beside(module, run, out)
         if not in_features():
             run.check_finished()
-            forward = running_forward()
             if forward is not None and forward.session is run.session:
                 grids = named_arguments(module, args, kwargs)["grid_thw"].tolist()
                 forward.records[run.modality] = packed_records(run, grids, patches)
@@ -254,13 +294,13 @@ class ExpandTower(Hook):
 
 
 def _shown(run: EncoderRun, patches_per_token: int) -> Tensor:
-    """``(n,)`` int64: the output of the patch merger at each place of the packed row.
+    """``(n,)`` int64: the output of the patch merger at each place of the packed row, or of its picture.
 
     Groups stay where they are. Single patches, as published, fill the first places of their slice; the last one
     fills the rest.
     """
     if run.traits.patches_per_unit == patches_per_token:
-        return run.final.kept_at[0]
+        return run.final.kept_at[0] if run.traits.order is None else run.final.kept_at[0][_row_places(run)]
     start, parts = 0, []
     for units in run.lengths:
         kept = units[-1] // patches_per_token
@@ -274,7 +314,7 @@ def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_t
 
     Args:
         run: the run of the encoder.
-        shown: ``(n,)`` int64, the merged token at each place of the packed row.
+        shown: ``(n,)`` int64, the merged token at each place, as the pictures have them.
         first: the first segment.
         last: one past the last segment.
         patches_per_token: patches of one visual token.
@@ -287,9 +327,12 @@ def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_t
     if unit == 1:  # the first places of each slice; the others show what the last of them shows
         keep = torch.cat([place[:1] == 0, here[1:] != here[:-1]])
         survivor_of = torch.where(keep, place, 0).cummax(0).values
-    else:
+    elif run.traits.order is None:
         keep = run.keep_mask(run.final)[0, start : start + num_tokens]
         survivor_of = run.final.origins[0][here] - start
+    else:
+        keep = run.keep_mask(run.final)[0][_row_places(run)[start : start + num_tokens]]
+        survivor_of = _picture_places(run)[run.final.origins[0][here]] - start
     record = VisualRecord(run.modality, num_tokens, keep, survivor_of, run.patch_counts(first, last), run.layers)
     if run.session.config.track:
         units_per_token = patches_per_token // unit
@@ -302,6 +345,18 @@ def _record(run: EncoderRun, shown: Tensor, first: int, last: int, patches_per_t
         record.sources = token_sources(run, first, last, sparse(rows, columns, share, (num_tokens, width)))
         record.vision = vision_tracks(run, first, last)
     return record
+
+
+def _picture_places(run: EncoderRun) -> Tensor:
+    """``(n,)`` int64: where the picture has each unit of a permuted row."""
+    assert run.traits.order is not None
+    unit = run.traits.patches_per_unit
+    return run.traits.order[::unit].to(run.final.kept_at.device) // unit
+
+
+def _row_places(run: EncoderRun) -> Tensor:
+    """``(n,)`` int64: where the row has each unit of the pictures."""
+    return _picture_places(run).argsort()
 
 
 def _unpacked(vision: Any, values: Tensor, grids: Tensor) -> list[Tensor]:

@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def report(self) -> MergeReport:
-        """Of the merged runs."""
+        """What the merged runs merged; they all do the same."""
         return self.cost.report
 
 

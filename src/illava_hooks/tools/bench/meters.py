@@ -90,7 +90,7 @@ class Memory:
             self._start = self._status("VmRSS")
 
     def peak(self) -> int:
-        """Bytes."""
+        """The highest use of memory since the start, in bytes."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device)) - self._start
         return max(0, self._status("VmHWM") - self._start)

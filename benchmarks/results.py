@@ -1,8 +1,8 @@
 """Fills the tables and draws the curves of docs/RESULTS.md from what ``bench`` and ``evaluate`` wrote.
 
-    python examples/results.py                   # the tables and curves of what is in docs/results
-    python examples/results.py --measure         # runs the commands first, for all that is not there yet
-    python examples/results.py --commands        # prints the commands
+    python benchmarks/results.py                   # the tables and curves of what is in docs/results
+    python benchmarks/results.py --measure         # runs the commands first, for all that is not there yet
+    python benchmarks/results.py --commands        # prints the commands
 
 ``evaluate`` does not repeat rows that are there; a speed is measured again once its file is deleted.
 """

@@ -1,4 +1,4 @@
-"""The arithmetic of the ceiling: `python examples/ceiling.py` prints the table of docs/how-it-works.md.
+"""The arithmetic of the ceiling: `python benchmarks/ceiling.py` prints the table of docs/how-it-works.md.
 
 Shapes are those of the published 7B checkpoints, settings the paper's presets; one prompt with 64 text tokens.
 Nothing runs: FLOPs and bytes follow from the numbers of tokens.

@@ -1,0 +1,94 @@
+"""What families share whose encoder keeps picture order, and that join blocks of patches behind it.
+
+Tiles of one size; pooling or a pixel shuffle makes one token of each block. The patches of a block are kept or merged
+as one; from the first merging layer on a row has them side by side (``EncoderTraits.regroups``), and behind the tower
+every patch shows its survivor, in picture order, so that stock joins them as ever.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_layers import expand_output, run_features
+from illava_hooks.engine.hookset import Hook
+from illava_hooks.engine.provenance import selection
+from illava_hooks.engine.records import VisualRecord
+from illava_hooks.engine.session import MergeSession
+from illava_hooks.engine.tooling import Picture
+from illava_hooks.engine.trace import token_sources, vision_tracks
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.engine.transport import ENCODER_RUN, in_features
+
+__all__ = ["BlockFeatures", "ExpandTower", "tile_pictures"]
+
+#: What a family says of the rows of a base model's tower, and how many patches a tile has.
+Rows = Callable[[Any], tuple[EncoderTraits, int]]
+
+
+class BlockFeatures:
+    """Around ``get_image_features``, whose every tile is an image of its own."""
+
+    def __init__(self, base: Any, session: MergeSession, rows: Rows) -> None:
+        """Belongs to one model and its session."""
+        self.base, self.session, self.rows = base, session, rows
+
+    def features(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Same shapes, records attached."""
+        if in_features():
+            return method(*args, **kwargs)
+        run: EncoderRun | None = None
+        if self.session.active and not self.session.config.image.is_identity:
+            pixels = inspect.signature(method).bind(*args, **kwargs).arguments["pixel_values"]
+            traits, patches = self.rows(self.base)
+            run = EncoderRun(self.session, "image", traits, [patches] * len(pixels), len(pixels), pixels.device)
+
+        def note(output: Any) -> None:
+            if run is not None:
+                run.records = [_record(run, tile) for tile in range(run.num_rows)]
+
+        return run_features(self.session, method, args, kwargs, run, self.base.config, note)
+
+
+class ExpandTower(Hook):
+    """Hook behind the tower: every patch shows its survivor, in picture order, before stock joins them."""
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Leaves the output alone when no run travels with the call."""
+        run: EncoderRun | None = kwargs.get(ENCODER_RUN)
+        (out,) = output
+        if run is None or out is None:
+            return None
+        expand_output(run, out)
+        return out
+
+
+def _record(run: EncoderRun, tile: int) -> VisualRecord:
+    """What merged in one tile; each block is one of its tokens, in the order in which stock joins them."""
+    kept_at: Tensor = run.final.kept_at[tile]
+    keep, survivor_of = run.keep_mask(run.final)[tile], run.final.origins[tile][kept_at]
+    record = VisualRecord("image", len(keep), keep, survivor_of, run.patch_counts(tile, tile + 1), run.layers)
+    if run.session.config.track:
+        tokens = selection(kept_at.cpu(), run.final.origins.shape[1])
+        record.sources = token_sources(run, tile, tile + 1, tokens)
+        record.vision = vision_tracks(run, tile, tile + 1)
+    return record
+
+
+def tile_pictures(pixels: Tensor, patch: int) -> list[Picture]:
+    """Each tile ``(3, H, W)``, as the encoder sees it.
+
+    Args:
+        pixels: ``(T, 3, H, W)``.
+        patch: side of a patch, in pixels; what is left over at the border belongs to none.
+    """
+    rows, columns = (side // patch for side in pixels.shape[-2:])
+    numbers = torch.arange(rows * columns).view(rows, columns).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    beyond = (0, pixels.shape[-1] - numbers.shape[1], 0, pixels.shape[-2] - numbers.shape[0])
+    labels = torch.nn.functional.pad(numbers.to(pixels), beyond, value=-1)
+    return [Picture("image", ((torch.cat([tile, labels[None]]),),)) for tile in pixels]
