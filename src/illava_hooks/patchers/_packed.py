@@ -114,6 +114,15 @@ class PackedFamily(Family):
         """
         return kwargs
 
+    def expand_states(self, run: EncoderRun, out: Any) -> None:
+        """Gives the tower's hidden states their unpatched length, in place.
+
+        Args:
+            run: its finished run.
+            out: its output.
+        """
+        expand_output(run, out)
+
     def expand_beside(self, tower: Any, run: EncoderRun, out: Any) -> None:
         """Gives what else a tower puts out its unpatched length, in place; most put out nothing else.
 
@@ -280,7 +289,7 @@ class ExpandTower(Hook):
             forward.encoder = None
         if run is None or out is None:
             return None
-        expand_output(run, out)
+        self.family.expand_states(run, out)
         merged, patches = out.pooler_output, module.spatial_merge_size**2
         if run.traits.order is None:  # else stock puts the picture's order back, for which all must have been there
             out.pooler_output = merged[_shown(run, patches).to(merged.device)]

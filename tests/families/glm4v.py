@@ -1,0 +1,114 @@
+"""GLM-4V: packed patches in groups of 2 x 2 that a convolution joins; half of each head rotates.
+
+What the stock model wants, learned by running it: packed patches and grids as Qwen2-VL does, and `mm_token_type_ids`.
+It looks for images and videos by the same placeholder, and refuses prompts with both: here it gets images, and
+`tests/families_only/test_glm4v.py` gives it videos.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+from families import Family
+from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, Qwen2VL
+from tiny_models import (
+    IMAGE_ID,
+    ROPE,
+    TEXT_CONFIG,
+    VIDEO_ID,
+    VISION_END_ID,
+    VISION_START_ID,
+    build,
+)
+
+VISION: dict[str, Any] = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "image_size": 24,
+    "patch_size": PATCH,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": FRAMES_PER_SLICE,
+    "out_hidden_size": 48,
+}
+TEXT: dict[str, Any] = {
+    **TEXT_CONFIG,
+    "hidden_size": 64,
+    "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+}
+TOP: dict[str, Any] = {
+    "image_token_id": IMAGE_ID,
+    "video_token_id": VIDEO_ID,
+    "image_start_token_id": VISION_START_ID,
+    "image_end_token_id": VISION_END_ID,
+    "tie_word_embeddings": False,
+}
+
+
+class Glm4V(Qwen2VL):
+    """GLM-4V."""
+
+    title = "GLM-4V"
+    modalities = ("image",)
+    published = False
+    encoder_mlp = "gate_proj"
+    silenced = ("attn.proj", "down_proj", "o_proj")
+    retrievers = ()
+    embedded = None
+    embedded_settings = {}
+    embedded_floor = 0.0
+    paper_kept = None
+    shapes = {"glm-4.1v-9b": 9.4}
+    stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")
+    lmms_eval = None
+    vlmevalkit = None
+    golden_cases = ()
+    golden_prompt = Family.golden_prompt
+    spots = Family.spots
+    reference_visuals = Family.reference_visuals
+    suite = Family.suite
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """The mixture of experts too."""
+        return ("glm4v", "glm4v_moe")
+
+    def build(
+        self,
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """An encoder of 4 blocks with 4 x 4 patches in 2 x 2 groups, text of 4 layers."""
+        text_config = TEXT | (text or {})
+        tower = VISION | {"out_hidden_size": text_config["hidden_size"]} | (vision or {})
+        config = Glm4vConfig(vision_config=tower, text_config=text_config, **(TOP | overrides))
+        return build(Glm4vForConditionalGeneration, config, attn_implementation, seed, dtype)
+
+    def encoder_sizes(self, model: Any) -> tuple[int, int]:
+        """`hidden_size` is the encoder's own."""
+        config = model.config.vision_config
+        return config.num_heads, config.hidden_size
+
+    def projector(self, model: Any) -> nn.Module:
+        """Behind the convolution."""
+        module: nn.Module = model.model.visual.merger
+        return module
+
+    def make_projector_linear(self, model: Any) -> None:
+        """It cannot be made so: gates multiply."""
+
+    def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
+        """See there."""
+        return None
+
+
+FAMILY = Glm4V()
