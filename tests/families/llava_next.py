@@ -25,7 +25,7 @@ from families import Modality
 from families.llava import CLIP, LLAMA, PATCHES, TILE, ClipFamily
 from tiny_models import IMAGE_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
 
-PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 
 
 class AnyresFamily(ClipFamily):

@@ -44,7 +44,7 @@ class Qwen25VL(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
-    shapes = {"qwen2.5-vl-3b": 3.4, "qwen2.5-vl-7b": 7.6}
+    shapes = {"qwen2.5-vl-3b": 3.4, "qwen2.5-vl-7b": 7.2}
     stock_modules = ("qwen2_5_vl.modeling_qwen2_5_vl",)
     lmms_eval = None
     vlmevalkit = None

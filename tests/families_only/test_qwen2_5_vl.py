@@ -206,6 +206,25 @@ def test_the_oracle_sees_records_in_the_order_of_the_row(monkeypatch: pytest.Mon
         check_tower(SAMPLES["two images"], "illava", MERGING, monkeypatch)
 
 
+@pytest.mark.parametrize("kind", ["two images", "video"])
+@torch.no_grad()
+def test_provenance_is_in_the_order_of_the_picture(kind: str) -> None:
+    """Its seats are the survivors of the records, which the oracle knows; they hold what they stand for."""
+    model = deep_model()
+    inputs = inputs_for(model, SAMPLES[kind])
+    session = patch(model, **MERGING, method="diverse", track=True)
+    (output,) = feature_outputs(model, inputs, return_dict=True).values()
+    images = session.provenance.at("vision", MERGING["vit_layers"][-1]).images
+    for record, image in zip(records_of(output) or [], images, strict=True):
+        kept = record.keep.nonzero().flatten()
+        assert (image.seats.view(-1, MERGE**2)[:, 0] // MERGE**2).sort().values.tolist() == kept.tolist()
+        shares = image.weights.to_dense()
+        for seat, share in zip(image.seats.tolist(), shares, strict=True):
+            group, lane = divmod(seat, MERGE**2)
+            mine = (record.survivor_of == group).nonzero().flatten() * MERGE**2 + lane
+            assert share.nonzero().flatten().tolist() == mine.tolist()
+
+
 # ------------------------------------------------------------------------------------- back-ends
 
 
