@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
 
 import reference as ref
 from helpers import PROMPTS, assert_says, feature_outputs, needs_ready_features
@@ -252,6 +253,24 @@ def test_foreign_blocks() -> None:
         patch(model, [1], 4, [1], 0.5)
     assert_says(caught.value, "^visual has Linear blocks", "use a stock Qwen3-VL model")
     assert session_of(model) is None
+
+
+def test_pictures_are_what_the_stock_processors_made() -> None:
+    """Patches at their places, with their numbers, of an image and of the first frame of each slice of a video."""
+    size = {"shortest_edge": 32 * 32, "longest_edge": 4 * 96 * 64}
+    shown = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(1))
+    clip = torch.rand(4, 3, 32, 64, generator=torch.Generator().manual_seed(2))
+    plain = {"do_rescale": False, "do_resize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": size}
+    images = Qwen2VLImageProcessor(patch_size=16, **plain)(shown, return_tensors="pt")
+    videos = Qwen3VLVideoProcessor(**plain)([clip], do_sample_frames=False, return_tensors="pt")
+    model = tiny_model(NAME, vision={"patch_size": 16})
+    first, second = qwen3_vl.FAMILY.pictures(model, {**images, **videos})
+    (((picture,),),) = (first.frames,)
+    torch.testing.assert_close(picture[:3].float(), shown * 2 - 1)
+    assert picture[3, ::16, ::16].int().tolist()[:2] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    assert [len(frame) for frame in second.frames] == [1, 1]
+    for (frame,), original in zip(second.frames, clip[::2], strict=True):
+        torch.testing.assert_close(frame[:3].float(), original * 2 - 1)
 
 
 @needs_ready_features
