@@ -6,6 +6,7 @@ block from every survivor's own coordinates: same slice in blocks with full atte
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,11 @@ from families._qwen2_vl_reference import _patch_places as patch_places
 from families.qwen2_5_vl import MERGE, PATCH, WINDOW_GROUPS, row_of_windows
 from helpers import assert_differ, assert_says, feature_outputs
 from illava_hooks import InputError, Method, UnsupportedModelError, patch, session_of
-from illava_hooks.engine import encoder
+from illava_hooks.engine import encoder, trace
 from illava_hooks.engine.provenance import merge_matrix
 from illava_hooks.engine.records import records_of
 from illava_hooks.merge.plan import MergePlan
-from illava_hooks.patchers import _packed
+from illava_hooks.patchers import _packed, qwen2_5_vl
 from illava_hooks.patchers._packed import PackedFamily
 from illava_hooks.patchers.qwen2_5_vl import Qwen25VL
 from test_backends import FlashKernel
@@ -225,6 +226,13 @@ def test_provenance_is_in_the_order_of_the_picture(kind: str) -> None:
             assert share.nonzero().flatten().tolist() == mine.tolist()
 
 
+def test_provenance_in_the_order_of_the_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = trace._picture_order
+    monkeypatch.setattr(trace, "_picture_order", lambda *given: torch.arange(len(inner(*given))))
+    with pytest.raises(AssertionError):
+        test_provenance_is_in_the_order_of_the_picture("two images")
+
+
 # ------------------------------------------------------------------------------------- back-ends
 
 
@@ -338,6 +346,13 @@ def test_a_forward_that_calls_the_tower_itself(method: str, monkeypatch: pytest.
     assert session_of(model).report.encoder_flops == session_of(whole).report.encoder_flops
 
 
+def test_a_direct_call_needs_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the patch merger stock asks for every group of the row."""
+    monkeypatch.setattr(qwen2_5_vl, "current_run", lambda: None)
+    with pytest.raises(IndexError):
+        test_a_forward_that_calls_the_tower_itself("illava", monkeypatch)
+
+
 @torch.no_grad()
 def test_outputs_of_the_tower_have_their_length() -> None:
     """In the order of windows, as in stock."""
@@ -425,6 +440,14 @@ def test_flops_of_windows(kind: str, merged: bool) -> None:
     assert session.report.encoder_flops[0] == counted
     assert session.report.projector_flops[0] == sum(projector.values())
     assert (session.report.encoder_flops[0] < session.report.encoder_flops[1]) == merged
+
+
+@pytest.mark.parametrize("wrong", [{"windowed": frozenset()}, {"mlp_matrices": 2}], ids=str)
+def test_wrong_flops_are_seen(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = Qwen25VL.encoder_shape
+    monkeypatch.setattr(Qwen25VL, "encoder_shape", lambda *given: dataclasses.replace(inner(*given), **wrong))
+    with pytest.raises(AssertionError):
+        test_flops_of_windows("two images", True)
 
 
 # ------------------------------------------------------------------------------------------- refusals
