@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality
 from illava_hooks.engine.compat import pixels_of_videos
@@ -145,11 +145,21 @@ class FoldFrames(Hook):
         if run is None:
             return None
         tiles = Tiles.of(run, 0, len(pooled), pooled.device)
-        stock = partial(type(module).forward, module)  # past the hooks
-        tokens, run.records = place_video(run, tiles, pooled, stock, None, newlines=0)
+        shares = partial(average_windows, window=module.pool.kernel_size)
+        tokens, run.records = place_video(run, tiles, pooled, shares, None, newlines=0)
         for record in run.records:  # all places of pooled frames go through the projector, as without merging
             record.projected = record.num_tokens
         return tokens
+
+
+def average_windows(values: Tensor, window: int | tuple[int, int]) -> Tensor:
+    """How much of each place is in each pooled token: ``(T, N, c)`` values of square frames to ``(T, n, c)``.
+
+    Averages are what stock takes where survivors are pooled; where nothing merged, any pooling looks at its window.
+    """
+    side = math.isqrt(values.shape[1])
+    frames = values.reshape(len(values), side, side, -1).permute(0, 3, 1, 2)
+    return nn.functional.avg_pool2d(frames, window, window).flatten(2).transpose(1, 2)
 
 
 def tokens_per_frame(config: Any) -> int:
