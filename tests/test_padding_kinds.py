@@ -20,7 +20,7 @@ from tiny_models import FAMILIES, PAD_ID, Inputs, Sample, inputs_for
 ROWS = [IMAGE, IMAGES]
 #: Tokens of each row's first answer: the second row's is padded.
 ANSWERS = (4, 2)
-ROOM = 420
+ROOM = 1200
 
 
 def some_ids(rows: int, count: int, seed: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from families._llava_onevision_reference import NEWLINE, placed_visual
 from families.llava_next import num_tiles
-from reference import ReferenceSettings, Segment, Visual, attend, heads_of
+from reference import ReferenceSettings, Segment, Visual, attend, choose_by_mass, heads_of
 
 
 def images(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
@@ -48,8 +49,14 @@ def packed_places(model: Any, tiles: int, size: Tensor) -> list[int]:
     return [int(number) for number in packed[0][:, 0].tolist()]
 
 
-def segment(model: Any, pixels: Tensor, settings: ReferenceSettings, visible: list[bool] | None = None) -> Segment:
-    """One tile or frame (3, height, width) through the tower, up to the chosen layer, and the projector."""
+def segment(
+    model: Any,
+    pixels: Tensor,
+    settings: ReferenceSettings,
+    visible: list[bool] | None = None,
+    project: bool = True,
+) -> Segment:
+    """One tile or frame (3, height, width) up to the chosen layer, and through the projector where that is next."""
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     hidden = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
@@ -65,5 +72,21 @@ def segment(model: Any, pixels: Tensor, settings: ReferenceSettings, visible: li
         if index in settings.vit_layers:
             hidden = part.merge(settings, hidden, query, key)
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-    part.values = model.model.multi_modal_projector(hidden[1:])
+    part.values = model.model.multi_modal_projector(hidden[1:]) if project else hidden[1:]
     return part
+
+
+def pooled_videos(model: Any, inputs: dict[str, Tensor], settings: ReferenceSettings) -> Iterator[Visual]:
+    """Frames are pooled as they come out of the tower, and then projected; there is no newline."""
+    for pixels in inputs.get("pixel_values_videos", ()):
+        segments = [segment(model, frame, settings, project=False) for frame in pixels]
+        values, kept, holder = [], [], []
+        for part in segments:
+            pooled = model.model.vision_resampler(part.expanded()[None])[0]
+            masses = model.model.vision_resampler(part.mass()[None, :, None])[0, :, 0].tolist()
+            num_kept = -(-len(pooled) * len(part.seats) // len(part.holder))
+            frame, chosen, held = choose_by_mass(pooled, masses, math.isqrt(len(pooled)), num_kept)
+            holder += [len(kept) + index for index in held]
+            kept += [index in chosen for index in range(len(pooled))]
+            values += list(model.model.multi_modal_projector(torch.stack(list(frame))))
+        yield Visual("video", torch.stack(values), kept, holder, segments)

@@ -169,7 +169,9 @@ class BaseMethods:
             PatchStateError: features and records do not fit each other.
         """
         known = records_of(output)
-        lengths = [len(feature) + self.behind.get(modality, 0) for feature in output.pooler_output]
+        # Some releases give a video as its frames, (frames, tokens, C).
+        counts = [feature.shape[:-1].numel() for feature in output.pooler_output]
+        lengths = [count + self.behind.get(modality, 0) for count in counts]
         if known is None:
             return [VisualRecord(modality, length) for length in lengths]
         if [record.num_tokens for record in known] != lengths:

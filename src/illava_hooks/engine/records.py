@@ -43,6 +43,8 @@ class VisualRecord:
         segments: for each encoder segment its number of patches before, between and after the merges.
         sources: sparse ``(n, patches)`` weights of the source patches in each visual token, if tracked.
         layers: the merging layers between which ``segments`` counts.
+        projected: tokens that go through the projector, merging or not, where they are pooled in front of it; None:
+            those of ``segments``.
         vision: by encoder layer, origins and weights after its merge, if tracked.
         window_pairs: ``(merges + 1,)`` int64, pairs of patches that share a window before, between and after the
             merges; None where attention has no windows.
@@ -55,6 +57,7 @@ class VisualRecord:
     segments: tuple[tuple[int, ...], ...] = ()
     layers: tuple[int, ...] = ()
     sources: Tensor | None = None
+    projected: int | None = None
     vision: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     window_pairs: Tensor | None = None
 

@@ -128,7 +128,9 @@ def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tup
     """Of encoder and projector, each merged and unmerged."""
     merged = [segment for record in records for segment in _per_layer(record, encoder.depth)]
     whole = [(segment[0],) * len(segment) for segment in merged]
-    projected = merged if encoder.projects_survivors else whole
+    own = [segment for record in records if record.projected is None for segment in _per_layer(record, encoder.depth)]
+    unmerged = [(segment[0],) * len(segment) for segment in own]
+    pooled = encoder.projector_flops * sum(record.projected or 0 for record in records)
     pairs = _pairs_per_layer(records, encoder)
     in_windows = (
         sum(window_flops(encoder, p) for p in pairs),
@@ -139,7 +141,10 @@ def _vision_flops(encoder: EncoderShape, records: Sequence[VisualRecord]) -> tup
             sum(encoder_flops(encoder, s) for s in merged) + in_windows[0],
             sum(encoder_flops(encoder, s) for s in whole) + in_windows[1],
         ),
-        (sum(projector_flops(encoder, s) for s in projected), sum(projector_flops(encoder, s) for s in whole)),
+        (
+            sum(projector_flops(encoder, s) for s in (own if encoder.projects_survivors else unmerged)) + pooled,
+            sum(projector_flops(encoder, s) for s in unmerged) + pooled,
+        ),
     )
 
 

@@ -281,7 +281,12 @@ def place_image(
 
 @in_region("illava::packing")
 def place_video(
-    run: EncoderRun, tiles: Tiles, pooled: Tensor, pool: Callable[[Tensor], Tensor], small: Tensor | None
+    run: EncoderRun,
+    tiles: Tiles,
+    pooled: Tensor,
+    pool: Callable[[Tensor], Tensor],
+    small: Tensor | None,
+    newlines: int = 1,
 ) -> tuple[Tensor, list[VisualRecord]]:
     """Finds the tokens of pooled frames that stay: as many per frame as the encoder kept, rounded up.
 
@@ -291,9 +296,10 @@ def place_video(
         pooled: ``(T, n, C)`` stock pooling of the expanded frames.
         pool: the stock method.
         small: ``(T, n', C)`` for the published layout, else None.
+        newlines: how many end each video.
 
     Returns:
-        ``(T, n, C)`` tokens and one record per video; its last token is the newline.
+        ``(T, n, C)`` tokens and one record per video, newlines included.
     """
     frames, n, _ = pooled.shape
     if small is not None:
@@ -311,18 +317,21 @@ def place_video(
     for first in range(0, frames, per_video):
         rows = slice(first, first + per_video)
         video = Tiles(first, first + per_video, tiles.kept_at[rows], tiles.origins[rows], tiles.keep[rows])
-        keep = torch.nn.functional.pad(folded.keep[rows].flatten(), (0, 1), value=True)
+        keep = torch.nn.functional.pad(folded.keep[rows].flatten(), (0, newlines), value=True)
         survivor_of = (folded.survivor_of[rows] + start).flatten()
-        survivor_of = torch.cat([survivor_of, survivor_of.new_tensor([per_video * n])])
-        shares = torch.nn.functional.pad(folded.shares[rows].flatten(), (0, 1))
-        tokens = None if small is not None else _Interpolated(video, _with_newline(pool), survivor_of, shares)
+        behind = torch.arange(newlines, device=pooled.device) + per_video * n
+        survivor_of = torch.cat([survivor_of, behind])
+        shares = torch.nn.functional.pad(folded.shares[rows].flatten(), (0, newlines))
+        tokens = (
+            None if small is not None else _Interpolated(video, _with_newlines(pool, newlines), survivor_of, shares)
+        )
         records.append(tile_record(run, video, keep, survivor_of, tokens))
     return folded.values, records
 
 
-def _with_newline(pool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Pooling of one video, ``(T, N, c)`` to ``(T * n + 1, c)``; the newline shows nothing."""
-    return lambda values: torch.nn.functional.pad(pool(values).flatten(0, 1), (0, 0, 0, 1))
+def _with_newlines(pool: Callable[[Tensor], Tensor], newlines: int) -> Callable[[Tensor], Tensor]:
+    """Pooling of one video, ``(T, N, c)`` to ``(T * n + newlines, c)``; a newline shows nothing."""
+    return lambda values: torch.nn.functional.pad(pool(values).flatten(0, 1), (0, 0, 0, newlines))
 
 
 def _fold_matrix(survivor_of: Tensor, shares: Tensor) -> Tensor:
