@@ -302,9 +302,8 @@ def past_of(cache: Cache | None, num_layers: int) -> Past:
     if on_device:
         known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
         lengths = [next(known) if isinstance(n, Tensor) else n for n in lengths]
-    first = layers[0] if lengths[0] else None
-    logical = lengths[0] + (first.ledger.num_merged if isinstance(first, MergedLayer) else 0)
-    return Past(tuple(lengths), logical)
+    merged = layers[0].ledger.num_merged if lengths[0] and isinstance(layers[0], MergedLayer) else 0
+    return Past(tuple(lengths), lengths[0] + merged)
 
 
 # ---------------------------------------------------------------------- masks
