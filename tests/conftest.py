@@ -48,6 +48,7 @@ def fresh_accelerator() -> Iterator[None]:
 
 
 #: Where families differ. The rest is about the engine: two families show it, and `make test-families` all of them.
+#: ILLAVA_FAMILIES "all" is for everything on every family, "embedded" for everything on those with embedded models.
 OF_EVERY_FAMILY = {
     "test_batching.py",
     "test_cache.py",
@@ -68,7 +69,9 @@ def _is_left_out(item: pytest.Item) -> bool:
     """Whether a test repeats on a family without an embedded model what says nothing new about it."""
     from families import FAMILIES, family
 
-    if item.path.name in OF_EVERY_FAMILY or item.path.parent.name == "families_only":
+    if item.path.parent.name == "families_only":
+        return False
+    if item.path.name in OF_EVERY_FAMILY and os.environ.get("ILLAVA_FAMILIES") != "embedded":
         return False
     values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
     return any(isinstance(v, str) and v in FAMILIES and family(v).embedded is None for v in values or ())

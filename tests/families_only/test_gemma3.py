@@ -211,6 +211,15 @@ def test_a_batch_is_its_samples(method: str, back_end: str) -> None:
         torch.testing.assert_close(together[row, -alone.shape[1] :], alone[0], rtol=1e-3, atol=5e-6)
 
 
+def takes_static_caches(inputs: dict[str, Tensor]) -> bool:
+    """Whether stock generates with one: in 5.15 its masks end in front of the last new token."""
+    try:
+        gemma().generate(**inputs, max_new_tokens=6, cache_implementation="static", do_sample=False)
+    except IndexError:
+        return False
+    return True
+
+
 def test_generate_is_forward() -> None:
     model, inputs = gemma(), inputs_of([1, 2])
     patch(model, **SETTINGS)
@@ -218,7 +227,8 @@ def test_generate_is_forward() -> None:
         **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     torch.testing.assert_close(found.logits[0], logits(model, inputs)[:, -1].float(), rtol=1e-5, atol=1e-5)
-    model.generate(**inputs, max_new_tokens=6, cache_implementation="static", do_sample=False)
+    if takes_static_caches(inputs):
+        model.generate(**inputs, max_new_tokens=6, cache_implementation="static", do_sample=False)
     model.generate(**inputs, max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False)
 
 
