@@ -51,17 +51,13 @@ def fresh_accelerator() -> Iterator[None]:
 #: ILLAVA_FAMILIES "all" is for everything on every family, "embedded" for everything on those with embedded models.
 OF_EVERY_FAMILY = {
     "test_batching.py",
-    "test_cache.py",
     "test_every_family.py",
     "test_generate.py",
     "test_identity.py",
     "test_no_trace.py",
-    "test_nothing_silent.py",
-    "test_padding_kinds.py",
     "test_provenance.py",
     "test_reference.py",
     "test_report.py",
-    "test_shapes.py",
 }
 
 

@@ -35,7 +35,8 @@ def spans_of(model: Any, inputs: Inputs) -> list[tuple[int, list[int]]]:
         more = family_of(model).beyond_features(kind)
         places = (inputs["input_ids"] == PLACEHOLDERS[kind]).nonzero().tolist()
         for features in output.pooler_output:
-            mine, places = places[: len(features) + more], places[len(features) + more :]
+            count = features[..., 0].numel() + more  # older releases keep a video's frames apart
+            mine, places = places[:count], places[count:]
             (row,) = {row for row, _ in mine}
             found.append((row, [column for _, column in mine]))
         assert not places

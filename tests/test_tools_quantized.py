@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from decode_helpers import IMAGES, SETTINGS, patched, single
+from families import family_of
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, unpatch
 from illava_hooks.engine.hookset import Hook
@@ -53,9 +54,10 @@ def run(model: Any, inputs: Inputs) -> tuple[Tensor, list[int]]:
     return output.logits, [layer.keys.shape[-2] for layer in output.past_key_values.layers]
 
 
-def assert_nearer(found: Tensor, near: Tensor, far: Tensor) -> None:
-    """Eight bits cost less than merging changes."""
-    assert (found - near).abs().mean() < 0.75 * (found - far).abs().mean()
+def assert_nearer(found: Tensor, near: Tensor, far: Tensor, family: str) -> None:
+    """Eight bits cost less than merging changes: of one family's tiny model, by less than of others."""
+    most = 0.7 if family_of(family).rounding < 10 else 0.75
+    assert (found - near).abs().mean() < most * (found - far).abs().mean()
 
 
 def left(model: nn.Module) -> list[str]:
@@ -88,7 +90,7 @@ def test_eight_bits(family: str, quantize: Callable[[Any], Any], order: str) -> 
     found, kept = run(model, inputs)
     assert kept == lengths < whole
     assert session_of(model).report.visuals == session_of(plain).report.visuals
-    assert_nearer(found, expected, stock)
+    assert_nearer(found, expected, stock, family)
     assert_differ(found, expected, by=1e-6)
     with merging(model, False):
         torch.testing.assert_close(run(model, inputs)[0], stock, atol=0, rtol=0)
@@ -138,7 +140,7 @@ def test_bitsandbytes(family: str, tmp_path: Path) -> None:
     session = patch(model, **SETTINGS[family])
     found, kept = run(model, inputs)
     assert kept == lengths < whole and session.report.kept_fraction < 0.5
-    assert_nearer(found, expected, stock)
+    assert_nearer(found, expected, stock, family)
     model.generate(**inputs, max_new_tokens=3)
     unpatch(model)
     assert not left(model)

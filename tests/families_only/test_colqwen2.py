@@ -104,7 +104,8 @@ def test_the_report_shows_fewer_tokens(settings: dict[str, Any]) -> None:
     assert [v.prompt_tokens for v in report.visuals] == (inputs["input_ids"] == 5).sum(1).tolist()
     assert report.kept_fraction < 0.8
     assert report.flops[0] < report.flops[1] and report.kv_bytes[0] < report.kv_bytes[1]
-    physical = [layer.keys.shape[-2] for layer in out.cache.layers]
+    held = out["cache"] if "cache" in out else out["past_key_values"]  # as older releases call it
+    physical = [layer.keys.shape[-2] for layer in held.layers]
     assert physical == [max(lengths) for lengths in report.sequence_tokens]
     assert physical[-1] < inputs["input_ids"].shape[1]
 
