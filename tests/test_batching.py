@@ -55,6 +55,8 @@ def test_greedy(family: str, batch: str) -> None:
 
 @pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_beam_search(family: str, batch: str) -> None:
+    if not family_of(family).beams_keep_images_apart and any(len(s.images) > 1 for s in BATCHES[batch]):
+        pytest.skip("stock mixes the images of a prompt among its beams")
     model = patched(family)
     settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 5}
     wanted = {"return_dict_in_generate": True, "output_scores": True}

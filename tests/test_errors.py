@@ -37,10 +37,11 @@ from illava_hooks.config import MergeSchedule
 from illava_hooks.engine import family as engine_family
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.finding import families as known_families
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
-SUPPORTED = sorted(kind for name in FAMILIES for kind in (*family_of(name).model_types, *family_of(name).retrievers))
+SUPPORTED = sorted(kind for known in known_families() for kind in known.model_types)
 
 GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
 

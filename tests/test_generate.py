@@ -180,7 +180,7 @@ class Widths:
         model.model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen.append(kwargs["input_ids"].shape[1])
+        self.seen.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape[1])
 
 
 def tiny_text_model() -> Any:

@@ -109,6 +109,9 @@ class Family:
         merging_layers: The encoder layers of the tiny model that can merge.
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
+        takes_frames: Whether `bench` gives it videos.
+        beams_keep_images_apart: Whether stock repeats the images of a prompt in its order for beams and return
+            sequences; else those with several images see a mixture.
         tiles_are_visuals: Whether the model never learns which tiles or frames belong together: each is a visual.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
@@ -172,6 +175,7 @@ class Family:
     prefix: ClassVar[int] = 0
     layers_behind: ClassVar[int] = 0
     tiles_are_visuals: ClassVar[bool] = False
+    beams_keep_images_apart: ClassVar[bool] = True
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
@@ -220,6 +224,11 @@ class Family:
     def with_videos(self) -> bool:
         """Whether the model takes videos."""
         return "video" in self.modalities
+
+    @property
+    def takes_frames(self) -> bool:
+        """As `with_videos`, also where the suite's prompts have none."""
+        return self.with_videos
 
     @property
     def with_tiles(self) -> bool:

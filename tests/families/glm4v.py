@@ -63,6 +63,8 @@ class Glm4V(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
+    beams_keep_images_apart = False
+    takes_frames = True
     shapes = {"glm-4.1v-9b": 9.4}
     stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")
     lmms_eval = None
@@ -97,6 +99,10 @@ class Glm4V(Qwen2VL):
         """`hidden_size` is the encoder's own."""
         config = model.config.vision_config
         return config.num_heads, config.hidden_size
+
+    def projectors(self, model: Any) -> list[nn.Module]:
+        """The convolution and the merger."""
+        return [model.model.visual.downsample, model.model.visual.merger]
 
     def projector(self, model: Any) -> nn.Module:
         """Behind the convolution."""

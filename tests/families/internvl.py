@@ -47,7 +47,7 @@ class InternVL(Family):
     tiles_are_visuals = True
     encoder_mlp = "fc1"
     silenced = ("projection_layer", "fc2", "o_proj", "down_proj")
-    shapes = {"internvl3-1b": 0.9, "internvl3-8b": 7.9}
+    shapes = {"internvl3-1b": 0.67, "internvl3-8b": 6.86}
     stock_modules = ("internvl.modeling_internvl", "qwen2.modeling_qwen2")
 
     def build(

@@ -11,7 +11,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionBlock
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeVisionBlock
 
@@ -19,13 +20,13 @@ from illava_hooks.config import MergeSchedule, Modality
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer
 from illava_hooks.engine.report import DecoderShape, EncoderShape
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import PublishedShape, Workload
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "Glm4V", "MergingGlm4vMoeVisionBlock", "MergingGlm4vVisionBlock"]
 
 # The fractions of depth and of tokens of Qwen2-VL's; not yet measured on trained weights.
-_PRESET = MergeSchedule((9, 10, 11, 12), 0.16, (9, 10, 11), 0.90)
+_PRESET = MergeSchedule((9, 10, 11, 12), 0.16, (7, 8, 9), 0.90)
 _TOWER: dict[str, Any] = {"depth": 24, "hidden_size": 1536, "num_heads": 12, "intermediate_size": 13696}
 _NARROW_TOWER: dict[str, Any] = {"depth": 16, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
 
@@ -94,6 +95,14 @@ class Glm4V(PackedFamily):
         sparse = 6 * text.hidden_size * text.moe_intermediate_size * chosen + 2 * text.hidden_size * experts
         kinds = (dense if layer < text.first_k_dense_replace else sparse for layer in range(shape.depth))
         return replace(shape, mlp_flops=tuple(kinds))
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """As of all packed rows; frames stand where images do, by the same placeholder."""
+        inputs, config = super().workload(model, load, generator), self.config(model)
+        if inputs is not None:
+            ids = inputs["input_ids"]
+            inputs["input_ids"] = ids.masked_fill(ids == config.video_token_id, config.image_token_id)
+        return inputs
 
     def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
         """The tower, and M-RoPE on half of each head in the decoder."""
