@@ -164,7 +164,7 @@ def host_sizes(image_sizes: Any) -> list[tuple[int, ...]]:
 
 def views_of(config: Any, tiles: Tensor, size: Sequence[int]) -> list[Tensor]:
     """The views of one image, ``(4, H, W)`` with patch numbers: its base, and the mosaic of its tiles."""
-    stack, side = with_patch_numbers(config.vision_config, tiles), config.vision_config.image_size
+    stack, side = with_patch_numbers(config.vision_config.patch_size, tiles), config.vision_config.image_size
     views = [stack[0]]
     if len(stack) > 1:
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side)  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from illava_hooks.engine.encoder import EncoderRun
@@ -24,6 +23,7 @@ from illava_hooks.engine.tooling import Picture
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features
+from illava_hooks.patchers._towers import with_patch_numbers
 
 __all__ = ["BlockFeatures", "ExpandTower", "tile_pictures"]
 
@@ -82,14 +82,10 @@ def _record(run: EncoderRun, tile: int) -> VisualRecord:
 
 
 def tile_pictures(pixels: Tensor, patch: int) -> list[Picture]:
-    """Each tile ``(3, H, W)``, as the encoder sees it.
+    """Each tile, as the encoder sees it: an image of its own.
 
     Args:
         pixels: ``(T, 3, H, W)``.
-        patch: side of a patch, in pixels; what is left over at the border belongs to none.
+        patch: side of a patch, in pixels.
     """
-    rows, columns = (side // patch for side in pixels.shape[-2:])
-    numbers = torch.arange(rows * columns).view(rows, columns).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    beyond = (0, pixels.shape[-1] - numbers.shape[1], 0, pixels.shape[-2] - numbers.shape[0])
-    labels = torch.nn.functional.pad(numbers.to(pixels), beyond, value=-1)
-    return [Picture("image", ((torch.cat([tile, labels[None]]),),)) for tile in pixels]
+    return [Picture("image", ((with_patch_numbers(patch, tile[None])[0],),)) for tile in pixels]

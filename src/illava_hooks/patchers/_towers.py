@@ -274,16 +274,16 @@ def check_strategy(config: Any, strategy: str) -> None:
         )
 
 
-def with_patch_numbers(vision: Any, tiles: Tensor) -> Tensor:
+def with_patch_numbers(patch: int, tiles: Tensor) -> Tensor:
     """``(T, 3, S, S)`` tiles with their patch numbers as a fourth channel.
 
     Pixels and numbers go through the same steps from here on, so that they cannot drift apart.
     """
     height, width = tiles.shape[-2:]
-    rows, columns = height // vision.patch_size, width // vision.patch_size
+    rows, columns = height // patch, width // patch
     # Where patches do not fill the tile (384 = 27 * 14 + 6) the last ones show the rest: it belongs to none.
-    down = (torch.arange(height) // vision.patch_size).clamp_max(rows - 1)
-    across = (torch.arange(width) // vision.patch_size).clamp_max(columns - 1)
+    down = (torch.arange(height) // patch).clamp_max(rows - 1)
+    across = (torch.arange(width) // patch).clamp_max(columns - 1)
     first = torch.arange(len(tiles))[:, None, None] * (rows * columns)
     numbers = first + down[:, None] * columns + across
     return torch.cat([tiles, numbers[:, None].to(tiles)], 1)

@@ -27,6 +27,7 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, current_run
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
+from illava_hooks.patchers._towers import num_used
 
 __all__ = ["FAMILY", "InternVL", "MergingInternVLVisionLayer", "RunningInternVLVisionEncoder"]
 
@@ -117,9 +118,10 @@ class InternVL(Family):
     def limits(self, model: Any) -> ModelLimits:
         """Depths and patches of a tile; layers behind the chosen feature layer are of no use."""
         config = model.config
-        depth = config.vision_config.num_hidden_layers
+        depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
+        used = num_used(chosen, depth) if isinstance(chosen, int) else depth  # a list is refused by check
         llm_depth, (_, patches) = self.text_config(model).num_hidden_layers, rows_of(model)
-        return ModelLimits(self.name, used_layers(config, depth), llm_depth, patches, self.presets_of(model))
+        return ModelLimits(self.name, used, llm_depth, patches, self.presets_of(model))
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Also refuses feature choices under which tiles are no square grids.
@@ -227,14 +229,6 @@ def check_strategy(strategy: str) -> None:
             f"vision_feature_select_strategy is {strategy!r}, which leaves no square grid; use 'default', or "
             "vit_layers=[]"
         )
-
-
-def used_layers(config: Any, depth: int) -> int:
-    """Encoder layers in front of the chosen features."""
-    chosen = config.vision_feature_layer
-    if not isinstance(chosen, int) or chosen == -1:
-        return depth
-    return int(chosen if chosen >= 0 else depth + 1 + chosen)
 
 
 def rows_of(base: Any) -> tuple[EncoderTraits, int]:

@@ -22,6 +22,7 @@ from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import in_features
 from illava_hooks.errors import InputError
+from illava_hooks.patchers._blocks import tile_pictures
 from illava_hooks.patchers._tiles import Tiles, place_row
 from illava_hooks.patchers._towers import (
     CLIP_CONFIG,
@@ -30,7 +31,6 @@ from illava_hooks.patchers._towers import (
     TowerFeatures,
     class_tokens,
     tokens_per_tile,
-    with_patch_numbers,
 )
 
 __all__ = ["FAMILY", "Llava"]
@@ -69,9 +69,7 @@ class Llava(TowerFamily):
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return []
-        vision = model.config.vision_config
-        views = [with_patch_numbers(vision, image[None])[0] for image in pixels.detach().double().cpu()]
-        return [Picture("image", ((view,),)) for view in views]
+        return tile_pictures(pixels.detach().double().cpu(), model.config.vision_config.patch_size)
 
     def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
         """Images of one tile each.

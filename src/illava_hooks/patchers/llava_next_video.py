@@ -83,7 +83,7 @@ class LlavaNextVideo(AnyresFamily):
         found = super().pictures(model, inputs)
         if inputs.get("pixel_values_videos") is not None:
             for video in inputs["pixel_values_videos"].detach().double().cpu():
-                frames = with_patch_numbers(model.config.vision_config, video)
+                frames = with_patch_numbers(model.config.vision_config.patch_size, video)
                 found.append(Picture("video", tuple((frame,) for frame in frames)))
         return found
 

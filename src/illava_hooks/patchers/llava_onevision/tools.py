@@ -56,7 +56,7 @@ def pictures(config: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         found += [Picture("image", (tuple(image),)) for image in views]
     if pixels["video"] is not None:
         for video in pixels["video"].detach().double().cpu():
-            frames = with_patch_numbers(config.vision_config, video)
+            frames = with_patch_numbers(config.vision_config.patch_size, video)
             found.append(Picture("video", tuple((frame,) for frame in frames)))
     return found
 
