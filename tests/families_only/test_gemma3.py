@@ -27,6 +27,7 @@ from illava_hooks import (
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers import gemma3
 from test_no_trace import snapshot
+from unit_oracle import merged
 
 SIDE, POOL, DEPTH = 8, 2, 5
 BLOCKS = (SIDE // POOL) ** 2
@@ -103,17 +104,6 @@ def blocks_of(side: int = SIDE, pool: int = POOL) -> list[list[int]]:
         for top in range(side // pool)
         for left in range(side // pool)
     ]
-
-
-def merged(rule: str, units: dict[int, Tensor], scores: dict[int, float], removed: int) -> dict[int, Tensor]:
-    """Blocks after one merge: the lowest are dropped, or folded into one with falling weights."""
-    ascending = sorted(units, key=lambda block: (scores[block], block))
-    if rule == "drop":
-        return {block: units[block] for block in units if block not in ascending[:removed]}
-    members, seat = ascending[: removed + 1], ascending[removed]
-    whole = (removed + 1) * (removed + 2) / 2
-    folded = sum((removed + 1 - rank) / whole * units[block] for rank, block in enumerate(members))
-    return {block: folded if block == seat else units[block] for block in units if block not in ascending[:removed]}
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers.glm4v import Glm4V
 from tiny_models import IMAGE_ID, Sample, build, inputs_for, padded, tiny_model
+from unit_oracle import merged
 
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.3, "llm_layers": [1, 3], "llm_ratio": 0.6}
 GRIDS = [[1, 6, 8], [1, 4, 4]]
@@ -34,17 +35,6 @@ MOE: dict[str, Any] = {
 
 def pixels_of(grids: list[list[int]]) -> Tensor:
     return torch.cat([patches_of(Sample(3), "i", index, grid) for index, grid in enumerate(grids)]).double()
-
-
-def merged(rule: str, units: dict[int, Tensor], scores: dict[int, float], removed: int) -> dict[int, Tensor]:
-    """Groups after one merge: the lowest are dropped, or folded into one with falling weights."""
-    ascending = sorted(units, key=lambda unit: (scores[unit], unit))
-    left = {unit: rows for unit, rows in units.items() if unit not in ascending[:removed]}
-    if rule == "recycle":
-        whole = (removed + 1) * (removed + 2) / 2
-        parts = [(removed + 1 - rank) / whole * units[unit] for rank, unit in enumerate(ascending[: removed + 1])]
-        left[ascending[removed]] = torch.stack(parts).sum(0)
-    return left
 
 
 def rotated(table: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

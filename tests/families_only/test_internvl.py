@@ -16,6 +16,7 @@ from illava_hooks import Method, UnsupportedModelError, merging, patch
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers import internvl
 from tiny_models import Sample, inputs_for, tiny_model
+from unit_oracle import merged
 
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 3], "vit_r": 16, "llm_layers": []}
 SIDE, UNIT = 8, 4
@@ -37,17 +38,6 @@ def blocks() -> list[list[int]]:
         for top in range(SIDE // 2)
         for left in range(SIDE // 2)
     ]
-
-
-def merged(rule: str, units: dict[int, Tensor], scores: dict[int, float], removed: int) -> dict[int, Tensor]:
-    """Blocks after one merge: the lowest are dropped, or folded into one with falling weights."""
-    ascending = sorted(units, key=lambda block: (scores[block], block))
-    left = {block: rows for block, rows in units.items() if block not in ascending[:removed]}
-    if rule == "recycle":
-        whole = (removed + 1) * (removed + 2) / 2
-        parts = [(removed + 1 - rank) / whole * units[block] for rank, block in enumerate(ascending[: removed + 1])]
-        left[ascending[removed]] = torch.stack(parts).sum(0)
-    return left
 
 
 @torch.no_grad()
