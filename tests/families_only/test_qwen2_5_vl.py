@@ -240,7 +240,7 @@ def test_provenance_in_the_order_of_the_row_is_seen(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("kind", ["two images", "video"])
 def test_flash_attention_takes_empty_windows(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row cut by borders that the device counted; merged tokens are weighed within their windows."""
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", FlashKernel())
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", FlashKernel(has_windows=True))
     expected, model = deep_model(), deep_model()
     monkeypatch.setattr(model.config.vision_config, "_attn_implementation_internal", "flash_attention_2")
     found = []
@@ -253,7 +253,7 @@ def test_flash_attention_takes_empty_windows(kind: str, method: str, monkeypatch
 
 @pytest.mark.parametrize("method", ["illava", "diverse"])
 def test_gradients_are_finite_and_those_of_eager(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", FlashKernel())
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", FlashKernel(has_windows=True))
     found = {}
     for back_end in ("eager", "sdpa", "flash_attention_2"):
         model = deep_model(attn_implementation="eager" if back_end == "eager" else "sdpa")
