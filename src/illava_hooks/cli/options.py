@@ -25,7 +25,7 @@ VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 
 VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
 LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]
 LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens kept in each: 0.70.")]
-MethodName = Annotated[str, typer.Option("--method", help="See `illava-hooks info`.")]
+MethodName = Annotated[str, typer.Option("--method", help="A name (see `illava-hooks info`) or file.py:NAME.")]
 Preset = Annotated[str, typer.Option(help="image, video or auto: for the numbers that are not given.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]

@@ -79,13 +79,14 @@ def ask(
     """Answer a question about an image, a folder of images or a video."""
     if compare and no_merge:
         raise InputError("--compare and --no-merge exclude each other; give one of them")
-    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
-    network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.api import patch
     from illava_hooks.tools.ask import answer
+    from illava_hooks.tools.methods import find_method
 
+    settings = {**merge_settings(vit_layers, vit_r, llm_layers, llm_ratio), "method": find_method(method)}
+    network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
     if not no_merge:
-        patch(network, **settings, method=method, preset=preset)
+        patch(network, **settings, preset=preset)
     show: Callable[[str], None] = (lambda _: None) if as_json else lambda piece: print(piece, end="", flush=True)
     if not as_json:
         print(f"{', '.join(media.names[:8])}{' ...' if len(media.names) > 8 else ''}: {text}")
@@ -143,13 +144,14 @@ def visualize(
     debug: Debug = False,
 ) -> None:
     """Draw which patches are left after every merging layer."""
-    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    from illava_hooks.tools.draw import merge_maps, save_maps
+    from illava_hooks.tools.methods import find_method
+
+    settings = {**merge_settings(vit_layers, vit_r, llm_layers, llm_ratio), "method": find_method(method)}
     if output.exists() and not output.is_dir():
         raise InputError(f"--output is {str(output)!r}, which is a file; give a folder")
     network, processor, media, _, inputs = _prepared(model, device, dtype, path, frames, question)
-    from illava_hooks.tools.draw import merge_maps, save_maps
-
-    maps = merge_maps(network, processor, inputs, **settings, method=method, preset=preset)
+    maps = merge_maps(network, processor, inputs, **settings, preset=preset)
     named = media.names[0] if path is None else os.path.abspath(path)  # "." has no name of its own
     for file in save_maps(maps, output, Path(named).stem, colours):
         print(file)

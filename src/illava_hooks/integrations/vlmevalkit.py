@@ -16,8 +16,8 @@ from typing import Any
 from illava_hooks.api import patch
 from illava_hooks.engine.finding import FromFamilies, families
 from illava_hooks.errors import IllavaHooksError, InputError, UnsupportedModelError
-from illava_hooks.integrations.arguments import split_arguments
-from illava_hooks.methods import METHODS, Method, resolve_method
+from illava_hooks.integrations.arguments import known_method, split_arguments
+from illava_hooks.methods import METHODS, Method
 
 __all__ = ["STOCK", "main", "register"]
 
@@ -55,7 +55,7 @@ def register(
         vit_r: tokens removed (int) or fraction removed (float).
         llm_layers: decoder layers.
         llm_ratio: fraction kept.
-        method: a name in ``METHODS`` or a ``Method``.
+        method: a name in ``METHODS``, ``file.py:NAME`` or a ``Method``.
         preset: "image", "video" or "auto".
         arguments: of the kit's class, such as ``min_pixels``, instead of those of its entry.
 
@@ -67,7 +67,7 @@ def register(
         MergeConfigError: there is no such method; what only the model knows is refused when it is loaded.
     """
     entries = _entries()
-    resolve_method(method)
+    method = known_method(method)
     given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
     settings, _ = split_arguments({setting: value for setting, value in given.items() if value is not None})
     arguments |= {**settings, "method": method, "preset": preset}
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vit-r", help="tokens removed in each, 92, or the fraction, 0.16")
     parser.add_argument("--llm-layers", help="decoder layers, as 6-7-8")
     parser.add_argument("--llm-ratio", help="fraction of the visual tokens kept in each")
-    parser.add_argument("--method", default="illava", choices=list(METHODS))
+    parser.add_argument("--method", default="illava", help=f"one of {', '.join(METHODS)}, or file.py:NAME")
     parser.add_argument("--preset", default="auto", choices=["image", "video", "auto"], help="of what is not given")
     parser.add_argument(
         "--add", action="append", default=[], metavar="NAME=PATH", help="a model of your own: folder or hub name"
