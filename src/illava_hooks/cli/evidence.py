@@ -69,9 +69,10 @@ def bench(
 ) -> None:
     """Measure prefill, decoding, memory and the cost of merging, without and with it in turn."""
     from illava_hooks.tools import bench as tool
-    from illava_hooks.tools.loading import find_device, find_dtype, load_model
+    from illava_hooks.tools.loading import find_device, find_dtype, load_model, quiet
     from illava_hooks.tools.methods import find_method
 
+    quiet()
     if (shape is None) == (model is None):
         raise InputError("give one of --shape (random weights) and --model (a folder or a hub name)")
     check_target("--plot", plot)
