@@ -144,11 +144,11 @@ class TestCommands:
         mine, stock = (line.split("|")[2:] for line in table.splitlines() if "| 0.333 |" in line)
         assert "| centre | both | 0.333 |" in table and mine != stock
 
-    @pytest.mark.parametrize("command", ["ask", "visualize", "evaluate", "bench --shape llava"])
+    @pytest.mark.parametrize("command", ["ask", "visualize", "evaluate", "bench --shape any"])
     def test_a_wrong_one_is_told_before_anything_is_loaded(self, file: Path, command: str) -> None:
         option = "--methods" if command == "evaluate" else "--method"
-        done = CliRunner().invoke(app, [*command.split()[:1], option, "own.py:other"])
-        assert done.exit_code == 2 and done.stderr.count("\n") == 1
+        done = CliRunner().invoke(app, [*command.split(), option, "own.py:other"])
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "method is 'own.py:other'" in done.stderr
 
     def test_arguments_of_a_harness(self, file: Path) -> None:
         settings, left = split_arguments({"pretrained": "x", "method": "own.py:mine"})
