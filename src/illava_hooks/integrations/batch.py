@@ -22,10 +22,12 @@ from illava_hooks.errors import InputError, PatchStateError
 from illava_hooks.tools.loading import load_model, quiet
 from illava_hooks.tools.media import Media, load_media, to_rgb
 
-__all__ = ["BatchAnswers"]
+__all__ = ["ADDED", "MEDIA", "BatchAnswers"]
 
-#: The columns with pictures; all others but the question go through as they are.
+#: The columns with pictures; all others go through as they are.
 MEDIA = ("image", "images", "video")
+#: The columns that are added.
+ADDED = ("answer", "visual_tokens", "kept_tokens", "error")
 
 
 @dataclass(slots=True)
@@ -135,11 +137,14 @@ class BatchAnswers:
             The columns named above, rows in the order in which they came.
 
         Raises:
-            InputError: there is no question column, or columns differ in length.
+            InputError: there is no question column, one has the name of a column that is added, or columns differ in
+                length.
         """
         lengths = {name: len(column) for name, column in batch.items()}
         if "question" not in lengths:
             raise InputError(f"columns are {list(batch)}; there must be one named question")
+        if taken := [name for name in batch if name in ADDED]:
+            raise InputError(f"columns hold {taken[0]!r}, which is one of those that are added; rename it")
         if len(set(lengths.values())) > 1:
             raise InputError(f"columns have {lengths} rows; give as many in each")
         self.load()
@@ -150,7 +155,7 @@ class BatchAnswers:
         for start in range(0, len(waiting), self.batch_size):
             self._answer(waiting[start : start + self.batch_size])
         columns = {name: _plain(column) for name, column in batch.items() if name not in MEDIA}
-        for name in ("answer", "visual_tokens", "kept_tokens", "error"):
+        for name in ADDED:
             columns[name] = [getattr(row, name) for row in rows]
         return columns
 
