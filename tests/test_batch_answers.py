@@ -68,7 +68,18 @@ def test_rows_of_every_kind_answer_as_alone(name: str) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    ["path", "Path", "bytes", "PIL", "array", "dict of bytes", "dict of path", "list", "array of paths", "array of one"],
+    [
+        "path",
+        "Path",
+        "bytes",
+        "PIL",
+        "array",
+        "dict of bytes",
+        "dict of path",
+        "list",
+        "array of paths",
+        "array of one",
+    ],
 )
 def test_forms_of_a_picture(form: str) -> None:
     pixels = np.array(picture().convert("RGB"))

@@ -106,7 +106,9 @@ def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     questions, output = write_questions(tmp_path), tmp_path / "out"
     asked: list[int] = []
     ask = BatchAnswers.__call__
-    monkeypatch.setattr(BatchAnswers, "__call__", lambda self, batch: asked.append(len(batch["image"])) or ask(self, batch))
+    monkeypatch.setattr(
+        BatchAnswers, "__call__", lambda self, batch: asked.append(len(batch["image"])) or ask(self, batch)
+    )
     first = rows_of(job(questions, output).run())
     assert asked == [2, 2, 2]
     assert rows_of(job(questions, output).run()) == first and asked == [2, 2, 2]
@@ -211,3 +213,43 @@ def test_the_command_says_how_many_rows_failed(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert str(tmp_path / "out" / RESULT) in found.stdout.replace("\n", "")
     assert "1 rows ended with an error, the first:" in found.stderr
+
+
+def test_the_lines_of_the_docs_are_rows(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    block = page.partition("```json\n")[2].partition("```")[0]
+    (tmp_path / "questions.jsonl").write_text(block)
+    for number, folder in enumerate(("photos", "clips")):
+        (tmp_path / folder).mkdir()
+        for name in ("1.jpg", "2.jpg", "7.mp4"):
+            source = tiny.media("clip.gif") if number else Path(SCENE)
+            (tmp_path / folder / name).write_bytes(source.read_bytes())
+    found = rows_of(job(tmp_path / "questions.jsonl", tmp_path / "out").run())
+    assert [row["error"] for row in found] == [None] * 3 and [row["id"] for row in found] == ["a1", "a2", "a3"]
+    assert all(row["kept_tokens"] < row["visual_tokens"] for row in found)
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_process_died(tmp_path: Path) -> None:
+    """The launcher starts all processes again; they answer what is left."""
+    questions, output = write_questions(tmp_path, 40), tmp_path / "out"
+    script = Path(__file__).parents[1] / "examples" / "torchrun_batch.py"
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", str(script)]
+    options = ["--input", str(questions), "--output", str(output), "--batch-size", "2", "--max-new-tokens", "4"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", *command, *options], stdout=log, stderr=log)
+    end, parts = time.monotonic() + 300, []
+    while len(parts) < 2 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.02)
+        parts = [part for part in output.glob("*.jsonl") if part.stat().st_size]
+    assert len(parts) == 2, (tmp_path / "log").read_text()[-2000:]
+    os.kill(int(parts[0].stem.split("-")[-1]), signal.SIGKILL)
+    assert process.wait(400) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert {int(part.stem.split("-")[1]) for part in output.glob("*.jsonl")} == {0, 1}, "nothing was started again"
+    found: dict[int, dict[str, Any]] = {}
+    for part in output.glob("*.jsonl"):
+        for line in part.read_bytes().split(b"\n")[:-1]:
+            row = json.loads(line)
+            assert found.setdefault(row["row"], row) == row
+    alone = rows_of(job(questions, tmp_path / "alone").run())
+    assert [found[index] for index in range(40)] == alone

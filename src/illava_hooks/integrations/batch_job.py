@@ -202,9 +202,7 @@ class BatchJob:
             for worker, share in enumerate(shares)
             if share
         ]
-        started = len(lines) - len(todo) - sum(
-            file.read_bytes().count(b"\n") for file in self.output.glob(_PARTS)
-        )
+        started = len(lines) - len(todo) - sum(file.read_bytes().count(b"\n") for file in self.output.glob(_PARTS))
         try:
             for process in processes:
                 process.start()
