@@ -2,9 +2,9 @@
 
     python examples/ray_batch.py --input rows.parquet --output answers --model tiny --actors 2
 
-``pip install "ray[data]"``; on one machine Ray starts by itself, on a cluster it is found by ``RAY_ADDRESS``. The table
-is parquet or JSON lines with the columns that ``BatchAnswers`` takes; paths must be readable on every machine. Parts of
-it are asked again when an actor dies, so that no row is lost; the output is one parquet file a part.
+``pip install "ray[data]"``; on one machine Ray starts by itself, on a cluster it is found by ``RAY_ADDRESS``. The
+table is parquet or JSON lines with the columns that ``BatchAnswers`` takes; paths must be readable on every machine.
+Parts of it are asked again when an actor dies, so that no row is lost; the output is one parquet file a part.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/torchrun_batch.py --input rows.jsonl --output answers
 
 Every process takes each n-th row and appends to a file of its own. Rows that are answered are not asked again, so a
-process that dies costs the rows of one batch: torchrun starts all of them again, and they go on. The folder must be one
-that all machines share.
+process that dies costs the rows of one batch: torchrun starts all of them again, and they go on. The folder must be
+one that all machines share.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def main() -> None:
                 line = {**rows[index], "row": index} | {name: found[name][number] for name in ADDED}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    print(
-        f"process {rank} of {world}: {len(mine)} rows answered, {len(rows) - len(mine)} left to others or done before"
-    )
+    print(f"process {rank} of {world}: {len(mine)} rows answered")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows in, answers out: as one prompt at a time, whatever form a picture has and whatever is wrong with its neighbour."""
+"""Rows in, answers out: as one prompt at a time, whatever a picture comes as and whatever is wrong with the next."""
 
 from __future__ import annotations
 
