@@ -284,6 +284,7 @@ def _is_missing(given: Any) -> bool:
     return isinstance(given, list | tuple | np.ndarray | str | bytes) and len(given) == 0
 
 
-def _plain(column: Sequence[Any]) -> list[Any]:
+def _plain(column: Any) -> list[Any]:
     """A column as a list; numbers of arrays as Python's."""
-    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+    values: list[Any] = column.tolist() if isinstance(column, np.ndarray) else list(column)
+    return values
