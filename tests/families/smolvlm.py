@@ -8,7 +8,7 @@ tiles are filled up with tiles of zeros, and 16 placeholders for each tile; it n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,13 @@ TOP: dict[str, Any] = {
 
 
 class SmolVLM(Family):
-    """SmolVLM."""
+    """SmolVLM.
+
+    Attributes:
+        classes: The stock configuration and model.
+    """
+
+    classes: ClassVar[tuple[Any, Any]] = (SmolVLMConfig, SmolVLMForConditionalGeneration)
 
     title = "SmolVLM"
     modalities = ("image",)
@@ -76,10 +82,11 @@ class SmolVLM(Family):
         **overrides: Any,
     ) -> Any:
         """A tower with 4 layers and 64 patches, Llama with 4 layers."""
-        config = SmolVLMConfig(
+        config_class, model_class = self.classes
+        config = config_class(
             vision_config=VISION | (vision or {}), text_config=TEXT | (text or {}), **(TOP | overrides)
         )
-        return build(SmolVLMForConditionalGeneration, config, attn_implementation, seed, dtype)
+        return build(model_class, config, attn_implementation, seed, dtype)
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The tower's."""
