@@ -322,8 +322,8 @@ class Family:
         """Patches of every image, then of every video, of one prompt."""
         raise NotImplementedError
 
-    def pixel_rows(self, inputs: Inputs, image: int) -> slice:
-        """The rows of `pixel_values` that belong to one image of a batch."""
+    def pixel_rows(self, inputs: Inputs, image: int) -> Any:
+        """The index of what belongs to one image of a batch in `pixel_values`."""
         del inputs
         return slice(image, image + 1)
 

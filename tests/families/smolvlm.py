@@ -137,6 +137,10 @@ class SmolVLM(Family):
         """One tile for each image."""
         return [SIDE * SIDE] * sum(pixels.shape[1] for pixels in [inputs.get("pixel_values")] if pixels is not None)
 
+    def pixel_rows(self, inputs: Inputs, image: int) -> Any:
+        """Sample and place in it: zeros are no images."""
+        return tuple((inputs["pixel_values"] != 0).flatten(2).any(2).nonzero()[image].tolist())
+
     def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Tiles."""
         return inputs["pixel_values"].flatten(0, 1), {}

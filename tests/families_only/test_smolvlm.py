@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -459,6 +460,15 @@ def test_the_tower_of_each_published_size() -> None:
         config = smolvlm.FAMILY.published_config(text | {"pad_token_id": 0}, {"image": IMAGE_ID}, narrow=False)
         assert smolvlm.tile_side(config) ** 2 // config.scale_factor**2 == tokens
         assert config.model_type == name.split("-")[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/settings.md"])
+def test_both_presets_stand_in_the_tables(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    for depth in (27, 12):
+        preset = smolvlm.FAMILY.presets_of(model_of(vision={"num_hidden_layers": depth}))["image"]
+        layers, llm_layers = list(preset.vit_layers), list(preset.llm_layers)
+        assert f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |" in text
 
 
 def test_other_layers_are_refused() -> None:
