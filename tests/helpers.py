@@ -146,7 +146,7 @@ def assert_same(ours: Found, theirs: Found) -> None:
 
 def query_width(model: Any) -> int:
     """All query heads of a decoder layer side by side."""
-    width: int = model.model.language_model.layers[0].self_attn.q_proj.out_features
+    width: int = family_of(model).language(model).layers[0].self_attn.q_proj.out_features
     return width
 
 

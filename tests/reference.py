@@ -587,7 +587,7 @@ def reference_forward(
     """
     settings = ReferenceSettings(vit_layers, vit_r, llm_layers, llm_ratio, method or ReferenceMethod())
     visuals = vision_stage(model, inputs, settings)
-    language = model.model.language_model
+    language = family_of(model).language(model)
     length = inputs["input_ids"].shape[1]
     tokens = _language_tokens(model, inputs["input_ids"][0], visuals)
     positions = family_of(model).positions(model, inputs)
@@ -636,7 +636,7 @@ def reference_generate(
         The ids and the scores of each step.
     """
     prefill = reference_forward(model, inputs, **settings)
-    language = model.model.language_model
+    language = family_of(model).language(model)
     caches = list(prefill.caches)
     logits = [prefill.logits[-1]]
     ids = [int(logits[-1].argmax())]
@@ -653,7 +653,7 @@ def reference_generate(
 
 def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
     """Embeds the prompt, fills the placeholders and takes out what the encoder merged away."""
-    embeddings = model.model.language_model.embed_tokens(ids).clone()
+    embeddings = family_of(model).language(model).embed_tokens(ids).clone()
     config = model.config
     free = {
         "image": (ids == config.image_token_id).nonzero().flatten().tolist(),

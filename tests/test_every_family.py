@@ -34,8 +34,7 @@ def spans_of(model: Any, inputs: Inputs) -> list[tuple[int, list[int]]]:
     for kind, output in feature_outputs(model, inputs, return_dict=True).items():
         more = family_of(model).beyond_features(kind)
         places = (inputs["input_ids"] == PLACEHOLDERS[kind]).nonzero().tolist()
-        for features in output.pooler_output:
-            count = features[..., 0].numel() + more  # older releases keep a video's frames apart
+        for count in (length + more for length in family_of(model).feature_lengths(model, output)):
             mine, places = places[:count], places[count:]
             (row,) = {row for row, _ in mine}
             found.append((row, [column for _, column in mine]))
@@ -117,7 +116,8 @@ def replayed(model: Any, given: dict[str, Any], row: int, real: list[int], dropp
     Returns:
         Logits of what is left behind the last layer, and its columns.
     """
-    language, known = model.model.language_model, family_of(model)
+    known = family_of(model)
+    language = known.language(model)
     columns = list(real)
     hidden = given["inputs_embeds"][row : row + 1, columns]
     positions = given["position_ids"][..., row : row + 1, :]
@@ -149,7 +149,7 @@ def test_the_decoder_is_its_layers_one_by_one(
     model = tiny_model(family, attn_implementation=back_end, dtype=dtype)
     inputs = positions_given(model, inputs_for(model, PROMPTS[kind], side))
     spans = spans_of(model, inputs)
-    stock = GivenTo(model.model.language_model)
+    stock = GivenTo(family_of(family).language(model))
     model(**inputs)
     given = dict(stock.kwargs)
     stock.handle.remove()

@@ -96,8 +96,9 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
     index = 0 if merged else 1
     lengths = [n for (n,) in report.sequence_tokens] if merged else [report.prompt_tokens[0]] * 4
     counts = counter.get_flop_counts()
-    language = counts[next(k for k in counts if k.endswith("language_model"))]
-    rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith("language_model.rotary_emb"))
+    text = family_of(family).language_name
+    language = counts[next(k for k in counts if k.endswith(text))]
+    rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith(f"{text}.rotary_emb"))
     language_flops = sum(language.values()) - rotary  # a product in old releases
     width = query_width(model)
     causal = sum(2 * n * n * width for n in lengths)

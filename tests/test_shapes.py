@@ -81,7 +81,7 @@ def test_loss_and_gradients(family: str, kind: str) -> None:
     assert loss.isfinite()
     known = family_of(family)
     idle = known.idle_weights(model)
-    layers = [*known.encoder_layers(model), *model.model.language_model.layers]
+    layers = [*known.encoder_layers(model), *known.language(model).layers]
     for module in [*layers, known.projector(model), model.lm_head]:
         trained = {name: weight for name, weight in module.named_parameters() if id(weight) not in idle}
         for name, parameter in trained.items():
@@ -109,8 +109,9 @@ def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) ->
         model = patched(family).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            assert model.model.language_model.gradient_checkpointing
-            counter = CallCounter(model.model.language_model.layers[2].input_layernorm)
+            language = family_of(family).language(model)
+            assert language.gradient_checkpointing
+            counter = CallCounter(language.layers[2].input_layernorm)
         loss = model(**with_labels(model, RICHEST[family])).loss
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))

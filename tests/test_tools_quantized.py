@@ -132,7 +132,7 @@ def test_bitsandbytes(family: str, tmp_path: Path) -> None:
         )
         .eval()
     )
-    assert model.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    assert family_of(family).language(model).layers[0].self_attn.q_proj.weight.dtype == torch.int8
     inputs = single(plain, IMAGES)
     stock, whole = run(model, inputs)
     patch(plain, **SETTINGS[family])

@@ -135,7 +135,7 @@ class Family:
                 decoder_layers=_by_index([text.layers for text in text_models]),
             )
             seams = [f"get_{modality}_features" for modality in self.modalities]
-            for name in (*seams, "get_placeholder_mask") if "language" in self.stages else seams:
+            for name in (*seams, self.placeholder_method(base)) if "language" in self.stages else seams:
                 getattr(base, name)
             if "language" in self.stages:
                 _check_language_seams(parts)
@@ -218,10 +218,28 @@ class Family:
         """How many tokens the base model appends to each feature that its feature methods return."""
         return {}
 
-    def placeholder_masks(self, result: Any) -> Mapping[Modality, Tensor]:
-        """The masks in a result of ``get_placeholder_mask``, by modality."""
+    def placeholder_method(self, base: Any) -> str:
+        """The method of the base model that finds the places of visual tokens."""
+        return "get_placeholder_mask"
+
+    def placeholder_masks(self, base: Any, call: Mapping[str, Any], result: Any) -> Mapping[Modality, Tensor]:
+        """The placeholders ``(B, N)`` that a call of that method has found, by modality.
+
+        A modality's mask is right in the call that carries its features.
+
+        Args:
+            base: the model that joins vision and language.
+            call: the method's arguments by name.
+            result: what it returned.
+        """
         masks = (result,) if isinstance(result, Tensor) else result
-        return dict(zip(self.modalities, masks, strict=False))
+        named = zip(self.modalities, masks, strict=False)
+        return {modality: mask[..., 0] for modality, mask in named if call.get(f"{modality}_features") is not None}
+
+    def visuals_in(self, base: Any, output: Any) -> list[list[int]]:
+        """How many tokens each image or video has, in each entry of a feature output's ``pooler_output``."""
+        # Some releases give a video as its frames, (frames, tokens, C).
+        return [[feature.shape[:-1].numel()] for feature in output.pooler_output]
 
     # ------------------------------------------------------------------ the language stage
 

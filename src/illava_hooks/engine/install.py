@@ -96,15 +96,15 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
 
 def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:
     hooks, base = session.hooks, parts.base
-    methods = BaseMethods(session, family, family.tokens_behind(base))
+    methods = BaseMethods(session, family, base)
     features = [f"get_{modality}_features" for modality in family.modalities]
     hooks.around_forward(base, BeforeBase(session, methods), AfterBase())
     for name in features:
         hooks.wrap(base, name, methods.features)
-    hooks.wrap(base, "get_placeholder_mask", methods.placeholders)
+    hooks.wrap(base, family.placeholder_method(base), methods.placeholders)
     hooks.swap(base, "_illava_session", session)
     if parts.top is not None:
-        head = HeadMethods(session)
+        head = HeadMethods(session, methods.visuals_in)
         hooks.around_forward(parts.top, BeforeHead(session), AfterHead())
         hooks.wrap(parts.top, "generate", head.generate)
         for name in features:
