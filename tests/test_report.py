@@ -94,7 +94,7 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
         with merging(model, merged), counter:
             model(**inputs)
     index = 0 if merged else 1
-    lengths = [n for (n,) in report.sequence_tokens] if merged else [report.prompt_tokens[0]] * 4
+    lengths = [n if merged else report.prompt_tokens[0] for (n,) in report.sequence_tokens]
     counts = counter.get_flop_counts()
     language = counts[next(k for k in counts if k.endswith("language_model"))]
     rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith("language_model.rotary_emb"))

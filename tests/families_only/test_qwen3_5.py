@@ -8,12 +8,16 @@ token by token and head by head (`tests/reference.py`); each test against it has
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 import reference as ref
 import test_batching
@@ -22,11 +26,11 @@ import test_generate
 import test_no_trace
 import test_past_and_report
 import test_report
+import test_shapes
 from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, TEXT, VIDEO, single, steps
 from families.qwen3_5 import Qwen35
 from helpers import (
     PROMPTS,
-    VISUAL,
     assert_same,
     assert_says,
     before,
@@ -61,9 +65,15 @@ BATCHES = {
     "image and video": (SAMPLES["video, image"], SAMPLES["text"], SAMPLES["image"]),
 }
 ENCODER: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25}
-#: Stock's delta rule rounds to float32 inside, also in float64, and several layers make more of it: so far may two
-#: equal computations be apart (stock and the reference without merging: 4.8e-5 with four such layers).
+#: Stock's delta rule rounds to float32 inside, also in float64, on chunks that begin where a row's padding does, and
+#: several layers make more of it. Stock alone, a batch beside its samples: up to 7.4e-5 in the published order.
 CLOSE = 2e-4
+#: Where all of it is computed in float64 (`exact`).
+EXACT = 1e-9
+
+#: Older releases invert the triangular systems of the delta rule row by row, and multiply by what they gave.
+SOLVES = "solve_triangular" in inspect.getsource(modeling_qwen3_5)
+needs_solver = pytest.mark.skipif(not SOLVES, reason="this release's delta rule has two products more")
 
 
 def text_of(order: str) -> dict[str, Any]:
@@ -97,6 +107,31 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return found
 
 
+class Double:
+    """Stands for torch in a module: what it calls float32 is float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stock code of the model rounds to float32: what is equal in exact arithmetic is then equal to 1e-9."""
+    modules = (modeling_qwen3_5, modeling_qwen3_vl)  # the reference rotates by the latter
+    names = {module.__name__ for module in modules}
+    single_precision = torch.Tensor.float
+
+    def as_double(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        caller = sys._getframe(1).f_globals.get("__name__")
+        return tensor.double() if caller in names else single_precision(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "float", as_double)
+    for module in modules:
+        monkeypatch.setattr(module, "torch", Double())
+
+
 # ------------------------------------------------------------------------------------ where it may merge
 
 
@@ -113,16 +148,10 @@ def test_merging_behind_a_layer_without_attention_is_refused(order: str, layer: 
     patch(model, [1], 0.25, [layer], 1.0)  # nothing merges there
 
 
-def test_a_decoder_without_attention_merges_in_the_encoder_alone() -> None:
+def test_a_decoder_without_attention_merges_nowhere() -> None:
     model = tiny_model(NAME, text={"layer_types": [LINEAR] * 4})
     with pytest.raises(UnsupportedModelError, match=r"use llm_layers=\[\]$"):
         patch(model, [1], 0.25, [2], 0.5)
-    stock = tiny_model(NAME, text={"layer_types": [LINEAR] * 4})
-    patch(model, [1], 0.25, [], 1.0)
-    inputs = single(model, IMAGE)
-    with torch.no_grad():
-        assert (model(**inputs).logits - stock(**inputs).logits).abs().max() > 1e-3
-    assert session_of(model).report.kv_bytes == (0, 0)
 
 
 def test_sliding_windows_between_are_refused() -> None:
@@ -146,29 +175,30 @@ def test_presets_fit_the_published_sizes() -> None:
 # ----------------------------------------------------------------------------------------- the decoder
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_reference_is_stock(order: str) -> None:
-    """Without merging, so that what is measured is how far rounding to float32 carries."""
     model = hybrid(order, dtype=torch.float64)
-    for sample in (IMAGE, IMAGES, BOTH):
+    for sample in (IMAGES, BOTH):
         inputs = single(model, sample)
         with torch.no_grad():
             expected = model(**inputs).logits[0]
-        assert_close(ref.reference_forward(model, inputs).logits, expected, CLOSE / 4)
+        assert_close(ref.reference_forward(model, inputs).logits, expected, EXACT)
 
 
-def check_order(order: str, batch: str, rule: str, **more: Any) -> None:
-    check_forward(NAME, BATCHES[batch], rule, settings_of(order), tolerance=CLOSE, text=text_of(order), **more)
+def check_order(order: str, batch: str, rule: str, side: str = "left") -> None:
+    check_forward(NAME, BATCHES[batch], rule, settings_of(order), side=side, tolerance=EXACT, text=text_of(order))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("batch", "side"), [("images", "left"), ("image and video", "right")])
 @pytest.mark.parametrize("order", ORDERS)
-def test_both_stages_against_the_reference(order: str, batch: str, rule: str, side: Any) -> None:
-    check_order(order, batch, rule, side=side)
+def test_both_stages_against_the_reference(order: str, batch: str, rule: str, side: str) -> None:
+    check_order(order, batch, rule, side)
 
 
+@pytest.mark.usefixtures("exact")
 def test_padding_that_recurrent_layers_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of other lengths have copies of tokens in front, which a state would take in."""
     monkeypatch.setattr(decoder_hooks, "_padding", lambda *args: None)
@@ -176,6 +206,7 @@ def test_padding_that_recurrent_layers_read_is_noticed(monkeypatch: pytest.Monke
         check_order("published", "images", "recycle")
 
 
+@pytest.mark.usefixtures("exact")
 def test_padding_as_in_front_of_the_first_merge_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of another stage, cut to the length of its own."""
 
@@ -188,6 +219,7 @@ def test_padding_as_in_front_of_the_first_merge_is_noticed(monkeypatch: pytest.M
         check_order("published", "images", "recycle")
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("part", ["fading", "replacing", "gate"])
 def test_another_delta_net_is_noticed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference says what stock does, and not something else."""
@@ -207,37 +239,32 @@ def test_another_delta_net_is_noticed(part: str, monkeypatch: pytest.MonkeyPatch
         check_order("published", "images", "drop")
 
 
-@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kind", ["ragged", "image and video"])
-def test_the_score_is_the_row_of_the_eager_attention(order: str, kind: str, layer: int) -> None:
-    layers = ORDERS[order][1]
-    test_every_family.test_the_score_is_the_row_of_the_eager_attention(NAME, kind, layers[layer % len(layers)], "left")
+def test_the_score_is_the_row_of_the_eager_attention(order: str, kind: str) -> None:
+    for layer in ORDERS[order][1]:
+        test_every_family.test_the_score_is_the_row_of_the_eager_attention(NAME, kind, layer, "left")
 
 
-def test_a_score_by_gates_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_looks_otherwise_is_refused() -> None:
     """Queries share their projection with a gate: `patch` asks the layer itself what it looks at."""
     model = tiny_model(NAME)
     attention = model.model.language_model.layers[0].self_attn
     check_scores(model.model.language_model, [0])
-    forward = type(attention).forward
 
-    class Sharper(type(attention)):  # type: ignore[misc]
-        """Looks by other queries than the interface is told."""
+    class Windowed(type(attention)):  # type: ignore[misc]
+        """Does not look at the first token."""
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            scaling, self.scaling = self.scaling, self.scaling * 1j  # no attention that queries and keys explain
-            try:
-                return forward(self, *args, **kwargs)
-            finally:
-                self.scaling = scaling
+            mask = torch.zeros(1, 1, 6, 6)
+            mask[..., :1] = torch.finfo(torch.float32).min
+            return super().forward(*args, **kwargs | {"attention_mask": mask})
 
-    attention.__class__ = Sharper
-    with pytest.raises((UnsupportedModelError, RuntimeError, TypeError)):
+    attention.__class__ = Windowed
+    with pytest.raises(UnsupportedModelError, match="pays an attention that its queries and keys do not explain"):
         check_scores(model.model.language_model, [0])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", VISUAL)
+@pytest.mark.parametrize(("kind", "side"), [("ragged", "left"), ("image and video", "right")])
 def test_the_decoder_is_its_layers_one_by_one(order: str, kind: str, side: Any) -> None:
     test_every_family.test_the_decoder_is_its_layers_one_by_one(NAME, kind, "sdpa", ORDERS[order][1], side)
 
@@ -278,7 +305,7 @@ def test_taking_patches_in_the_encoder_is_noticed(kind: str, monkeypatch: pytest
 # ------------------------------------------------------------------------- what every family shows, by order
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("kind", ["ragged", "image and video", "text"])
 def test_stock_where_nothing_merges(order: str, kind: str) -> None:
     model, stock = tiny_model(NAME), tiny_model(NAME)
     inputs = prompt(model, kind)
@@ -302,30 +329,44 @@ def apart(model: Any, batch: Any, side: Any) -> float:
     return found
 
 
-@pytest.mark.parametrize("method", ["illava", "diverse", "fastv"])
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_is_as_near_to_its_samples_as_in_stock(order: str, side: Any, method: str) -> None:
+def test_a_batch_is_its_samples(order: str, side: Any) -> None:
+    """Exactly, as in stock; what is left otherwise is float32's rounding inside of stock's delta rule."""
     model, batch = tiny_model(NAME, dtype=torch.float64), [IMAGES, TEXT, IMAGE, VIDEO, BOTH]
-    stock = apart(model, batch, side)
-    patch(model, **settings_of(order), method=method)
-    assert apart(model, batch, side) <= 4 * stock
+    assert apart(model, batch, side) < EXACT
+    patch(model, **settings_of(order), method="diverse")
+    assert apart(model, batch, side) < EXACT
     assert session_of(model).report.kept_fraction < 0.6
 
 
-@pytest.mark.parametrize("batch", test_batching.BATCHES)
-def test_a_batch_answers_as_its_samples(order: str, batch: str) -> None:
-    test_batching.test_greedy(NAME, batch)
-    test_batching.test_beam_search(NAME, batch)
+@pytest.mark.usefixtures("exact")
+def test_padding_that_recurrent_layers_read_parts_a_batch_from_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hybrid("published", dtype=torch.float64)
+    patch(model, **settings_of("published"))
+    monkeypatch.setattr(decoder_hooks, "_padding", lambda *args: None)
+    assert apart(model, [IMAGES, TEXT, IMAGE], "left") > 1e-3
+
+
+def test_a_batch_answers_as_its_samples(order: str) -> None:
+    test_batching.test_greedy(NAME, "ragged")
+    test_batching.test_beam_search(NAME, "ragged")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "illava-reference"])
-def test_every_method(order: str, method: str) -> None:
+def test_every_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_batching, "patched", lambda name, method: _patched("published", method))
     test_batching.test_forward_of_every_method(NAME, method)
 
 
-@pytest.mark.parametrize("kind", ["images", "with text"])
-def test_a_second_turn(order: str, kind: str) -> None:
-    test_generate.test_a_second_turn_goes_on_with_the_cache(NAME, kind)
+def _patched(order: str, method: str) -> Any:
+    model = hybrid(order)
+    patch(model, **settings_of(order), method=method)
+    return model
+
+
+def test_a_second_turn(order: str) -> None:
+    test_generate.test_a_second_turn_goes_on_with_the_cache(NAME, "with text")
 
 
 def test_static_and_dynamic_caches_and_none(order: str) -> None:
@@ -341,26 +382,10 @@ def test_static_and_dynamic_caches_and_none(order: str) -> None:
                 torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
 
 
-def test_flops_are_those_that_run(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite's test has a model of four layers; here depth differs."""
-    counted: list[Any] = []
-    finish = test_report.run
-    model, inputs, _, report = finish(NAME, [IMAGE])
-    counted.append(report)
-    attending = Qwen35().attending(model)
-    counter = torch.utils.flop_counter.FlopCounterMode(
-        display=False,
-        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: test_report.attention_flops},
-    )
-    with torch.no_grad(), counter:
-        model(**inputs)
-    counts = counter.get_flop_counts()
-    language = sum(counts[next(name for name in counts if name.endswith("language_model"))].values())
-    rotary = sum(sum(v.values()) for name, v in counts.items() if name.endswith("language_model.rotary_emb"))
-    scores = 0
-    width = test_report.query_width(model)
-    causal = sum(2 * report.sequence_tokens[layer][0] ** 2 * width for layer in attending)
-    assert abs(language - rotary - scores - causal - report.llm_flops[0]) < 0.01 * report.llm_flops[0]
+@needs_solver
+@pytest.mark.parametrize("merged", [False, True])
+def test_flops_are_those_that_run(order: str, merged: bool) -> None:
+    test_report.test_flops_are_those_that_run(NAME, merged)
 
 
 def test_kv_bytes_are_those_of_the_layers_with_keys(order: str) -> None:
@@ -368,7 +393,7 @@ def test_kv_bytes_are_those_of_the_layers_with_keys(order: str) -> None:
 
 
 @needs_ready_features
-@pytest.mark.parametrize("past", test_past_and_report.PASTS)
+@pytest.mark.parametrize("past", ["text", "two turns"])
 def test_a_past_counts_in_the_layers_with_keys(order: str, past: str) -> None:
     test_past_and_report.test_kv_bytes_are_those_of_the_whole_cache(NAME, past)
     test_past_and_report.test_flops_count_the_keys_of_the_past(NAME, past)
@@ -379,6 +404,7 @@ def test_no_trace_is_left(order: str) -> None:
     test_no_trace.test_deepcopy_is_an_independent_patched_model(NAME)
 
 
+@pytest.mark.usefixtures("exact")
 def test_idle_machinery(order: str) -> None:
     model, stock = tiny_model(NAME, dtype=torch.float64), tiny_model(NAME, dtype=torch.float64)
     patch(model, [1, 2], 1e-9, ORDERS[order][1], 1 - 1e-9)
@@ -387,7 +413,7 @@ def test_idle_machinery(order: str) -> None:
         found, expected = model(**inputs).logits, stock(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert session_of(model).report.kept_fraction == 1
-    torch.testing.assert_close(found[real], expected[real], atol=CLOSE, rtol=0)
+    torch.testing.assert_close(found[real], expected[real], atol=EXACT, rtol=0)
 
 
 # --------------------------------------------------------------------------------- caches that mix kinds
@@ -505,21 +531,10 @@ def test_cropping_is_refused_by_stock(order: str) -> None:
         cache.crop(-1)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_of_replayed_layers(order: str, reentrant: bool) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_model(NAME, dtype=torch.float64).train()
-        patch(model, **settings_of(order))
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        inputs = inputs_for(model, RAGGED)
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    assert any("linear_attn" in name for name in found[0])
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    test_shapes.test_checkpointing_gives_the_same_gradients(NAME, reentrant)
 
 
 # ---------------------------------------------------------------------------------------------- others
