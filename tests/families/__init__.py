@@ -117,6 +117,8 @@ class Family:
             nothing is cropped, pooled or added between the stages.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
             layers round to float32 inside (norms do).
+        closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
+            rounded to float32 depends on the rows beside.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
@@ -179,6 +181,7 @@ class Family:
     beams_keep_images_apart: ClassVar[bool] = True
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
+    closest: ClassVar[float] = 0.0
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
     axes: ClassVar[int] = 1
@@ -373,6 +376,10 @@ class Family:
     def language(self, model: Any) -> Any:
         """The decoder with its embedding."""
         return getattr(model.model, self.language_name)
+
+    def attending(self, model: Any) -> list[int]:
+        """The decoder layers that pay attention, and hold keys; others carry a state along."""
+        return list(range(model.config.get_text_config().num_hidden_layers))
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""
