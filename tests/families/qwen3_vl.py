@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
-from families import Family
+from families import Family, Suite
 from families.qwen2_vl import FRAMES_PER_SLICE, KINDS, MERGE, PATCH, Qwen2VL, grid_of, patches_of
 from tiny_models import (
     FIRST_TEXT_ID,
@@ -31,7 +31,6 @@ from tiny_models import (
     Inputs,
     Sample,
     Side,
-    build,
     padded,
     prompt_ids,
 )
@@ -55,19 +54,19 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-TOP: dict[str, Any] = {
-    "image_token_id": IMAGE_ID,
-    "video_token_id": VIDEO_ID,
-    "vision_start_token_id": VISION_START_ID,
-    "vision_end_token_id": VISION_END_ID,
-    "tie_word_embeddings": False,
-}
+#: What makes its decoder a mixture of experts.
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+#: Two blocks, as wide as the decoder.
+FEW_BLOCKS: dict[str, Any] = {"hidden_size": 48, "deepstack_visual_indexes": [0, 1]}
 
 
 class Qwen3VL(Qwen2VL):
     """Qwen3-VL."""
 
     title = "Qwen3-VL"
+    model_class = Qwen3VLForConditionalGeneration
+    vision_config = VISION
+    text_config = TEXT
     published = False
     videos_follow_the_config = True
     encoder_mlp = "linear_fc1"
@@ -77,6 +76,10 @@ class Qwen3VL(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
+    suites = {
+        "Qwen3VL": Suite(vision=FEW_BLOCKS, image=(24, 24)),
+        "Qwen3VLMoe": Suite(Qwen3VLMoeForConditionalGeneration, FEW_BLOCKS, EXPERTS, image=(24, 24)),
+    }
     shapes = {"qwen3-vl-2b": 1.82, "qwen3-vl-4b": 4.05, "qwen3-vl-8b": 7.53}
     stock_modules = ("qwen3_vl.modeling_qwen3_vl", "qwen3_vl_moe.modeling_qwen3_vl_moe")
     lmms_eval = None
@@ -89,20 +92,6 @@ class Qwen3VL(Qwen2VL):
     def model_types(self) -> tuple[str, ...]:
         """The mixture of experts too."""
         return ("qwen3_vl", "qwen3_vl_moe")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> Any:
-        """An encoder of 4 blocks with 4 x 4 patches in 2 x 2 groups, text of 4 layers."""
-        settings = TOP | overrides
-        config = Qwen3VLConfig(vision_config=VISION | (vision or {}), text_config=TEXT | (text or {}), **settings)
-        return build(Qwen3VLForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """As Qwen2-VL's, but for videos in the prompt."""
@@ -140,12 +129,6 @@ class Qwen3VL(Qwen2VL):
         from families import _qwen3_vl_reference as reference
 
         return reference.visuals(model, inputs, settings)
-
-    def suite(self) -> tuple[Any, type]:
-        """One grid for an image, one slice for a video."""
-        from families import _qwen3_vl_suite as suite
-
-        return suite.Qwen3VLTester, suite.Qwen3VLTests
 
     def behind_layer(
         self, layer: int, hidden: Tensor, row: int, columns: list[int], given: Mapping[str, Any]
