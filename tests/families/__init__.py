@@ -106,7 +106,8 @@ class Suite:
         image: Height and width of the image in each row.
         frames: Frames of the video in each row.
         video: Height and width of the frames, where they have sizes.
-        vit_r: What a merging layer of the encoder removes.
+        vit_layers: The layers of the encoder that merge.
+        vit_r: What each of them removes.
         rows_are_visuals: Whether the tower's output has a row for each image or video.
         all_weights_train: Whether gradients reach every weight.
     """
@@ -118,6 +119,7 @@ class Suite:
     image: tuple[int, int] = (32, 32)
     frames: int = 2
     video: tuple[int, int] = (16, 16)
+    vit_layers: tuple[int, ...] = (0, 1)
     vit_r: int | float = 0.25
     rows_are_visuals: bool = True
     all_weights_train: bool = True

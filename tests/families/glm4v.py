@@ -40,6 +40,8 @@ TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
 }
+#: Blocks as wide as the decoder.
+WIDE: dict[str, Any] = {"hidden_size": 64}
 #: What makes its decoder a mixture of experts.
 EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 24,
@@ -77,8 +79,8 @@ class Glm4V(Qwen2VL):
     beams_mix_images = ">=5.18"
     takes_frames = True
     suites = {
-        "Glm4V": Suite(vision={"hidden_size": 64}, image=(24, 24)),
-        "Glm4VMoe": Suite(Glm4vMoeForConditionalGeneration, {"hidden_size": 64}, EXPERTS, image=(24, 24)),
+        "Glm4V": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False),
+        "Glm4VMoe": Suite(Glm4vMoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), rows_are_visuals=False),
     }
     shapes = {"glm-4.1v-9b": 9.4}
     stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")

@@ -40,8 +40,9 @@ CLIP: dict[str, Any] = {
     "patch_size": PATCH,
     "projection_dim": 32,
 }
-#: Towers with 4 x 4 patches.
-FEW_PATCHES: dict[str, Any] = {"patch_size": 8}
+#: Towers for transformers' own tests, which take no more than two layers: 4 x 4 patches, features of the last layer.
+FEW_PATCHES: dict[str, Any] = {"patch_size": 8, "num_hidden_layers": 2}
+LAST_LAYER: dict[str, Any] = {"vision_feature_layer": -1}
 
 
 class ClipFamily(Family):
@@ -92,7 +93,7 @@ class Llava(ClipFamily):
     title = "LLaVA-1.5"
     model_class = LlavaForConditionalGeneration
     top_config = {**ClipFamily.top_config, "image_seq_length": PATCHES}
-    suites = {"Llava": Suite(vision=FEW_PATCHES, top={"image_seq_length": 16}, all_weights_train=False)}
+    suites = {"Llava": Suite(vision=FEW_PATCHES, top={**LAST_LAYER, "image_seq_length": 16}, all_weights_train=False)}
     shapes = {"llava-1.5-7b": 6.9, "llava-1.5-13b": 13.2}
     stock_modules = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama")
 

@@ -16,10 +16,11 @@ from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from families import Modality, Suite
-from families.llava import FEW_PATCHES, PATCHES, TILE, ClipFamily
+from families.llava import FEW_PATCHES, LAST_LAYER, PATCHES, TILE, ClipFamily
 from tiny_models import IMAGE_ID, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+ANYRES_SUITE = Suite(vision=FEW_PATCHES, top=LAST_LAYER, rows_are_visuals=False, all_weights_train=False)
 
 
 class AnyresFamily(ClipFamily):
@@ -103,7 +104,7 @@ class LlavaNext(AnyresFamily):
 
     title = "LLaVA-NeXT"
     model_class = LlavaNextForConditionalGeneration
-    suites = {"LlavaNext": Suite(vision=FEW_PATCHES, rows_are_visuals=False, all_weights_train=False)}
+    suites = {"LlavaNext": ANYRES_SUITE}
     shapes = {"llava-next-7b": 6.9, "llava-next-mistral-7b": 7.4}
     stock_modules = ("llava_next.modeling_llava_next", "clip.modeling_clip", "llama.modeling_llama")
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoModel
 
-from families import Suite
-from families.llava import FEW_PATCHES, TILE
-from families.llava_next import AnyresFamily
+from families.llava import TILE
+from families.llava_next import ANYRES_SUITE, AnyresFamily
 from tiny_models import IMAGE_ID, VIDEO_ID, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 #: Older releases call frames `pixel_values`.
@@ -29,7 +28,7 @@ class LlavaNextVideo(AnyresFamily):
     model_class = LlavaNextVideoForConditionalGeneration
     modalities = ("image", "video")
     top_config = {**AnyresFamily.top_config, "video_token_index": VIDEO_ID}
-    suites = {"LlavaNextVideo": Suite(vision=FEW_PATCHES, rows_are_visuals=False, all_weights_train=False)}
+    suites = {"LlavaNextVideo": ANYRES_SUITE}
     shapes = {"llava-next-video-7b": 6.9}
     stock_modules = ("llava_next_video.modeling_llava_next_video", "clip.modeling_clip", "llama.modeling_llama")
 

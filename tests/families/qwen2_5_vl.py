@@ -50,10 +50,11 @@ class Qwen25VL(Qwen2VL):
     embedded_floor = 0.0
     paper_kept = None
     suites = {
-        "Qwen25VL": Suite(  # windows in the last of three blocks
-            vision={"depth": 3, "fullatt_block_indexes": [0, 1], "hidden_size": 48, "window_size": 16},
+        "Qwen25VL": Suite(  # the second block has windows
+            vision={"fullatt_block_indexes": [0], "hidden_size": 48, "window_size": 16},
             image=(24, 24),
             frames=4,
+            vit_layers=(0,),
         )
     }
     shapes = {"qwen2.5-vl-3b": 3.4, "qwen2.5-vl-7b": 7.2}

@@ -82,7 +82,7 @@ class Qwen2VL(Family):
     adapter_targets = ("qkv", "q_proj", "k_proj")
     silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
-    suites = {"Qwen2VL": Suite(image=(24, 24), frames=4)}
+    suites = {"Qwen2VL": Suite(vision={"embed_dim": 48}, image=(24, 24), frames=4)}
     retrievers = ("colqwen2",)
     embedded = "tiny-qwen2-vl"
     embedded_settings = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6}
@@ -119,9 +119,7 @@ class Qwen2VL(Family):
                 "i": [grid_of(1, size) for size in sample.images],
                 "v": [grid_of(math.ceil(n / FRAMES_PER_SLICE), sample.video_size) for n in sample.videos],
             }
-            pieces = {
-                kind: iter([_placeholders(kind, math.prod(grid) // MERGE**2) for grid in own[kind]]) for kind in "iv"
-            }
+            pieces = {kind: iter([self.piece(kind, grid) for grid in own[kind]]) for kind in "iv"}
             rows.append(prompt_ids(sample, pieces))
             for kind in "iv":
                 grids[kind] += own[kind]
@@ -133,6 +131,11 @@ class Qwen2VL(Family):
                 inputs[pixel_name] = torch.cat(patches[kind])
                 inputs[grid_name] = torch.tensor(grids[kind])
         return inputs
+
+    def piece(self, kind: str, grid: list[int]) -> list[int]:
+        """The tokens of an image or video: placeholders in brackets."""
+        placeholders = [IMAGE_ID if kind == "i" else VIDEO_ID] * (math.prod(grid) // MERGE**2)
+        return [VISION_START_ID, *placeholders, VISION_END_ID]
 
     def token_types(self, model: Any, ids: Tensor) -> Inputs:
         """1 for images, 2 for videos."""
@@ -240,10 +243,6 @@ def grid_of(slices: int, size: tuple[int, int]) -> list[int]:
     """Grid of patches; sides are rounded to whole groups as the stock smart resize does."""
     group = PATCH * MERGE
     return [slices, *(max(1, round(side / group)) * MERGE for side in size)]
-
-
-def _placeholders(kind: str, count: int) -> list[int]:
-    return [VISION_START_ID, *[IMAGE_ID if kind == "i" else VIDEO_ID] * count, VISION_END_ID]
 
 
 def patches_of(sample: Sample, kind: str, index: int, grid: list[int]) -> Tensor:

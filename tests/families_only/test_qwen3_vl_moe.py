@@ -166,7 +166,7 @@ def test_flops_behind_a_past() -> None:
 def test_a_dense_layer_is_counted_as_one() -> None:
     model = tiny_model(NAME)
     shape = qwen3_vl.FAMILY.decoder_shape(model)
-    routed = 6 * 48 * 20 * 2 + 2 * 48 * 6
+    routed = 6 * 48 * 24 * 2 + 2 * 48 * 6
     assert shape.mlp_flops == (routed, routed, 6 * 48 * 96, routed)
     assert qwen3_vl.FAMILY.decoder_shape(tiny_model(NAME, text={"decoder_sparse_step": 2})).mlp_flops == (
         6 * 48 * 96,

@@ -23,15 +23,19 @@ SAMPLE_MODES = ("stock", "merging")
 #: Left out of a sample: loading, which no hook sees, and most of the 24 settings in which back-ends are compared.
 LEFT_OUT = re.compile(r"test_bc_torch_dtype|test_eager_matches_sdpa_inference_(?!09_|13_)|test_can_init_all_missing")
 
-_LAYERS: dict[str, Any] = {"vit_layers": [0, 1], "llm_layers": [1]}
+
+def _layers(suite: Suite) -> dict[str, Any]:
+    return {"vit_layers": list(suite.vit_layers), "llm_layers": [1]}
+
+
 #: Settings of each run, as functions of a suite; None: the stock model.
 MODES: dict[str, Callable[[Suite], dict[str, Any]] | None] = {
     "stock": None,
     # Nothing is to be removed: every hook is in place and steps aside.
-    "identity": lambda _: {**_LAYERS, "vit_r": 0, "llm_ratio": 1.0},
+    "identity": lambda suite: {**_layers(suite), "vit_r": 0, "llm_ratio": 1.0},
     # A share too small to remove a single token: the merging layers, the gathering and the scattering all run.
-    "idle": lambda _: {**_LAYERS, "vit_r": 1e-4, "llm_ratio": 0.9999},
-    "merging": lambda suite: {**_LAYERS, "vit_r": suite.vit_r, "llm_ratio": 0.6},
+    "idle": lambda suite: {**_layers(suite), "vit_r": 1e-4, "llm_ratio": 0.9999},
+    "merging": lambda suite: {**_layers(suite), "vit_r": suite.vit_r, "llm_ratio": 0.6},
 }
 
 

@@ -23,7 +23,7 @@ common: Any = import_module(f"{PACKAGE}.test_modeling_common")
 SESSIONS: list[MergeSession] = []
 
 
-def tester(name: str) -> Tester:
+def new_tester(name: str) -> Tester:
     """A new one for a name in ``CLASSES``."""
     return Tester(*CLASSES[name])
 
@@ -33,7 +33,7 @@ LESS = SAMPLED if "HF_SUITE_SAMPLE" in os.environ else frozenset()
 
 if (settings := MODES[os.environ["HF_SUITE_MODE"]]) is not None:
     for name in NAMES:
-        for model_class in tester(name).model_classes:
+        for model_class in new_tester(name).model_classes:
             patch_when_constructed(model_class, settings(CLASSES[name][1]), SESSIONS)
 
 
@@ -48,7 +48,7 @@ class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ig
         """The same random inputs and weights in every run."""
         common.global_rng.seed(0)
         common.set_seed(0)
-        self.model_tester = tester(self.name)
+        self.model_tester = new_tester(self.name)
 
     def _prepare_for_class(self, inputs_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return packed(super()._prepare_for_class(inputs_dict, *args, **kwargs))
@@ -84,7 +84,7 @@ class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ig
 
 def class_of(name: str) -> type[Common]:
     """The tests of a model."""
-    made, suite = tester(name), CLASSES[name][1]
+    made, suite = new_tester(name), CLASSES[name][1]
     inputs = made.prepare_config_and_inputs_for_common()[1]
     own = {
         "__module__": __name__,
