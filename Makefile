@@ -23,7 +23,7 @@ test-families: $(SETUP)  ## the same, with tests of the engine on every family; 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
 
-hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--write fills docs/COMPATIBILITY.md
+hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--all is all of it, HF_TESTS="--all --write" fills docs/COMPATIBILITY.md
 	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m transformers_suite.run --workers $(WORKERS) $(HF_TESTS)
 
 .venv/ready: pyproject.toml constraints.txt

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decode_helpers import SETTINGS
+from decode_helpers import SETTINGS, skip_where_stock_mixes_images
 from families import families, families_and, family_of
 from helpers import OLD_TORCH, key_lengths, keyed, needs_ready_features, query_width
 from illava_hooks import MergeReport, merging, patch, session_of
@@ -166,8 +166,7 @@ class RowCounter:
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
 @pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_sequences_of_one_prompt_share_the_encoder(family: str, kind: str, settings: Any) -> None:
-    if not family_of(family).beams_keep_images_apart and any(len(s.images) > 1 for s in SAMPLES[kind]):
-        pytest.skip("stock mixes the images of a prompt among its beams")
+    skip_where_stock_mixes_images(family, SAMPLES[kind])
     model, inputs, _, alone = run(family, SAMPLES[kind])
     counter = RowCounter(model)
     with torch.no_grad():
