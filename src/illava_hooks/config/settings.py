@@ -13,7 +13,7 @@ from illava_hooks.config.schedule import MergeSchedule, Modality, split_keep
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.methods import DefaultMethod, Method, resolve_method
 
-__all__ = ["MergeConfig", "ModelLimits"]
+__all__ = ["MergeConfig", "ModelLimits", "check_preset"]
 
 #: The two numbers of each stage, and the amount that removes nothing.
 _NOTHING = (("vit_layers", "vit_r", 0), ("llm_layers", "llm_ratio", 1))
@@ -86,18 +86,12 @@ class MergeConfig:
         Raises:
             MergeConfigError: a value is outside of its range; the message names value, range and cure.
         """
-        saved = cls.load(preset) if _is_file(preset) else None
+        saved = check_preset(preset)
         if saved is not None:
             presets: Mapping[Modality, MergeSchedule] = {"image": saved.image, "video": saved.video}
             method, track = saved.method if isinstance(method, DefaultMethod) else method, track or saved.track
-        elif preset in (*get_args(Modality), "auto"):
-            presets = limits.presets
         else:
-            choices = [*get_args(Modality), "auto"]
-            raise MergeConfigError(
-                f"preset is {preset!r}; choose one of {choices}, or give the path of a file that MergeConfig.save "
-                "wrote, which ends in .json"
-            )
+            presets = limits.presets
         given: dict[str, object] = {
             "vit_layers": _once(vit_layers),
             "vit_r": vit_r,
@@ -142,8 +136,21 @@ class MergeConfig:
         return cls(schedules["image"], schedules["video"], method, track)
 
 
-def _is_file(preset: object) -> bool:
-    return isinstance(preset, os.PathLike) or (isinstance(preset, str) and preset.endswith(".json"))
+def check_preset(preset: str | os.PathLike[str]) -> MergeConfig | None:
+    """What a preset's file says; None for the name of a preset.
+
+    Raises:
+        MergeConfigError: it is neither, or the file cannot be read.
+    """
+    if isinstance(preset, os.PathLike) or (isinstance(preset, str) and preset.endswith(".json")):
+        return MergeConfig.load(preset)
+    choices = [*get_args(Modality), "auto"]
+    if preset not in choices:
+        raise MergeConfigError(
+            f"preset is {preset!r}; choose one of {choices}, or give the path of a file that MergeConfig.save wrote, "
+            "which ends in .json"
+        )
+    return None
 
 
 def _once(layers: object) -> object:
