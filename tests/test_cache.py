@@ -100,12 +100,13 @@ def test_a_copy_can_do_what_the_original_can(family: str, how: str) -> None:
     swapped = {**inputs, "attention_mask": inputs["attention_mask"][order]}
     expected = turn(model, swapped, cache, ids)
     torch.testing.assert_close(turn(model, swapped, twin, ids), expected, **CLOSE)
-    twin.crop(-1)
-    assert twin.get_seq_length() == cache.get_seq_length() - 1
-    with pytest.raises(PatchStateError, match="^cannot crop 300 tokens"):
-        twin.crop(-300)
+    if not family_of(family).carries_state:
+        twin.crop(-1)
+        assert twin.get_seq_length() == cache.get_seq_length() - 1
+        with pytest.raises(PatchStateError, match="^cannot crop 300 tokens"):
+            twin.crop(-300)
     twin.reset()
-    left = 0 if not before("5.18") else twin.layers[0].keys.shape[2]  # stock zeroed the keys, which stayed
+    left = 0 if not before("5.18") else keyed(twin)[0].keys.shape[2]  # stock zeroed the keys, which stayed
     assert twin.get_seq_length() == left and cache.get_seq_length() > left
 
 

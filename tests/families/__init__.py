@@ -121,6 +121,10 @@ class Family:
             rounded to float32 depends on the rows beside.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
+        carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
+            stock: its caches cannot be cropped or repeated, and a zero in a mask comes too late for a token that was
+            read.
+
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
             with another prompt need explicit ones.
@@ -182,6 +186,8 @@ class Family:
     rounding: ClassVar[int] = 1
     closest: ClassVar[float] = 0.0
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+
+    carries_state: ClassVar[bool] = False
 
     axes: ClassVar[int] = 1
     keeps_positions: ClassVar[bool] = False
