@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from decode_helpers import IMAGES, KINDS, RAGGED, SETTINGS, next_positions, patched, single
 from families import families_and, family_of
@@ -44,7 +44,11 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 def prefill(model: Any, inputs: Inputs, static: bool = False) -> Any:
-    cache = StaticCache(config=model.config.text_config, max_cache_len=400) if static else DynamicCache()
+    cache = (
+        StaticCache(config=model.config.text_config, max_cache_len=400)
+        if static
+        else family_of(model).new_cache(model)
+    )
     with torch.no_grad():
         return model(**inputs, **{CACHE: cache}).past_key_values
 

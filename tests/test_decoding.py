@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import IMAGE, IMAGES, KINDS, RAGGED, RICHEST, TEXT, next_positions, patched, single, steps
@@ -64,7 +64,11 @@ def test_second_turn_of_text(family: str, static: bool) -> None:
     positions = next_positions(model, inputs, 6)
 
     def first_turn() -> Any:
-        cache = StaticCache(config=model.config.text_config, max_cache_len=400) if static else DynamicCache()
+        cache = (
+            StaticCache(config=model.config.text_config, max_cache_len=400)
+            if static
+            else family_of(model).new_cache(model)
+        )
         with torch.no_grad():
             return model(**inputs, **{CACHE: cache}).past_key_values
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from tiny_models import Inputs, Sample, Side
@@ -375,6 +376,11 @@ class Family:
     def attending(self, model: Any) -> list[int]:
         """The decoder layers that pay attention, and hold keys; others carry a state along."""
         return list(range(model.config.get_text_config().num_hidden_layers))
+
+    def new_cache(self, model: Any) -> Any:
+        """A growing cache as a caller makes one; stock needs no config where all layers are of one kind."""
+        del model
+        return DynamicCache()
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from families import Family
 from families.qwen3_vl import TOP, Qwen3VL
@@ -88,6 +88,10 @@ class Qwen35(Qwen3VL):
         """Those that are no gated delta nets."""
         kinds = model.config.get_text_config().layer_types
         return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+    def new_cache(self, model: Any) -> Any:
+        """The config tells which layers hold keys."""
+        return DynamicCache(config=model.config.get_text_config())
 
     def projectors(self, model: Any) -> list[nn.Module]:
         """The patch merger."""
