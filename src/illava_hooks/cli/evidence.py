@@ -15,6 +15,7 @@ from illava_hooks.cli.options import (
     Debug,
     Device,
     Dtype,
+    Keep,
     LlmLayers,
     LlmRatio,
     MethodName,
@@ -54,7 +55,8 @@ def bench(
     vit_r: VitR = None,
     llm_layers: LlmLayers = None,
     llm_ratio: LlmRatio = None,
-    method: MethodName = "illava",
+    keep: Keep = None,
+    method: MethodName = None,
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -70,7 +72,6 @@ def bench(
     """Measure prefill, decoding, memory and the cost of merging, without and with it in turn."""
     from illava_hooks.tools import bench as tool
     from illava_hooks.tools.loading import find_device, find_dtype, load_model, quiet
-    from illava_hooks.tools.methods import find_method
 
     quiet()
     if (shape is None) == (model is None):
@@ -81,11 +82,7 @@ def bench(
     if fresh and sweep:
         raise InputError("give one of --fresh and --sweep")
     load = tool.Workload(tiles, images, frames, patches, batch, text, new_tokens)
-    settings = {
-        **merge_settings(vit_layers, vit_r, llm_layers, llm_ratio),
-        "method": find_method(method),
-        "preset": preset,
-    }
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     if fresh:
         found = [tool.compare_fresh(_again(context.params), rounds)]
     else:
@@ -128,6 +125,7 @@ def _again(given: dict[str, Any]) -> list[str]:
 
 @friendly
 def evaluate(
+    context: typer.Context,
     model: Model = "tiny",
     items: Annotated[
         str, typer.Option(help="scenes, small-scenes, pairs, clips, easy-vqa, or a JSONL file.")
@@ -140,6 +138,9 @@ def evaluate(
     ] = "",
     stages: Annotated[str, typer.Option(help="Of encoder, language, both.")] = "both",
     kept: Annotated[str, typer.Option(help="Fractions of visual tokens kept.")] = "0.5,0.3333,0.2222,0.1111",
+    keep: Annotated[
+        str | None, typer.Option(help="Fractions for patch(model, keep=...) instead of --stages and --kept: 1/2,1/3.")
+    ] = None,
     match: Annotated[str, typer.Option(help="How answers are compared: exact, relaxed or contains.")] = "exact",
     output: Annotated[
         Path | None, typer.Option(help="Rows and answers as JSON lines; an interrupted run goes on with them.")
@@ -157,6 +158,8 @@ def evaluate(
 
     quiet()
     check_target("--output", output)
+    if keep is not None:
+        stages, kept = _one_number(context, keep)
     fractions = [float(parse_number(part, "--kept") or 0) for part in kept.split(",")]
     names = [name for name in methods.split(",") if name]
     rows = measure(
@@ -172,3 +175,18 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     print_rows(rows)
+
+
+def _one_number(context: typer.Context, keep: str) -> tuple[str, str]:
+    """The stage and the fractions that stand for ``--keep``.
+
+    Raises:
+        InputError: another option says the same, or a fraction is none.
+    """
+    from illava_hooks.tools.loading import parse_fraction
+
+    for name in ("stages", "kept"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InputError(f"--keep and --{name} exclude each other; give one of them")
+    return "keep", ",".join(str(parse_fraction(part, "--keep")) for part in keep.split(","))

@@ -14,9 +14,11 @@ from illava_hooks.config import MergeSchedule
 from illava_hooks.errors import InputError
 from illava_hooks.tools.items import Item
 
-__all__ = ["CONTROLS", "STAGES", "budget_settings", "downsampled"]
+__all__ = ["CONTROLS", "KEEP", "STAGES", "budget_settings", "downsampled"]
 
 STAGES = ("encoder", "language", "both")
+#: Instead of a stage: one number, ``patch(model, keep=...)``.
+KEEP = "keep"
 #: Methods that look at nothing; "downsample" shows the model smaller pictures instead of merging.
 CONTROLS = ("random", "uniform", "downsample")
 
@@ -26,16 +28,19 @@ def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[st
 
     Args:
         schedule: whose layers merge.
-        stage: one of ``STAGES``; "both" gives each stage the square root, or all to the one that merges at all.
+        stage: one of ``STAGES``, of which "both" gives each stage the square root, or all to the one that merges at
+            all; or ``KEEP``.
         kept: the fraction, in (0, 1].
 
     Raises:
         InputError: stage or fraction is out of range.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage is {stage!r}; choose one of {list(STAGES)}")
+    if stage not in (*STAGES, KEEP):
+        raise InputError(f"stage is {stage!r}; choose one of {[*STAGES, KEEP]}")
     if not 0 < kept <= 1:
         raise InputError(f"kept is {kept}; give a fraction in (0, 1]")
+    if stage == KEEP:
+        return {"keep": kept}
     layers = {"encoder": schedule.vit_layers, "language": schedule.llm_layers}
     merging = [name for name in layers if layers[name] and stage in (name, "both")]
     if not merging:

@@ -26,7 +26,7 @@ Fingerprint = dict[str, dict[str, Any]]
 
 _PACKAGES = ("illava-hooks", "torch", "torchvision", "transformers", "pillow")
 #: The parts of this package that answers depend on.
-_CODE = ("config.py", "methods.py", "api.py", "merge", "engine", "patchers", "tiny", "tools/evaluate")
+_CODE = ("config", "methods.py", "api.py", "merge", "engine", "patchers", "tiny", "tools/evaluate")
 #: What a tokenizer keeps of its last call.
 _OF_A_CALL = ("padding", "truncation")
 #: What a configuration says of the place and the program that it was saved by.

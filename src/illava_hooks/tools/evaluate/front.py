@@ -45,7 +45,7 @@ def evaluate(
             mapping with ``image`` or ``video``, ``question`` and, if you like, ``answer`` and ``kind``.
         methods: names in ``METHODS``, "uniform", "downsample", ``file.py:NAME``, or ``Method`` objects; by default
             all that can meet a budget.
-        stages: of "encoder", "language" and "both".
+        stages: of "encoder", "language" and "both"; or "keep", which is ``patch(model, keep=...)``.
         kept: fractions of visual tokens left behind the last merging layer, each in (0, 1].
         questions: how many at most; by default 2,000 of a suite and all others.
         match: how answers are compared: "exact", "relaxed" (numbers within 5 %) or "contains".
