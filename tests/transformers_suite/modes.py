@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from families import FAMILIES, Family, Suite, family
+from families import FAMILIES, Family, Suite, _gemma3, family
 from illava_hooks import MergeSession, PatchStateError, patch
 
 __all__ = ["CLASSES", "LEFT_OUT", "MODES", "SAMPLED", "SAMPLE_MODES", "merged", "patch_when_constructed"]
 
 #: What is tested, by the names of the test classes.
 CLASSES: dict[str, tuple[Family, Suite]] = {
-    name: (known, suite) for known in map(family, FAMILIES) for name, suite in known.suites.items()
+    name: (known, suite) for known in (*map(family, FAMILIES), _gemma3.FAMILY) for name, suite in known.suites.items()
 }
 
 #: Those of families without an embedded model: unless ``--all`` is asked for, less is run on them.
@@ -25,7 +25,7 @@ LEFT_OUT = re.compile(r"test_bc_torch_dtype|test_eager_matches_sdpa_inference_(?
 
 
 def _layers(suite: Suite) -> dict[str, Any]:
-    return {"vit_layers": list(suite.vit_layers), "llm_layers": [1]}
+    return {"vit_layers": list(suite.vit_layers), "llm_layers": list(suite.llm_layers)}
 
 
 #: Settings of each run, as functions of a suite; None: the stock model.
@@ -72,6 +72,7 @@ _under_construction: list[Any] = []
 def merged(session: MergeSession) -> bool:
     """Whether a model ran a forward that removed tokens."""
     try:
-        return session.report.kept_fraction < 1
+        report = session.report
     except PatchStateError:
         return False
+    return report.kept_fraction < 1 or report.encoder_flops[0] < report.encoder_flops[1]
