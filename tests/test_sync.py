@@ -50,7 +50,7 @@ class WaitCounter(TorchDispatchMode):
         self.outside: Counter[str] = Counter()
         self.depth = 0
         self.handles = []
-        for layer in [*family_of(model).encoder_layers(model), *model.model.language_model.layers]:
+        for layer in [*family_of(model).encoder_layers(model), *family_of(model).language(model).layers]:
             # Our own pre-hooks were there first; this one must run before them.
             self.handles.append(layer.register_forward_pre_hook(self.enter, prepend=True))
             self.handles.append(layer.register_forward_hook(self.leave, always_call=True))
@@ -171,7 +171,7 @@ def test_the_counter_counts(family: str) -> None:
     """The tests above could fail: a layer that asks the device is seen."""
     model = tiny_model(family)
     inputs = inputs_for(model, RAGGED[:1])
-    layer = model.model.language_model.layers[2]
+    layer = family_of(family).language(model).layers[2]
     handle = layer.input_layernorm.register_forward_hook(
         lambda module, args, out: out[out.sum(-1) > 0].sum().item() and None
     )

@@ -158,6 +158,8 @@ class Family:
             nothing is cropped, pooled or added between the stages.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
             layers round to float32 inside (norms do).
+        closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
+            rounded to float32 depends on the rows beside.
         waits_in_layers: Operations that wait for the device inside layers beyond stock's, in each call of the encoder.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
@@ -179,6 +181,7 @@ class Family:
         takes_labels_by_position: Whether the stock forward takes labels by position.
 
         tower_name: The vision tower's name in the base model.
+        language_name: The same of the language model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
         encoder_mlp: The first linear layer of an encoder layer's MLP, by its name in there.
         silenced: Ends of the names of linear layers without which no layer of the tiny model changes a token.
@@ -225,6 +228,7 @@ class Family:
     beams_mix_images: ClassVar[str] = "<5.19"
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
+    closest: ClassVar[float] = 0.0
     waits_in_layers: ClassVar[Mapping[str, int]] = {}
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
@@ -242,6 +246,7 @@ class Family:
     takes_labels_by_position: ClassVar[bool] = True
 
     tower_name: ClassVar[str] = "vision_tower"
+    language_name: ClassVar[str] = "language_model"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     encoder_mlp: ClassVar[str] = "fc1"
     silenced: ClassVar[tuple[str, ...]] = ("out_proj", "fc2", "o_proj", "down_proj")
@@ -386,8 +391,8 @@ class Family:
         """Patches of every image, then of every video, of one prompt."""
         raise NotImplementedError
 
-    def pixel_rows(self, inputs: Inputs, image: int) -> slice:
-        """The rows of `pixel_values` that belong to one image of a batch."""
+    def pixel_rows(self, inputs: Inputs, image: int) -> Any:
+        """The index of what belongs to one image of a batch in `pixel_values`."""
         del inputs
         return slice(image, image + 1)
 
@@ -410,6 +415,11 @@ class Family:
         del modality
         return 0
 
+    def feature_lengths(self, model: Any, output: Any) -> list[int]:
+        """Tokens of every visual in what a feature method returned; older releases keep a video's frames apart."""
+        del model
+        return [features[..., 0].numel() for features in output.pooler_output]
+
     def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """What the vision tower itself takes of a batch's images: pixels, and the rest by name."""
         raise NotImplementedError
@@ -428,6 +438,14 @@ class Family:
         """The weights, by their `id`, of encoder layers behind the features: nothing trains them."""
         layers = self.encoder_layers(model)
         return {id(w) for layer in layers[len(layers) - self.layers_behind :] for w in layer.parameters()}
+
+    def language(self, model: Any) -> Any:
+        """The decoder with its embedding."""
+        return getattr(model.model, self.language_name)
+
+    def attending(self, model: Any) -> list[int]:
+        """The decoder layers that pay attention, and hold keys; others carry a state along."""
+        return list(range(model.config.get_text_config().num_hidden_layers))
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""
