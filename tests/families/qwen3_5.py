@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import Qwen3_5ForConditionalGeneration
 
 from families import Family
-from families.qwen3_vl import TOP, Qwen3VL
 from families.qwen3_vl import VISION as STACKED
-from tiny_models import ROPE, TEXT_CONFIG, Inputs, build
+from families.qwen3_vl import Qwen3VL
+from tiny_models import ROPE, TEXT_CONFIG, Inputs
 
 VISION: dict[str, Any] = {name: value for name, value in STACKED.items() if name != "deepstack_visual_indexes"}
 #: Twice as many value heads as key heads; a quarter of a head turns, in three sections.
@@ -35,9 +35,9 @@ TEXT: dict[str, Any] = {
 }
 
 
-def text_settings(overrides: dict[str, Any] | None) -> dict[str, Any]:
+def text_settings(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of the decoder, in which only the last layer is a gated delta net where nothing is said."""
-    settings = TEXT | (overrides or {})
+    settings = {**TEXT, **(overrides or {})}
     depth = settings["num_hidden_layers"]
     return {"layer_types": ["full_attention"] * (depth - 1) + ["linear_attention"]} | settings
 
@@ -58,6 +58,9 @@ class Qwen35(Qwen3VL):
     """Qwen3.5."""
 
     title = "Qwen3.5"
+    model_class = Qwen3_5ForConditionalGeneration
+    vision_config = VISION
+    text_config = TEXT
     silenced = (*Qwen3VL.silenced, "out_proj")
     shapes = {"qwen3.5-0.8b": 0.63, "qwen3.5-9b": 7.4}
     rounding = 10
@@ -69,19 +72,15 @@ class Qwen35(Qwen3VL):
         """The mixture of experts too."""
         return ("qwen3_5", "qwen3_5_moe")
 
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
+    def config(
+        self, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **overrides: Any
     ) -> Any:
-        """An encoder of 4 blocks with 4 x 4 patches in 2 x 2 groups, text of 4 layers."""
-        settings = TOP | overrides
-        config = Qwen3_5Config(vision_config=VISION | (vision or {}), text_config=text_settings(text), **settings)
-        return settle(build(Qwen3_5ForConditionalGeneration, config, attn_implementation, seed, dtype))
+        """As of all, with kinds of layers."""
+        return super().config(vision, text_settings(text), **overrides)
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """As of all, with states that fade slowly."""
+        return settle(super().build(*args, **kwargs))
 
     def attending(self, model: Any) -> list[int]:
         """Those that are no gated delta nets."""
@@ -97,12 +96,6 @@ class Qwen35(Qwen3VL):
         from families import _qwen3_vl_reference as reference
 
         return reference.visuals(model, inputs, settings)
-
-    def suite(self) -> tuple[Any, type]:
-        """One grid for an image, one slice for a video."""
-        from families import _qwen3_5_suite as suite
-
-        return suite.Qwen35Tester, suite.Qwen35Tests
 
     def behind_layer(
         self, layer: int, hidden: Tensor, row: int, columns: list[int], given: Mapping[str, Any]
