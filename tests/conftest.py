@@ -55,6 +55,7 @@ OF_EVERY_FAMILY = {
     "test_every_family.py",
     "test_generate.py",
     "test_identity.py",
+    "test_keep.py",
     "test_no_trace.py",
     "test_provenance.py",
     "test_reference.py",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from tiny_models import Inputs, Sample, Side
@@ -163,6 +164,10 @@ class Family:
         waits_in_layers: Operations that wait for the device inside layers beyond stock's, in each call of the encoder.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
+        carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
+            stock: its caches cannot be cropped or repeated, and a zero in a mask comes too late for a token that was
+            read.
+
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
             with another prompt need explicit ones.
@@ -231,6 +236,8 @@ class Family:
     closest: ClassVar[float] = 0.0
     waits_in_layers: ClassVar[Mapping[str, int]] = {}
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+
+    carries_state: ClassVar[bool] = False
 
     axes: ClassVar[int] = 1
     keeps_positions: ClassVar[bool] = False
@@ -446,6 +453,11 @@ class Family:
     def attending(self, model: Any) -> list[int]:
         """The decoder layers that pay attention, and hold keys; others carry a state along."""
         return list(range(model.config.get_text_config().num_hidden_layers))
+
+    def new_cache(self, model: Any) -> Any:
+        """A growing cache as a caller makes one; stock needs no config where all layers are of one kind."""
+        del model
+        return DynamicCache()
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""

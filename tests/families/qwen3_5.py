@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 
 from families import Family
-from families.qwen3_vl import VISION as STACKED
-from families.qwen3_vl import Qwen3VL
+from families.qwen3_vl import VISION, Qwen3VL
 from tiny_models import ROPE, TEXT_CONFIG, Inputs
 
-VISION: dict[str, Any] = {name: value for name, value in STACKED.items() if name != "deepstack_visual_indexes"}
 #: Twice as many value heads as key heads; a quarter of a head turns, in three sections.
 TEXT: dict[str, Any] = {
     **TEXT_CONFIG,
@@ -33,13 +31,6 @@ TEXT: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-
-
-def text_settings(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings of the decoder, in which only the last layer is a gated delta net where nothing is said."""
-    settings = {**TEXT, **(overrides or {})}
-    depth = settings["num_hidden_layers"]
-    return {"layer_types": ["full_attention"] * (depth - 1) + ["linear_attention"]} | settings
 
 
 def settle(model: Any) -> Any:
@@ -59,11 +50,13 @@ class Qwen35(Qwen3VL):
 
     title = "Qwen3.5"
     model_class = Qwen3_5ForConditionalGeneration
-    vision_config = VISION
+    vision_config = {name: value for name, value in VISION.items() if name != "deepstack_visual_indexes"}
     text_config = TEXT
+    suites = {}
     silenced = (*Qwen3VL.silenced, "out_proj")
-    shapes = {"qwen3.5-0.8b": 0.63, "qwen3.5-9b": 7.4}
+    shapes = {"qwen3.5-0.8b": 0.60, "qwen3.5-9b": 7.38}
     rounding = 10
+    carries_state = True
     closest = 1e-5  # stock's delta rule works in float32, on chunks that begin where a row's padding does
     stock_modules = ("qwen3_5.modeling_qwen3_5", "qwen3_5_moe.modeling_qwen3_5_moe")
 
@@ -73,19 +66,29 @@ class Qwen35(Qwen3VL):
         return ("qwen3_5", "qwen3_5_moe")
 
     def config(
-        self, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **overrides: Any
+        self,
+        vision: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        model_class: Any = None,
+        **overrides: Any,
     ) -> Any:
-        """As of all, with kinds of layers."""
-        return super().config(vision, text_settings(text), **overrides)
+        """Only the last layer of the decoder is a gated delta net where nothing is said."""
+        depth = {**self.text_config, **(text or {})}["num_hidden_layers"]
+        kinds = {"layer_types": ["full_attention"] * (depth - 1) + ["linear_attention"]}
+        return super().config(vision, {**kinds, **(text or {})}, model_class, **overrides)
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """As of all, with states that fade slowly."""
+        """With weights in the range of trained ones."""
         return settle(super().build(*args, **kwargs))
 
     def attending(self, model: Any) -> list[int]:
         """Those that are no gated delta nets."""
         kinds = model.config.get_text_config().layer_types
         return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+    def new_cache(self, model: Any) -> Any:
+        """The config tells which layers hold keys."""
+        return DynamicCache(config=model.config.get_text_config())
 
     def projectors(self, model: Any) -> list[nn.Module]:
         """The patch merger."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_qwen3_5 import BATCHES, CLOSE, ENCODER, FULL, LINEAR, RULES, needs_solver
-from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import Qwen3_5MoeForConditionalGeneration
 
 import test_batching
 import test_every_family
@@ -21,7 +21,7 @@ import test_past_and_report
 import test_report
 from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, steps
 from families import family_of
-from families.qwen3_5 import VISION, Qwen35, settle, text_settings
+from families.qwen3_5 import Qwen35, settle
 from helpers import PROMPTS, assert_same, assert_says, everything, needs_ready_features, prompt
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.engine import decoder
@@ -50,10 +50,7 @@ def experts(
     **overrides: Any,
 ) -> Any:
     """The tiny model with experts, both kinds of layers in turn."""
-    settings = text_settings(EXPERTS | (text or {}))
-    del settings["intermediate_size"]  # the dense model's
-    top = {**known.top_config, "tie_word_embeddings": False, **overrides}
-    config = Qwen3_5MoeConfig(vision_config=VISION | (vision or {}), text_config=settings, **top)
+    config = known.config(vision, EXPERTS | (text or {}), Qwen3_5MoeForConditionalGeneration, **overrides)
     model = settle(build(Qwen3_5MoeForConditionalGeneration, config, attn_implementation, seed, dtype))
     if dtype is torch.float64:
         model.set_experts_implementation("eager")  # stock: grouped products take no float64

@@ -144,7 +144,9 @@ class TextModelHook(Hook):
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
         settings = forward.session.config
         modalities: list[Modality] = [record.modality for record in prompt.records]
-        counts = plan_counts(settings, modalities, prompt.sample_of, prompt.counts)
+        whole = [record.num_tokens for record in prompt.records]
+        counts = plan_counts(settings, modalities, prompt.sample_of, whole, prompt.counts)
+        forward.session.tell_missed(zip(modalities, counts[-1].visual_lengths, whole, strict=True))
         score = find_score(settings.method.llm_score, self.family.published_llm_score)
         return DecoderRun(settings, score, counts, prompt.state)
 
