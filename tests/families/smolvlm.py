@@ -59,6 +59,7 @@ class SmolVLM(Family):
     tiles_are_visuals = True
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
+    beams_mix_images = "==5.18.*"
     tower_name = "vision_model"
     language_name = "text_model"
     shapes = {"smolvlm-256m": 0.19, "smolvlm-500m": 0.41, "smolvlm-2.2b": 2.03, "idefics3-8b": 7.4}
