@@ -197,8 +197,8 @@ def blocks_in_rows(patches: int, factor: int) -> Any:
     return replace(smolvlm_blocks(patches, factor), order=None)
 
 
-def nothing_is_padding(*args: Any) -> None:
-    return None
+def nothing_is_padding(*args: Any) -> Any:
+    return sorted_units(*args)[0], None
 
 
 def uncut(self: Any, kwargs: dict[str, Any], run: Any, merges: int) -> dict[str, Any]:
@@ -207,24 +207,23 @@ def uncut(self: Any, kwargs: dict[str, Any], run: Any, merges: int) -> dict[str,
     return kwargs if given is None else {**kwargs, "attention_mask": given[..., : run.patch_origins(merges).shape[1]]}
 
 
-def mixed_as_whole(real: Tensor, traits: Any) -> Any:
+def mixed_as_whole(*args: Any) -> Any:
     """Blocks with a bit of padding merge as all others."""
-    found = sorted_units(real, traits)
-    if found is None:
-        return None
+    count, found = sorted_units(*args)
+    assert found is not None
     kinds = torch.where(found.kinds == padding.MIXED, padding.WHOLE, found.kinds)
     counts = [replace(tile, whole=int((kinds[row] == padding.WHOLE).sum())) for row, tile in enumerate(found.counts)]
-    return replace(found, kinds=kinds, counts=tuple(counts))
+    return count, replace(found, kinds=kinds, counts=tuple(counts))
 
 
-def empty_as_whole(real: Tensor, traits: Any) -> Any:
+def empty_as_whole(*args: Any) -> Any:
     """Padding merges as if it showed something."""
-    found = sorted_units(real, traits)
-    if found is None:
-        return None
+    count, found = sorted_units(*args)
+    assert found is not None
     units = found.kinds.shape[1]
     counts = [replace(tile, whole=units, empty=0, real=units * 4) for tile in found.counts]
-    return replace(found, real=torch.ones_like(found.real), kinds=torch.zeros_like(found.kinds), counts=tuple(counts))
+    whole = replace(found, real=torch.ones_like(found.real), kinds=torch.zeros_like(found.kinds), counts=tuple(counts))
+    return count, whole
 
 
 def queries_of_padding(run: Any, padded: Any, merges: int, tap: Any) -> Tensor:
