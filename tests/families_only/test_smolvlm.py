@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -17,6 +18,8 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from families.smolvlm import SmolVLM
 from helpers import TAKES_READY_FEATURES, assert_says, needs_ready_features
@@ -25,7 +28,7 @@ from illava_hooks.engine import encoder, padding
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers import smolvlm
 from kind_helpers import said
-from tiny_models import FIRST_TEXT_ID, IMAGE_ID, Sample, inputs_for, tiny_model
+from tiny_models import FIRST_TEXT_ID, IMAGE_ID, Sample, inputs_for, padded, tiny_model
 from unit_oracle import merged
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -397,7 +400,7 @@ def test_pixels_of_nothing_but_zeros(kind: str) -> None:
     def run(model: Any) -> Any:
         try:
             with torch.no_grad():
-                return model(**inputs).logits
+                return logits_of(model, inputs)
         except Exception as error:
             return str(error)
 
@@ -405,7 +408,11 @@ def test_pixels_of_nothing_but_zeros(kind: str) -> None:
     expected = run(model)
     patch(model, [1], 16, [2], 0.5)
     found = run(model)
-    assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_embeddings_in_place_of_ids() -> None:
@@ -475,3 +482,33 @@ def test_other_layers_are_refused() -> None:
     with pytest.raises(MergeConfigError) as caught:
         patch(model)
     assert_says(caught.value, "vit_layers", "4")
+
+
+# ------------------------------------------------------------------------------------ as the processor gives it
+
+
+PROCESSORS: dict[str, type] = {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}
+
+
+def test_what_the_stock_processor_gives(kind: str) -> None:
+    """Tiles and the global image behind them, filled up with zeros; its mask covers whole tiles only."""
+    processor = PROCESSORS[kind](size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    shades = [torch.rand(3, *size, generator=torch.Generator().manual_seed(7)) for size in ((50, 90), (40, 30))]
+    images = [[Image.fromarray((255 * shade).byte().permute(1, 2, 0).numpy())] for shade in shades]
+    batch = processor(images=images, return_tensors="pt")
+    tiles = [2 * 3 + 1, 3 * 3 + 1]
+    assert batch["pixel_values"].shape[1] == max(tiles)
+    model = tiny_model("smolvlm")
+    rows = [[FIRST_TEXT_ID, *([IMAGE_ID] * 16 + [FIRST_TEXT_ID]) * count] for count in tiles]
+    session = patch(model, [1, 2], 0.25, [2], 0.5)
+    with torch.no_grad():
+        model(**padded(rows, "left"), **{name: batch[name] for name in ("pixel_values", "pixel_attention_mask")})
+    found = [(v.sample, v.vision_tokens[-1], v.left) for v in session.report.visuals]
+    assert found == [(0, 36, 5)] * 7 + [(1, 36, 5)] * 10
+    alone = {name: batch[name][:1] for name in ("pixel_values", "pixel_attention_mask")}
+    pictures = smolvlm.FAMILY.pictures(model, alone)
+    assert len(pictures) == 7
+    for picture, tile in zip(pictures, alone["pixel_values"][0], strict=False):
+        ((view,),) = picture.frames
+        assert torch.equal(view[:3], tile.double())
+        assert view[3, ::PATCH, ::PATCH].flatten().tolist() == list(range(SIDE * SIDE))
