@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import illava_hooks
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single, steps
 from families import family_of
-from helpers import assert_differ, assert_same, assert_says, forward, needs_tracing
+from helpers import assert_differ, assert_same, assert_says, forward, key_lengths, needs_tracing
 from illava_hooks import IllavaHooksError, PatchStateError, UnsupportedModelError, merging, patch, session_of, unpatch
 from kind_helpers import CLOSE, decoder_layers, tower, vision_layers
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -54,7 +54,7 @@ def assert_is_the_merged_model(model: Any, like: Any, stock: Any, inputs: Inputs
     with torch.no_grad():
         found, expected, plain = model(**inputs), like(**inputs), stock(**inputs)
         torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-        lengths = [[layer.keys.shape[-2] for layer in out.past_key_values.layers] for out in (found, expected)]
+        lengths = [key_lengths(out.past_key_values) for out in (found, expected)]
         assert lengths[0] == lengths[1] and lengths[0][-1] < inputs["input_ids"].shape[1]
         assert session_of(model).report == session_of(like).report
         with merging(model, False):

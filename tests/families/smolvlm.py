@@ -8,14 +8,14 @@ tiles are filled up with tiles of zeros, and 16 placeholders for each tile; it n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMModel
+from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
 
 from families import Family, Modality
-from tiny_models import IMAGE_ID, PAD_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from tiny_models import IMAGE_ID, PAD_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 TILE = 32
 PATCH = 4
@@ -40,21 +40,18 @@ TEXT: dict[str, Any] = {
 TOP: dict[str, Any] = {
     "image_token_id": IMAGE_ID,
     "scale_factor": 2,
-    "tie_word_embeddings": False,
     "pad_token_id": PAD_ID,
 }
 
 
 class SmolVLM(Family):
-    """SmolVLM.
-
-    Attributes:
-        classes: The stock configuration and model.
-    """
-
-    classes: ClassVar[tuple[Any, Any]] = (SmolVLMConfig, SmolVLMForConditionalGeneration)
+    """SmolVLM."""
 
     title = "SmolVLM"
+    model_class = SmolVLMForConditionalGeneration
+    vision_config = VISION
+    text_config = TEXT
+    top_config = TOP
     modalities = ("image",)
     image_inputs = ("pixel_values", "pixel_attention_mask")
     patches_per_token = 4
@@ -72,22 +69,6 @@ class SmolVLM(Family):
     def model_types(self) -> tuple[str, ...]:
         """Idefics3 too."""
         return ("smolvlm", "idefics3")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> Any:
-        """A tower with 4 layers and 64 patches, Llama with 4 layers."""
-        config_class, model_class = self.classes
-        config = config_class(
-            vision_config=VISION | (vision or {}), text_config=TEXT | (text or {}), **(TOP | overrides)
-        )
-        return build(model_class, config, attn_implementation, seed, dtype)
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The tower's."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+from transformers import Idefics3ForConditionalGeneration
 
 import test_batching
 import test_every_family
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [
 @pytest.fixture(autouse=True)
 def the_elder(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for the family's tiny model gets this one."""
-    monkeypatch.setattr(SmolVLM, "classes", (Idefics3Config, Idefics3ForConditionalGeneration))
+    monkeypatch.setattr(SmolVLM, "model_class", Idefics3ForConditionalGeneration)
 
 
 def test_it_is_the_elder() -> None:

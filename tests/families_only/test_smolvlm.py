@@ -12,12 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
+from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -31,10 +26,7 @@ from kind_helpers import said
 from tiny_models import FIRST_TEXT_ID, IMAGE_ID, Sample, inputs_for, padded, tiny_model
 from unit_oracle import merged
 
-KINDS: dict[str, tuple[Any, Any]] = {
-    "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
-    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
-}
+KINDS: dict[str, Any] = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
 SIDE, PATCH = 8, 4
 LAYERS = (1, 3)
 #: Rows and columns of patches that show something, tile by tile: whole tiles, whole blocks, and odd numbers.
@@ -50,7 +42,7 @@ SHOWN: dict[str, tuple[tuple[int, int], ...]] = {
 @pytest.fixture(params=KINDS, autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both models, of which each has a tower with classes of its own."""
-    monkeypatch.setattr(SmolVLM, "classes", KINDS[request.param])
+    monkeypatch.setattr(SmolVLM, "model_class", KINDS[request.param])
     return str(request.param)
 
 

@@ -13,12 +13,7 @@ from illava_hooks.config import MergeConfig, MergeSchedule, Modality
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.methods import Method
 
-__all__ = ["SegmentCounts", "encoder_counts", "keeps_quota", "max_removed", "shown_units"]
-
-
-def max_removed(method: Method, num_tokens: int) -> int:
-    """How many of ``num_tokens`` a method can remove at once: bipartite matching half, others all but one."""
-    return num_tokens // 2 if method.merge == "bipartite" else num_tokens - 1
+__all__ = ["SegmentCounts", "encoder_counts", "keeps_quota", "shown_units"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,7 @@ def encoder_counts(
 
     def most(num: int) -> int:
         own = num if limit is None else limit(num // unit) * unit
-        return min(own, max_removed(config.method, num // unit) * unit, num - granularity)
+        return min(own, config.method.max_removed(num // unit) * unit, num - granularity)
 
     removed = schedule.encoder_removed(num_patches, granularity, most) if schedule.merges_in_encoder else []
     units = [num_patches // unit]

@@ -80,6 +80,7 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
 
 def _install_language(family: Family, parts: ModelParts, session: MergeSession) -> None:
     hooks, ranking = session.hooks, {layer - 1 for layer in session.config.llm_layers}
+    kinds = family.layer_kinds(family.text_config(session.root))
     shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
     for text in parts.text_models:
         hooks.before(text, TextModelHook(family, shapes))
@@ -91,7 +92,7 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
                 attention: Any = layer.self_attn
                 hooks.swap(attention, "config", TappedConfig(attention.config))
                 hooks.after(layer, RankingHook(), always=True)
-            hooks.before(layer, DecoderLayerHook(index))
+            hooks.before(layer, DecoderLayerHook(index, kinds[index]))
 
 
 def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:

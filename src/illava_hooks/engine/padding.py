@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.config import MergeConfig, Modality
-from illava_hooks.engine.counts import encoder_counts, max_removed
+from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.merge.segments import Segments, host_table
 
@@ -116,7 +116,7 @@ class Shares:
         self.left.append(after)
 
     def _can_go(self, units: int) -> int:
-        return max(0, min(max_removed(self._method, units), units - 1))
+        return max(0, min(self._method.max_removed(units), units - 1))
 
 
 def padded_segments(
