@@ -18,6 +18,7 @@ from helpers import PROMPTS, VISUAL, assert_says, prompt
 from illava_hooks import METHODS, MergeConfigError, MergeReport, MergeSchedule, merging, patch, session_of
 from illava_hooks.config import split_keep
 from kind_helpers import CACHE
+from test_counts import RULES, check_counts, random_samples, with_quota
 from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
 LAYERS: dict[str, Any] = {"vit_layers": [1, 2], "llm_layers": [1, 3]}
@@ -139,6 +140,15 @@ def test_the_check_notices_amounts_that_are_rounded_in_every_layer(monkeypatch: 
     patch(model, **LAYERS, keep=1 / 3)
     with pytest.raises(AssertionError):
         check_kept(run(model, prompt(model, "images")), 1 / 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_tell_what_enters_the_language_model(name: str, seed: int) -> None:
+    draw, model = random.Random(seed), tiny_model(name)
+    layers = draw.sample(family_of(name).merging_layers, 2)
+    patch(model, layers, llm_layers=[2], keep=draw.choice(KEEPS), method=with_quota(draw.choice(RULES)))
+    check_counts(model, random_samples(draw, name))
 
 
 # ---------------------------------------------------------------------------- where it is cut
