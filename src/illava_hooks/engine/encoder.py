@@ -84,6 +84,7 @@ class EncoderRun:
         *,
         visible: Visible | None = None,
         shrink: Shrink | None = None,
+        filled: bool = False,
     ) -> None:
         """Plans all counts.
 
@@ -96,12 +97,14 @@ class EncoderRun:
             device: where the encoder starts.
             visible: what the layout will show; None: everything.
             shrink: cuts a layer's keyword arguments down to the survivors; None: nothing in them belongs to tokens.
+            filled: whether rows of one width hold segments of unequal length: behind each of them lies padding up to
+                one unit more than the longest. It is a segment of its own, which nobody sees.
         """
         self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
-        self.visible, self._shrink = visible, shrink
+        self.visible, self._shrink, self._filled = visible, shrink, filled
         self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
         self.lengths = self._plan(lengths)
         #: Segments of what attends to each other, before, between and after the merges.
@@ -127,7 +130,12 @@ class EncoderRun:
                 f"vit_r is {wish} and removes nothing: this encoder gives up whole groups of {unit} patches; use "
                 f"{unit} or more, or a float"
             )
-        return [segment.units for segment in counts]
+        planned = [segment.units for segment in counts]
+        return _with_padding(planned) if self._filled else planned
+
+    def segment_of(self, index: int) -> int:
+        """The number of a segment that was given, counted with the padding in between."""
+        return 2 * index if self._filled else index
 
     # ------------------------------------------------------------------ where a layer stands
 
@@ -334,6 +342,19 @@ class EncoderRun:
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
         return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
+
+
+def _with_padding(planned: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Counts of segments and of the padding behind each: rows stay equally wide, and each keeps a unit of padding.
+
+    A longer segment gives up no less than a shorter one, so padding never grows.
+    """
+    widths = [max(column) + 1 for column in zip(*planned, strict=True)]
+    return [
+        counts
+        for units in planned
+        for counts in (units, tuple(width - n for width, n in zip(widths, units, strict=True)))
+    ]
 
 
 def _shown(visible: Visible, state: EncoderState) -> Tensor:
