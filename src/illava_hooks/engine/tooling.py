@@ -90,11 +90,11 @@ class LmmsEval:
     """The model classes of lmms-eval for a family, as module and class below ``lmms_eval.models``.
 
     Attributes:
-        simple: for tasks of text and pictures.
+        simple: for tasks of text and pictures; None: there is none.
         chat: for the model's chat format; None: there is none.
         names_device: whether the class's default device map is refused by now, so that one must be given.
     """
 
-    simple: str
+    simple: str | None = None
     chat: str | None = None
     names_device: bool = False

@@ -21,7 +21,7 @@ from illava_hooks.engine.encoder_layers import TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, Stage, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import Picture
+from illava_hooks.engine.tooling import LmmsEval, Picture
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
@@ -42,6 +42,8 @@ class Gemma3(Family):
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": MergeSchedule((5, 6, 7, 8), 0.16, (), 1.0)})
     encoder_layer_types = (SiglipEncoderLayer,)
     other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
+    lmms_eval = LmmsEval("simple.gemma3.Gemma3")
+    vlmevalkit = ("Gemma3-4B", "Gemma3-12B", "Gemma3-27B")
 
     def tower(self, base: Any) -> Any:
         """The SigLIP tower."""

@@ -29,7 +29,7 @@ from illava_hooks.engine.provenance import block_diagonal, selection
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PIXELS, Picture
+from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features
@@ -70,6 +70,8 @@ class Gemma4(Family):
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": PRESET, "video": PRESET})
     encoder_layer_types = (Gemma4VisionEncoderLayer,)
     other_tower = "vision_tower has {kind} layers; only Gemma 4's own can be patched; use a stock model"
+    lmms_eval = LmmsEval("simple.gemma4.Gemma4")
+    vlmevalkit = ("Gemma4-E4B-it", "Gemma4-E2B-it", "Gemma4-31B-it", "Gemma4-26B-A4B-it")
 
     def tower(self, base: Any) -> Any:
         """The vision tower.

@@ -20,7 +20,7 @@ from illava_hooks.config import MergeSchedule, Modality
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer
 from illava_hooks.engine.report import DecoderShape, EncoderShape
-from illava_hooks.engine.tooling import PublishedShape, Workload
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape, Workload
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "Glm4V", "MergingGlm4vMoeVisionBlock", "MergingGlm4vVisionBlock"]
@@ -60,6 +60,8 @@ class Glm4V(PackedFamily):
     shapes: Mapping[str, PublishedShape] = MappingProxyType(
         {"glm-4.1v-9b": PublishedShape(4096, 13696, 40, 32, 2, "zai-org/GLM-4.1V-9B-Thinking")}
     )
+    lmms_eval = LmmsEval("simple.glm4v.GLM4V")
+    vlmevalkit = ("GLM4_1VThinking-9b",)
 
     def expand_states(self, run: EncoderRun, out: Any) -> None:
         """Hidden states by patches; the last one, also among the others, by groups."""

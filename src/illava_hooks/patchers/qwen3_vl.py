@@ -24,7 +24,7 @@ from illava_hooks.engine.encoder_layers import MergingLayer
 from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.errors import PatchStateError, UnsupportedModelError
 from illava_hooks.merge.plan import MergePlan, apply_merge
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
@@ -124,6 +124,8 @@ class Qwen3VL(PackedFamily):
             "qwen3-vl-8b": PublishedShape(4096, 12288, 36, 32, 8, "Qwen/Qwen3-VL-8B-Instruct"),
         }
     )
+    lmms_eval = LmmsEval("simple.qwen3_vl.Qwen3_VL", "chat.qwen3_vl.Qwen3_VL")
+    vlmevalkit = ("Qwen3-VL-8B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-2B-Instruct", "Qwen3-VL-30B-A3B-Instruct")
 
     # ------------------------------------------------------------------ what is possible
 
