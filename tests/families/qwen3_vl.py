@@ -77,7 +77,7 @@ class Qwen3VL(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
-    shapes = {"qwen3-vl-2b": 1.82, "qwen3-vl-4b": 4.05, "qwen3-vl-8b": 7.53}
+    shapes = {"qwen3-vl-2b": 1.82, "qwen3-vl-4b": 4.05, "qwen3-vl-8b": 7.53, "qwen3-vl-30b-a3b": 30.45}
     stock_modules = ("qwen3_vl.modeling_qwen3_vl", "qwen3_vl_moe.modeling_qwen3_vl_moe")
     lmms_eval = None
     vlmevalkit = None

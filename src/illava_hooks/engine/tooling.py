@@ -54,9 +54,19 @@ class Workload:
     text: int = 64
     new: int = 8
 
-    def prompt(self, token: int, length: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Ids and mask: text, ``count`` visuals of ``length`` placeholders in brackets each, and text."""
-        visual = [3, *[token] * length, 4] * count
+    def prompt(
+        self, token: int, length: int, count: int, generator: torch.Generator, time: int = 0
+    ) -> dict[str, Tensor]:
+        """Ids and mask: text, ``count`` visuals of ``length`` placeholders in brackets each, and text.
+
+        Args:
+            token: the placeholder.
+            length: placeholders of a visual.
+            count: visuals of a sample.
+            generator: where random numbers come from.
+            time: text tokens in front of each visual, that tell the time of a frame.
+        """
+        visual = [*[10] * time, 3, *[token] * length, 4] * count
         text = torch.randint(10, 1000, (self.batch, self.text), generator=generator)
         before = self.text // 2
         row = torch.tensor(visual).expand(self.batch, -1)
@@ -75,6 +85,9 @@ class PublishedShape:
         heads: query heads.
         kv_heads: key heads.
         source: the checkpoint whose configuration it is.
+        experts: of each layer in place of one MLP; 0: there are none.
+        chosen: experts that a token is sent to.
+        expert_mlp: MLP width of an expert.
     """
 
     hidden: int
@@ -83,6 +96,9 @@ class PublishedShape:
     heads: int
     kv_heads: int
     source: str
+    experts: int = 0
+    chosen: int = 0
+    expert_mlp: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,19 +49,20 @@ class Glm4V(PackedFamily):
 
     name = "glm4v"
     title = "GLM-4V"
-    model_types = ("glm4v", "glm4v_moe")
+    model_types: tuple[str, ...] = ("glm4v", "glm4v_moe")
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": _PRESET, "video": _PRESET})
-    encoder_layer_types = (Glm4vVisionBlock, Glm4vMoeVisionBlock)
+    encoder_layer_types: tuple[type[nn.Module], ...] = (Glm4vVisionBlock, Glm4vMoeVisionBlock)
     merging_blocks: Mapping[type[nn.Module], type[MergingLayer]] = MappingProxyType(
         {Glm4vVisionBlock: MergingGlm4vVisionBlock, Glm4vMoeVisionBlock: MergingGlm4vMoeVisionBlock}
     )
     other_tower = "visual has {kind} blocks; use a stock GLM-4V model"
     frames_apart = True
+    time_tokens = 1  # whole seconds
     shapes: Mapping[str, PublishedShape] = MappingProxyType(
         {"glm-4.1v-9b": PublishedShape(4096, 13696, 40, 32, 2, "zai-org/GLM-4.1V-9B-Thinking")}
     )
-    lmms_eval = LmmsEval("simple.glm4v.GLM4V")
-    vlmevalkit = ("GLM4_1VThinking-9b",)
+    lmms_eval: LmmsEval | None = LmmsEval("simple.glm4v.GLM4V")
+    vlmevalkit: tuple[str, ...] = ("GLM4_1VThinking-9b",)
 
     def expand_states(self, run: EncoderRun, out: Any) -> None:
         """Hidden states by patches; the last one, also among the others, by groups."""
