@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from illava_hooks import PRESETS
-from illava_hooks.config import MergeSchedule, llm_removed
+from illava_hooks.config import MergeSchedule
 from illava_hooks.engine.report import DecoderShape, EncoderShape, encoder_flops, kv_bytes, llm_flops
 
 TEXT = 64
@@ -55,10 +55,8 @@ def ratios(case: Case) -> list[float]:
     project = [
         case.segments * s // encoder.patches_per_unit * encoder.projector_flops for s in (merged[-1], case.patches)
     ]
-    left, removed = case.visual_kept, {}
-    for layer in schedule.llm_layers:
-        removed[layer] = llm_removed(left, schedule.llm_ratio)
-        left -= removed[layer]
+    fewer = schedule.decoder_removed(case.visual_kept, case.visual, lambda tokens: tokens - 1)
+    removed = dict(zip(schedule.llm_layers, fewer, strict=True))
     short = tokens_per_layer(case.visual_kept + TEXT, removed, QWEN2_7B.depth, after=False)
     whole = [case.visual + TEXT] * QWEN2_7B.depth
     language = [llm_flops(QWEN2_7B, tokens) for tokens in (short, whole)]
@@ -67,9 +65,8 @@ def ratios(case: Case) -> list[float]:
     return [unmerged / merged for merged, unmerged in stages]
 
 
-def llava(tiles: int) -> Case:
+def llava(tiles: int, schedule: MergeSchedule) -> Case:
     """Base tile and `tiles` side by side, 27 x 27 tokens each, a newline behind each row of the grid."""
-    schedule = PRESETS["llava_onevision"]["image"]
     kept = 729 - sum(schedule.encoder_removed(729))
     rows = 27 * (1 if tiles < 4 else 2)
     return Case(
@@ -83,23 +80,26 @@ def llava(tiles: int) -> Case:
     )
 
 
+def qwen(name: str, slices: int, patches: int, schedule: MergeSchedule) -> Case:
+    """Temporal slices of so many patches, four of which are a visual token."""
+    kept = (patches - sum(schedule.encoder_removed(patches, 4))) // 4
+    return Case(name, QWEN_VIT, schedule, slices, patches, patches // 4 * slices, kept * slices, 4)
+
+
 def main() -> None:
     """Print the table."""
-    video, qwen = PRESETS["llava_onevision"]["video"], PRESETS["qwen2_vl"]["image"]
+    image, video = (PRESETS["llava_onevision"][kind] for kind in ("image", "video"))
     pooled = math.ceil(196 * (729 - 4 * 92) / 729)
-
-    def packed(patches: int) -> int:
-        return (patches - sum(qwen.encoder_removed(patches, 4))) // 4
-
+    packed = PRESETS["qwen2_vl"]["image"]
     cases = [
-        llava(0),
-        llava(1),
-        llava(4),
+        llava(0, image),
+        llava(1, image),
+        llava(4, image),
         Case(
             f"LLaVA-OneVision, 32 frames (196 -> {pooled} each)", SIGLIP, video, 32, 729, 196 * 32 + 1, pooled * 32 + 1
         ),
-        Case("Qwen2-VL, 1280 visual tokens", QWEN_VIT, qwen, 1, 5120, 1280, packed(5120), 4),
-        Case("Qwen2-VL, 16 slices of 448 x 448", QWEN_VIT, qwen, 16, 1024, 256 * 16, packed(1024) * 16, 4),
+        qwen("Qwen2-VL, 1280 visual tokens", 1, 5120, packed),
+        qwen("Qwen2-VL, 16 slices of 448 x 448", 16, 1024, packed),
     ]
     print("| case | total prefill FLOPs | encoder | language model | KV bytes |")
     print("|---|---|---|---|---|")

@@ -13,16 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from decode_helpers import IMAGE, IMAGES, KINDS, RAGGED, RICHEST, TEXT, next_positions, patched, single, steps
 from families import families_and, family_of
-from helpers import before, needs_ready_features, needs_tracing
+from helpers import before, key_lengths, needs_ready_features, needs_tracing
 from illava_hooks import PatchStateError, merging, session_of
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
-
-
-def key_lengths(cache: Any) -> list[int]:
-    return [layer.keys.shape[-2] for layer in cache.layers]
 
 
 def text_turn(model: Any, cache: Any, ids: Tensor, positions: dict[str, Tensor]) -> Tensor:

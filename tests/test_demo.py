@@ -35,7 +35,7 @@ from illava_hooks.tools.media import load_media
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is in the demo extra")
 SCENE, QUESTION = str(tiny.media("scene.png")), "how many triangles are there ?"
-NONE = ("", "", "", "")
+NONE = ("", "", "", "", "")
 #: The family of the model that is taken where none is named, and what the command line calls the others.
 (DEFAULT,) = (name for name in families(embedded=True) if family_of(name).embedded == "tiny")
 OTHERS = [family_of(name).embedded for name in families(embedded=True) if name != DEFAULT]
@@ -74,11 +74,11 @@ class TestForms:
 
     def test_fields(self) -> None:
         assert forms.settings_of("tome", "video", NONE) == {"method": "tome", "preset": "video"}
-        assert forms.settings_of("tome", "auto", ("3-4", "0.25", " none ", "")) == {
+        assert forms.settings_of("tome", "auto", ("3-4", "0.25", " none ", "", "")) == {
             "method": "tome", "preset": "auto", "vit_layers": [3, 4], "vit_r": 0.25, "llm_layers": [],
         }  # fmt: skip
         with pytest.raises(InputError, match="vit_r is 'many'"):
-            forms.settings_of("tome", "auto", ("", "many", "", ""))
+            forms.settings_of("tome", "auto", ("", "many", "", "", ""))
         assert forms.question_of("  ", "what ?") == "what ?"
         with pytest.raises(InputError, match="2001 characters"):
             forms.question_of("x" * 2001, "")
@@ -87,9 +87,9 @@ class TestForms:
         words, good = forms.describe(engine.model, "illava", "image", NONE)
         assert good
         assert words == "encoder layers 3, 4 each remove 16 of the patches; decoder layer 2 keeps 70% of the tokens."
-        words, good = forms.describe(engine.model, "illava", "auto", ("none", "", "none", ""))
+        words, good = forms.describe(engine.model, "illava", "auto", ("none", "", "none", "", ""))
         assert good and words == "nothing is removed."
-        words, good = forms.describe(engine.model, "illava", "auto", ("8", "", "", ""))
+        words, good = forms.describe(engine.model, "illava", "auto", ("8", "", "", "", ""))
         assert not good and "allows 0..7" in words
         assert "of 0 to 7" in forms.limits_of(engine.model)["vit_layers"]
         assert "a tile has 64" in forms.limits_of(engine.model)["vit_r"]

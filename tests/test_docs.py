@@ -33,8 +33,9 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page.name for page in PAGES if blocks(page, "python") and page.name != CLIENTS])
-def test_python(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after the other in one namespace; families that they register are forgotten."""
+def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run in one namespace; what they write is left nowhere, what they register is forgotten."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finding, "_registered", {})
     names: dict[str, Any] = {"__name__": page}
     for number, block in enumerate(blocks(ROOT / "docs" / page, "python")):
@@ -48,6 +49,16 @@ def test_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
+
+
+def test_settings_of_the_json_block_are_read(tmp_path: Path) -> None:
+    from illava_hooks import MergeConfig
+
+    (block,) = (block for block in blocks(ROOT / "docs" / "settings.md", "json") if '"illava_hooks"' in block)
+    (tmp_path / "own.json").write_text(block)
+    config = MergeConfig.load(tmp_path / "own.json")
+    config.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == block
 
 
 def test_items_of_the_json_block_are_read(tmp_path: Path) -> None:

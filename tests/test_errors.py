@@ -187,7 +187,7 @@ def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.Monke
 
     def forward(self: Any, input_ids: Any = None, memory: Any = None, **kwargs: Any) -> None: ...
 
-    monkeypatch.setattr(type(model.model.language_model), "forward", forward)
+    monkeypatch.setattr(type(family_of(family).language(model)), "forward", forward)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, f"lacks '{CACHE}'", "transformers 5", "use a version")
@@ -273,15 +273,16 @@ class Failure(RuntimeError):
 
 
 def places(model: Any) -> dict[str, Any]:
-    base, known = model.model, family_of(model)
+    known = family_of(model)
+    language = known.language(model)
     vision: Any = known.encoder_layers(model)
     return {
         "encoder layer": vision[2],
         "merging encoder layer's MLP": vision[1].mlp,
         "projector": known.projector(model),
-        "decoder layer": base.language_model.layers[2],
-        "scored attention": base.language_model.layers[0].self_attn.q_proj,
-        "norm": base.language_model.norm,
+        "decoder layer": language.layers[2],
+        "scored attention": language.layers[0].self_attn.q_proj,
+        "norm": language.norm,
     }
 
 

@@ -401,6 +401,7 @@ class TestTheSurface:
             ("llm_ratio", None),
         ]
         assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == {
+            "keep": None,
             "method": "illava",
             "preset": "auto",
             "track": False,

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT, patched, single
 from families import families_and
-from helpers import assert_differ, needs_ready_features
+from helpers import assert_differ, key_lengths, keyed, needs_ready_features
 from illava_hooks import merging, session_of
 from kind_helpers import CACHE, CLOSE, PADDED, feed, prefill, prompt_positions
 from tiny_models import FAMILIES, PAD_ID, Inputs, Sample, inputs_for
@@ -150,7 +150,7 @@ def test_zeros_that_come_later_change_something(family: str) -> None:
 
 def without_keys(cache: Any, columns: list[slice]) -> None:
     """Takes keys out of a dynamic cache, by layer."""
-    for layer, gone in zip(cache.layers, columns, strict=True):
+    for layer, gone in zip(keyed(cache), columns, strict=True):
         left = torch.ones(layer.keys.shape[-2], dtype=torch.bool)
         left[gone] = False
         layer.keys, layer.values = layer.keys[:, :, left], layer.values[:, :, left]
@@ -177,7 +177,7 @@ def test_zeros_in_the_middle_of_the_past(family: str, place: str, asked: int) ->
         mask[:, gone] = 0
         found = feed(model, cache, new, start, pad(mask, (0, asked), value=1))
         cache, start = prefill(model, inputs)
-        held = [layer.keys.shape[-2] for layer in cache.layers]
+        held = key_lengths(cache)
         if place == "the image":
             columns = [slice(first, last + 1 - (width - length)) for length in held]
         else:

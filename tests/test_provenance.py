@@ -71,7 +71,7 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
     method = Method(rule, merge=rule)
     session = patch(model, **SETTINGS[family], method=method, track=True)
     seen = InputsOf(known.encoder_layers(model)[3]).seen
-    final = InputsOf(model.model.language_model.norm).seen
+    final = InputsOf(known.language(model).norm).seen
     with torch.no_grad():
         model(**inputs)
     tracked = session.provenance.at("vision", 2).images
@@ -102,7 +102,7 @@ def test_language_weights(family: str, rule: str) -> None:
     with torch.no_grad():
         features = model.get_image_features(**known.feature_arguments(inputs)["image"], return_dict=True)
     session = patch(model, **SETTINGS[family], method=Method(rule, merge=rule), track=True)
-    final = InputsOf(model.model.language_model.norm).seen
+    final = InputsOf(known.language(model).norm).seen
     with torch.no_grad():
         model(**known.beside_features(inputs), mm_encoder_outputs={"image": features})
     images = session.provenance.at("language", 3).images

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 
 from decode_helpers import IMAGE, single
 from families import family_of
-from helpers import assert_differ, forward
+from helpers import assert_differ, forward, key_lengths
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, tiny_model
 
@@ -49,7 +49,7 @@ def test_a_compiled_model_merges(family: str) -> None:
     with torch.no_grad():
         out = compiled(**inputs)
     torch.testing.assert_close(out.logits, expected["forward.logits"], **CLOSE)
-    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    lengths = key_lengths(out.past_key_values)
     assert lengths[1] < lengths[0] < inputs["input_ids"].shape[1]
     assert session_of(compiled).report == report
     with merging(compiled, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from illava_hooks.engine.install import install
 from illava_hooks.engine.modules import unwrapped
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
-from illava_hooks.methods import Method
+from illava_hooks.methods import DEFAULT_METHOD, Method
 
 __all__ = ["merging", "patch", "session_of", "unpatch"]
 
@@ -24,8 +25,9 @@ def patch(
     llm_layers: Iterable[int] | None = None,
     llm_ratio: float | None = None,
     *,
-    method: str | Method = "illava",
-    preset: str = "auto",
+    keep: float | None = None,
+    method: str | Method = DEFAULT_METHOD,
+    preset: str | os.PathLike[str] = "auto",
     track: bool = False,
 ) -> MergeSession:
     """Makes a stock model merge redundant visual tokens, in both stages, until ``unpatch``.
@@ -43,8 +45,11 @@ def patch(
             of the layer's current tokens, rounded down (Qwen2-VL: to whole 2x2 groups). 0: none.
         llm_layers: 0-based decoder layers, each at least 1; the merge happens on entry. ``[]``: none.
         llm_ratio: fraction of a span's current visual tokens kept at each listed layer, in (0, 1]. 1.0: all.
-        method: a name in ``METHODS`` or a ``Method``.
-        preset: ``"image"``, ``"video"`` or ``"auto"`` (each image and video uses its own).
+        keep: one number instead of ``vit_r`` and ``llm_ratio``: the fraction of an image's or video's visual tokens
+            that is left behind the last listed layer, in (0, 1]. Both stages cut by the same factor.
+        method: a name in ``METHODS`` or a ``Method``; where it is not given, a preset's file says it.
+        preset: ``"image"``, ``"video"``, ``"auto"`` (each image and video uses its own), or the path of a ``.json``
+            file that ``MergeConfig.save`` wrote.
         track: keep provenance of the last forward.
 
     Returns:
@@ -60,7 +65,7 @@ def patch(
     family = find_family(model)
     parts = family.locate(model)
     limits = family.limits(model)
-    config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track)
+    config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, track, keep)
     family.check(model, parts, config)
     if before is None:
         return install(family, parts, config, model)

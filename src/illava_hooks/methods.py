@@ -13,7 +13,17 @@ from illava_hooks.errors import MergeConfigError
 from illava_hooks.merge.rules import RULES, MergeRule
 from illava_hooks.merge.scores import SCORES, Score, ScoreInputs
 
-__all__ = ["ENCODER_SCORES", "LLM_SCORES", "METHODS", "Layout", "Method", "checked_scores", "resolve_method"]
+__all__ = [
+    "DEFAULT_METHOD",
+    "ENCODER_SCORES",
+    "LLM_SCORES",
+    "METHODS",
+    "DefaultMethod",
+    "Layout",
+    "Method",
+    "checked_scores",
+    "resolve_method",
+]
 
 Layout = Literal["aligned", "compact"]
 
@@ -73,6 +83,16 @@ class Method:
         """The merge rule as a function, where ``merge`` may be its name."""
         return RULES[self.merge] if isinstance(self.merge, str) else self.merge
 
+    def max_removed(self, num_tokens: int) -> int:
+        """How many of ``num_tokens`` can be removed at once: by bipartite matching half, else all but one."""
+        return num_tokens // 2 if self.merge == "bipartite" else num_tokens - 1
+
+    def least_kept(self, num_layers: int) -> float:
+        """The smallest fraction of many tokens that so many merging layers can leave; 1 if there are none."""
+        if not num_layers:
+            return 1.0
+        return 0.5**num_layers if self.merge == "bipartite" else 0.0
+
 
 def find_score(choice: str | Score, published: str | None) -> Score:
     """The function behind a score's name; ``published`` is what the family's published code ranks by, if any."""
@@ -128,6 +148,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         )
     }
 )
+
+
+class DefaultMethod(str):
+    """A name that was not given: unlike the same name given on purpose, it gives way to that of a preset's file."""
+
+    __slots__ = ()
+
+
+#: What merges where nothing is said.
+DEFAULT_METHOD = DefaultMethod("illava")
 
 
 def resolve_method(method: str | Method) -> Method:

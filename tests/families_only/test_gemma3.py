@@ -346,3 +346,23 @@ def test_the_preset_merges_where_nothing_is_given() -> None:
     logits(model, inputs)
     counts = session.report.visuals[0].vision_tokens
     assert counts[5] == 64 > counts[6] > counts[-1]
+
+
+@pytest.mark.parametrize(("keep", "blocks", "is_said"), [(0.5, 8, False), (0.25, 4, False), (1 / 3, 5, True)])
+def test_one_number_is_all_the_encoders(
+    keep: float, blocks: int, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sixteen blocks have no third: that is said, once."""
+    model = gemma()
+    session = patch(model, vit_layers=[1, 3], keep=keep)
+    for _ in range(2):
+        model(**inputs_of([1, 2]))
+    assert {(v.vision_tokens[0], v.vision_tokens[-1]) for v in session.report.visuals} == {(64, blocks * POOL**2)}
+    said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
+    assert len(said) == is_said and all(line.startswith("keep is 0.3333, and of some images") for line in said)
+
+
+def test_one_number_needs_layers_of_the_encoder() -> None:
+    with pytest.raises(MergeConfigError) as caught:
+        patch(gemma(), vit_layers=[], keep=0.5)
+    assert_says(caught.value, "^keep is 0.5,", "neither vit_layers nor llm_layers", "keep=1")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+from transformers import Glm4vMoeForConditionalGeneration
 
-from families.glm4v import TEXT, TOP, VISION
+from families import family
+from families.glm4v import EXPERTS
 from families.qwen2_vl import patches_of
 from illava_hooks import Method, merging, patch, unpatch
 from illava_hooks.engine.encoder import EncoderRun
@@ -22,15 +23,6 @@ from unit_oracle import merged
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.3, "llm_layers": [1, 3], "llm_ratio": 0.6}
 GRIDS = [[1, 6, 8], [1, 4, 4]]
 UNIT = 4
-MOE: dict[str, Any] = {
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "head_dim": 16,
-    "attention_bias": True,
-}
 
 
 def pixels_of(grids: list[list[int]]) -> Tensor:
@@ -198,7 +190,7 @@ def test_videos_that_lose_nothing_are_stock() -> None:
 
 
 def mixture(back_end: str = "sdpa") -> Any:
-    config = Glm4vMoeConfig(vision_config=VISION | {"out_hidden_size": 64}, text_config=TEXT | MOE, **TOP)
+    config = family("glm4v").config(text=EXPERTS, model_class=Glm4vMoeForConditionalGeneration)
     return build(Glm4vMoeForConditionalGeneration, config, back_end, 0, torch.float32)
 
 

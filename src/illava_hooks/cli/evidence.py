@@ -15,6 +15,7 @@ from illava_hooks.cli.options import (
     Debug,
     Device,
     Dtype,
+    Keep,
     LlmLayers,
     LlmRatio,
     MethodName,
@@ -54,7 +55,8 @@ def bench(
     vit_r: VitR = None,
     llm_layers: LlmLayers = None,
     llm_ratio: LlmRatio = None,
-    method: MethodName = "illava",
+    keep: Keep = None,
+    method: MethodName = None,
     preset: Preset = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -79,7 +81,7 @@ def bench(
     if fresh and sweep:
         raise InputError("give one of --fresh and --sweep")
     load = tool.Workload(tiles, images, frames, patches, batch, text, new_tokens)
-    settings = {**merge_settings(vit_layers, vit_r, llm_layers, llm_ratio), "method": method, "preset": preset}
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     if fresh:
         found = [tool.compare_fresh(_again(context.params), rounds)]
     else:
@@ -122,6 +124,7 @@ def _again(given: dict[str, Any]) -> list[str]:
 
 @friendly
 def evaluate(
+    context: typer.Context,
     model: Model = "tiny",
     items: Annotated[
         str, typer.Option(help="scenes, small-scenes, pairs, clips, easy-vqa, or a JSONL file.")
@@ -130,6 +133,9 @@ def evaluate(
     methods: Annotated[str, typer.Option(help="Names, separated by commas; also uniform and downsample.")] = "",
     stages: Annotated[str, typer.Option(help="Of encoder, language, both.")] = "both",
     kept: Annotated[str, typer.Option(help="Fractions of visual tokens kept.")] = "0.5,0.3333,0.2222,0.1111",
+    keep: Annotated[
+        str | None, typer.Option(help="Fractions for patch(model, keep=...) instead of --stages and --kept: 1/2,1/3.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Rows as JSON lines; what is there is not run again.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
@@ -145,6 +151,8 @@ def evaluate(
 
     quiet()
     check_target("--output", output)
+    if keep is not None:
+        stages, kept = _one_number(context, keep)
     # The published layout needs a square number of survivors, which few budgets leave.
     free = [name for name, method in METHODS.items() if method.layout == "aligned"]
     names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*free, *CONTROLS])]
@@ -164,3 +172,18 @@ def evaluate(
         advance=partial(print, file=sys.stderr),
     )
     print_rows(rows)
+
+
+def _one_number(context: typer.Context, keep: str) -> tuple[str, str]:
+    """The stage and the fractions that stand for ``--keep``.
+
+    Raises:
+        InputError: another option says the same, or a fraction is none.
+    """
+    from illava_hooks.tools.loading import parse_fraction
+
+    for name in ("stages", "kept"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InputError(f"--keep and --{name} exclude each other; give one of them")
+    return "keep", ",".join(str(parse_fraction(part, "--keep")) for part in keep.split(","))

@@ -25,8 +25,13 @@ VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 
 VitR = Annotated[str | None, typer.Option(help="Tokens removed in each (92), or their fraction (0.16).")]
 LlmLayers = Annotated[str | None, typer.Option(help="Decoder layers that merge: 8. Empty: none.")]
 LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens kept in each: 0.70.")]
-MethodName = Annotated[str, typer.Option("--method", help="See `illava-hooks info`.")]
-Preset = Annotated[str, typer.Option(help="image, video or auto: for the numbers that are not given.")]
+Keep = Annotated[
+    str | None, typer.Option(help="One number for both: the fraction of visual tokens left in the end, 1/3.")
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="See `illava-hooks info`; illava by default.")]
+Preset = Annotated[
+    str, typer.Option(help="image, video, auto or a file of settings: for the numbers that are not given.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
@@ -68,14 +73,32 @@ def check_target(option: str, file: Path | None) -> None:
 
 
 def merge_settings(
-    vit_layers: str | None, vit_r: str | None, llm_layers: str | None, llm_ratio: str | None
+    vit_layers: str | None,
+    vit_r: str | None,
+    llm_layers: str | None,
+    llm_ratio: str | None,
+    keep: str | None,
+    method: str | None,
+    preset: str,
 ) -> dict[str, Any]:
-    """The four numbers as ``patch`` takes them."""
-    from illava_hooks.tools.loading import parse_layers, parse_number
+    """The settings as ``patch`` takes them; what needs no model is refused here, before one is loaded.
 
-    return {
+    Raises:
+        IllavaHooksError: a value is no number, ``--keep`` comes with amounts, or a file of settings cannot be read.
+    """
+    from illava_hooks.config import check_preset
+    from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
+
+    for option, amount in (("--vit-r", vit_r), ("--llm-ratio", llm_ratio)):
+        if keep is not None and amount is not None:
+            raise InputError(f"--keep and {option} exclude each other; give one of them")
+    check_preset(preset)
+    settings = {
         "vit_layers": parse_layers(vit_layers, "--vit-layers"),
         "vit_r": parse_number(vit_r, "--vit-r"),
         "llm_layers": parse_layers(llm_layers, "--llm-layers"),
         "llm_ratio": parse_number(llm_ratio, "--llm-ratio"),
+        "keep": parse_fraction(keep, "--keep"),
+        "preset": preset,
     }
+    return settings if method is None else {**settings, "method": method}  # else a file of settings may say it

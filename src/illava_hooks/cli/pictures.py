@@ -18,6 +18,7 @@ from illava_hooks.cli.options import (
     Dtype,
     Frames,
     Input,
+    Keep,
     LlmLayers,
     LlmRatio,
     MethodName,
@@ -67,7 +68,8 @@ def ask(
     vit_r: VitR = None,
     llm_layers: LlmLayers = None,
     llm_ratio: LlmRatio = None,
-    method: MethodName = "illava",
+    keep: Keep = None,
+    method: MethodName = None,
     preset: Preset = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 64,
     frames: Frames = 32,
@@ -79,13 +81,13 @@ def ask(
     """Answer a question about an image, a folder of images or a video."""
     if compare and no_merge:
         raise InputError("--compare and --no-merge exclude each other; give one of them")
-    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.api import patch
     from illava_hooks.tools.ask import answer
 
     if not no_merge:
-        patch(network, **settings, method=method, preset=preset)
+        patch(network, **settings)
     show: Callable[[str], None] = (lambda _: None) if as_json else lambda piece: print(piece, end="", flush=True)
     if not as_json:
         print(f"{', '.join(media.names[:8])}{' ...' if len(media.names) > 8 else ''}: {text}")
@@ -135,7 +137,8 @@ def visualize(
     vit_r: VitR = None,
     llm_layers: LlmLayers = None,
     llm_ratio: LlmRatio = None,
-    method: MethodName = "illava",
+    keep: Keep = None,
+    method: MethodName = None,
     preset: Preset = "auto",
     frames: Frames = 8,
     device: Device = "auto",
@@ -143,13 +146,13 @@ def visualize(
     debug: Debug = False,
 ) -> None:
     """Draw which patches are left after every merging layer."""
-    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     if output.exists() and not output.is_dir():
         raise InputError(f"--output is {str(output)!r}, which is a file; give a folder")
     network, processor, media, _, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.tools.draw import merge_maps, save_maps
 
-    maps = merge_maps(network, processor, inputs, **settings, method=method, preset=preset)
+    maps = merge_maps(network, processor, inputs, **settings)
     named = media.names[0] if path is None else os.path.abspath(path)  # "." has no name of its own
     for file in save_maps(maps, output, Path(named).stem, colours):
         print(file)

@@ -10,15 +10,15 @@ from typing import Any
 from illava_hooks.config import MergeConfig, MergeSchedule
 from illava_hooks.engine.finding import find_family
 from illava_hooks.errors import IllavaHooksError, InputError
-from illava_hooks.tools.loading import parse_layers, parse_number
+from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
 from illava_hooks.tools.media import Media, load_media
 
 __all__ = ["FIELDS", "SIDES", "describe", "limits_of", "media_of", "question_of", "settings_of"]
 
 MAX_FILES, MAX_QUESTION = 16, 2000
 
-#: The four numbers, as ``patch`` calls them.
-FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio")
+#: The numbers, as ``patch`` calls them.
+FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio", "keep")
 
 #: What the switch says, and the sides that it asks for.
 SIDES = {"Side by side": (False, True), "On": (True,), "Off": (False,)}
@@ -81,6 +81,8 @@ def settings_of(method: str, preset: str, numbers: Sequence[str | None]) -> dict
             continue
         if name.endswith("layers"):
             values[name] = [] if text.lower() == "none" else parse_layers(text, name)
+        elif name == "keep":
+            values[name] = parse_fraction(text, name)
         else:
             values[name] = parse_number(text, name)
     return values
@@ -95,6 +97,7 @@ def limits_of(model: Any) -> dict[str, str]:
         "vit_r": f"Removed in each: a count{f' (a tile has {tile})' if tile else ''}, or a fraction.",
         "llm_layers": f"Decoder layers that merge, of 1 to {limits.llm_depth - 1}; or none.",
         "llm_ratio": "Fraction of the tokens kept in each, up to 1.",
+        "keep": "Instead of the two amounts: the fraction of the tokens left in the end, such as 1/3.",
     }
 
 
@@ -102,9 +105,9 @@ def describe(model: Any, method: str, preset: str, numbers: Sequence[str | None]
     """What these settings do, or why they cannot be: the words, and whether they can."""
     try:
         values = settings_of(method, preset, numbers)
-        vit_layers, vit_r, llm_layers, llm_ratio = (values.get(name) for name in FIELDS)
+        vit_layers, vit_r, llm_layers, llm_ratio, keep = (values.get(name) for name in FIELDS)
         limits = find_family(model).limits(model)
-        config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, False)
+        config = MergeConfig.build(limits, vit_layers, vit_r, llm_layers, llm_ratio, method, preset, False, keep)
     except IllavaHooksError as error:
         return f"{error}.", False
     image, video = _words(config.image), _words(config.video)
@@ -113,6 +116,11 @@ def describe(model: Any, method: str, preset: str, numbers: Sequence[str | None]
 
 def _words(schedule: MergeSchedule) -> str:
     parts = []
+    if schedule.keep is not None and schedule.keep_encoder is not None:
+        left = {"encoder": (schedule.vit_layers, schedule.keep_encoder, "patches")}
+        left |= {"decoder": (schedule.llm_layers, schedule.keep, "tokens")}
+        parts = [f"{_layers(s, n, 'leave', 'together ')} {f:.0%} of the {w}" for s, (n, f, w) in left.items() if n]
+        return "; ".join(parts)
     if schedule.merges_in_encoder:
         amount = f"{schedule.vit_r:.0%}" if isinstance(schedule.vit_r, float) else str(schedule.vit_r)
         parts.append(f"{_layers('encoder', schedule.vit_layers)} {amount} of the patches")
@@ -121,6 +129,6 @@ def _words(schedule: MergeSchedule) -> str:
     return "; ".join(parts) or "nothing is removed"
 
 
-def _layers(stage: str, layers: Sequence[int], verb: str = "remove") -> str:
+def _layers(stage: str, layers: Sequence[int], verb: str = "remove", how: str = "each ") -> str:
     several = len(layers) > 1
-    return f"{stage} layer{'s' * several} {', '.join(map(str, layers))} {'each ' * several}{verb}{'s' * (not several)}"
+    return f"{stage} layer{'s' * several} {', '.join(map(str, layers))} {how * several}{verb}{'s' * (not several)}"

@@ -111,7 +111,7 @@ class Page:
                 )
             limits = limits_of(model)
             numbers = []
-            for pair in (FIELDS[:2], FIELDS[2:]):
+            for pair in (FIELDS[:2], FIELDS[2:4], FIELDS[4:]):
                 with gr.Row():
                     looks = {"placeholder": "by the preset", "max_length": 200, "min_width": 150}
                     numbers += [gr.Textbox(label=name, info=limits[name], elem_id=name, **looks) for name in pair]

@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from illava_hooks.config import MergeConfig, Modality, llm_removed
-from illava_hooks.engine.counts import max_removed
+from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
@@ -82,7 +81,11 @@ class TokenCounts:
 
 
 def plan_counts(
-    config: MergeConfig, modalities: Sequence[Modality], sample_of: Sequence[int], start: TokenCounts
+    config: MergeConfig,
+    modalities: Sequence[Modality],
+    sample_of: Sequence[int],
+    whole: Sequence[int],
+    start: TokenCounts,
 ) -> list[TokenCounts]:
     """Counts before, between and after the merges of the listed decoder layers.
 
@@ -90,18 +93,20 @@ def plan_counts(
         config: the settings.
         modalities: of each image or video.
         sample_of: the sample of each.
+        whole: tokens that each has without merging.
         start: counts at the entry.
     """
+    removed: list[dict[int, int]] = []  # of each image or video, by layer
+    for modality, tokens, now in zip(modalities, whole, start.visual_lengths, strict=True):
+        schedule = config.schedule(modality)
+        amounts = schedule.decoder_removed(now, tokens, config.method.max_removed)
+        removed.append(dict(zip(schedule.llm_layers, amounts, strict=True)) if schedule.merges_in_llm else {})
     counts = [start]
     for layer in config.llm_layers:
         visuals, lengths = list(counts[-1].visual_lengths), list(counts[-1].lengths)
-        for index, modality in enumerate(modalities):
-            schedule = config.schedule(modality)
-            if schedule.merges_in_llm and layer in schedule.llm_layers and visuals[index]:
-                wish = llm_removed(visuals[index], schedule.llm_ratio)
-                removed = min(wish, max_removed(config.method, visuals[index]))
-                visuals[index] -= removed
-                lengths[sample_of[index]] -= removed
+        for index, by_layer in enumerate(removed):
+            visuals[index] -= by_layer.get(layer, 0)
+            lengths[sample_of[index]] -= by_layer.get(layer, 0)
         counts.append(TokenCounts(tuple(lengths), tuple(visuals)))
     return counts
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from illava_hooks.config import MergeConfig
+from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.hookset import Hook, HookSet
 from illava_hooks.engine.provenance import Provenance
 from illava_hooks.engine.report import MergeReport
@@ -19,6 +19,9 @@ from illava_hooks.errors import PatchStateError
 __all__ = ["MergeSession", "SessionHook"]
 
 logger = logging.getLogger("illava_hooks")
+
+#: How far from ``keep`` the fraction left of an image or video may be without a word.
+KEEP_WITHIN = 0.02
 
 _NO_REPORT = (
     "no report yet: run the model on an image or a video first, with merging enabled and settings that remove "
@@ -117,6 +120,21 @@ class MergeSession:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+    def tell_missed(self, visuals: Iterable[tuple[Modality, int, int]]) -> None:
+        """Says once where what is left of an image or video is not the fraction that ``keep`` asks for.
+
+        Args:
+            visuals: the modality of each, what is left of it, and what it has without merging.
+        """
+        for modality, left, whole in visuals:
+            keep = self.config.schedule(modality).keep
+            if keep is not None and left and abs(left / whole - keep) > KEEP_WITHIN:
+                self.warn_once(
+                    f"keep is {keep:.4g}, and of some {modality}s another fraction is left, by more than "
+                    f"{KEEP_WITHIN}: they have too few tokens, or tokens that these layers cannot remove; see "
+                    "session.report"
+                )
 
     def finish(self, report: MergeReport | None, provenance: Provenance | None) -> None:
         """Stores what the last forward did; without a report, what an encoder run alone did."""

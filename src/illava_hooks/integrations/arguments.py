@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from illava_hooks.errors import MergeConfigError
-from illava_hooks.tools.loading import parse_layers, parse_number
+from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
 
 __all__ = ["split_arguments"]
 
 _LAYERS = ("vit_layers", "llm_layers")
 _AMOUNTS = ("vit_r", "llm_ratio")
+_KEEP = "keep"
 _CHOICES = ("method", "preset")
 
 #: By published switch: the published names of a stage's layers and amount, ours, and what merges nothing.
@@ -38,21 +39,26 @@ def split_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         InputError: a value is no list of layers or no number.
     """
     left = dict(given)
-    settings = {name: left.pop(name) for name in (*_LAYERS, *_AMOUNTS, *_CHOICES) if name in left}
+    settings = {name: left.pop(name) for name in (*_LAYERS, *_AMOUNTS, _KEEP, *_CHOICES) if name in left}
     published = {n: left.pop(n) for switch, names in _PUBLISHED.items() for n in (switch, *names[:2]) if n in left}
     if published:
         mixed = [name for name in settings if name not in _CHOICES]
         if mixed:
             raise MergeConfigError(
-                f"{mixed[0]} and {next(iter(published))} are both given; use either {[*_LAYERS, *_AMOUNTS]} or the "
-                "published names, not both"
+                f"{mixed[0]} and {next(iter(published))} are both given; use either {[*_LAYERS, *_AMOUNTS, _KEEP]} or "
+                "the published names, not both"
             )
         settings |= _translated(published)
+    amounts = [name for name in _AMOUNTS if name in settings]
+    if _KEEP in settings and amounts:
+        raise MergeConfigError(f"keep and {amounts[0]} are both given; give keep alone, or vit_r and llm_ratio")
     for name in settings:
         if name in _LAYERS:
             settings[name] = _layers(name, settings[name])
         elif isinstance(settings[name], str) and name in _AMOUNTS:
             settings[name] = parse_number(settings[name], name)
+        elif isinstance(settings[name], str) and name == _KEEP:
+            settings[name] = parse_fraction(settings[name], name)
     return settings, left
 
 

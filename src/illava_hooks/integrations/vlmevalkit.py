@@ -14,10 +14,11 @@ from functools import cache, partial
 from typing import Any
 
 from illava_hooks.api import patch
+from illava_hooks.config import check_preset
 from illava_hooks.engine.finding import FromFamilies, families
 from illava_hooks.errors import IllavaHooksError, InputError, UnsupportedModelError
 from illava_hooks.integrations.arguments import split_arguments
-from illava_hooks.methods import METHODS, Method, resolve_method
+from illava_hooks.methods import DEFAULT_METHOD, METHODS, Method, resolve_method
 
 __all__ = ["STOCK", "main", "register"]
 
@@ -39,7 +40,8 @@ def register(
     vit_r: int | float | None = None,
     llm_layers: Iterable[int] | str | None = None,
     llm_ratio: float | None = None,
-    method: str | Method = "illava",
+    keep: float | str | None = None,
+    method: str | Method = DEFAULT_METHOD,
     preset: str = "auto",
     **arguments: Any,
 ) -> list[str]:
@@ -58,8 +60,9 @@ def register(
         vit_r: tokens removed (int) or fraction removed (float).
         llm_layers: decoder layers.
         llm_ratio: fraction kept.
+        keep: fraction left in the end, instead of ``vit_r`` and ``llm_ratio``.
         method: a name in ``METHODS`` or a ``Method``.
-        preset: "image", "video" or "auto".
+        preset: "image", "video", "auto" or a file of settings.
         arguments: of the kit's class, such as ``min_pixels``, instead of those of its entry.
 
     Returns:
@@ -67,11 +70,13 @@ def register(
 
     Raises:
         InputError: the kit is not installed or has no such entry, or the family of a model cannot be told.
-        MergeConfigError: there is no such method; what only the model knows is refused when it is loaded.
+        MergeConfigError: there is no such method or preset, or ``keep`` comes with an amount; what only the model
+            knows is refused when it is loaded.
     """
     entries = _entries()
     resolve_method(method)
-    given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
+    check_preset(preset)
+    given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio, "keep": keep}
     settings, _ = split_arguments({setting: value for setting, value in given.items() if value is not None})
     arguments |= {**settings, "method": method, "preset": preset}
     if model_path is not None:
@@ -112,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vit-r", help="tokens removed in each, 92, or the fraction, 0.16")
     parser.add_argument("--llm-layers", help="decoder layers, as 6-7-8")
     parser.add_argument("--llm-ratio", help="fraction of the visual tokens kept in each")
-    parser.add_argument("--method", default="illava", choices=list(METHODS))
-    parser.add_argument("--preset", default="auto", choices=["image", "video", "auto"], help="of what is not given")
+    parser.add_argument("--keep", help="one number instead of --vit-r and --llm-ratio: the fraction left, as 1/3")
+    parser.add_argument("--method", default=DEFAULT_METHOD, choices=list(METHODS))
+    parser.add_argument("--preset", default="auto", help="image, video, auto or a file, of what is not given")
     parser.add_argument(
         "--add", action="append", default=[], metavar="NAME=PATH", help="a model of your own: folder or hub name"
     )

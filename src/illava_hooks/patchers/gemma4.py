@@ -284,7 +284,8 @@ class _Features:
                     else rows.put_back(run.expand(hidden, run.merges_before(i)), pixels.shape[-2])
                     for i, hidden in enumerate(output.hidden_states)
                 )
-            frames = [_record(run, row) for row in range(len(rows.lengths))]
+            # Behind each row's segment stands one of padding, if there is any.
+            frames = [_record(run, segment) for segment in range(0, len(run.lengths), 1 + rows.ragged)]
             for count in counts:
                 run.records.append(_joined(frames[:count]))
                 frames = frames[count:]
@@ -340,9 +341,8 @@ class _ExpandEncoder(Hook):
 # ---------------------------------------------------------------------- what merged
 
 
-def _record(run: EncoderRun, row: int) -> VisualRecord:
+def _record(run: EncoderRun, segment: int) -> VisualRecord:
     """What merged in one image or frame; each block is one of its tokens, in the order in which stock pools them."""
-    segment = run.segment_of(row)
     start, kept = (sum(run.segments[merges].lengths[:segment]) for merges in (0, len(run.plans)))
     units, left = run.lengths[segment][0], run.lengths[segment][-1]
     survivor = run.final.kept_at[0, start : start + units]

@@ -25,8 +25,8 @@ from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import LmmsEval, PublishedShape
-from illava_hooks.errors import PatchStateError, UnsupportedModelError
 from illava_hooks.merge.plan import MergePlan, apply_merge
+from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "MergingQwen3VLMoeVisionBlock", "MergingQwen3VLVisionBlock", "Qwen3VL"]
@@ -134,14 +134,9 @@ class Qwen3VL(PackedFamily):
     # ------------------------------------------------------------------ what is possible
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
-        """Refuses a balancing loss over experts: it is computed from what each token of the prompt was routed by."""
+        """Refuses a balancing loss over experts, too."""
         super().check(model, parts, config)
-        routed = getattr(self.text_config(model), "output_router_logits", False)
-        if routed and (config.vit_layers or config.llm_layers):
-            raise UnsupportedModelError(
-                "text_config.output_router_logits is True; routers see merged tokens, and stock's balancing loss "
-                "needs all; set output_router_logits=False"
-            )
+        refuse_balancing_by_default(self.text_config(model), config)
 
     # ------------------------------------------------------------------ DeepStack
 
@@ -165,11 +160,7 @@ class Qwen3VL(PackedFamily):
         Raises:
             PatchStateError: the call asks for what its routers saw.
         """
-        if kwargs.get("output_router_logits"):
-            raise PatchStateError(
-                "output_router_logits is True; routers see merged tokens, and stock's balancing loss needs all; use "
-                "output_router_logits=False, or merging(model, False)"
-            )
+        refuse_balancing(kwargs)
         mask, given = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if mask is None or given is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "find_device",
     "find_dtype",
     "load_model",
+    "parse_fraction",
     "parse_layers",
     "parse_number",
     "quiet",
@@ -135,6 +137,20 @@ def parse_number(text: str | None, name: str) -> int | float | None:
         return float(text)
     except ValueError as error:
         raise InputError(f"{name} is {text!r}; give a whole number of tokens or a fraction such as 0.16") from error
+
+
+def parse_fraction(text: str | None, name: str) -> float | None:
+    """A fraction such as ``1/3`` or ``0.33``; its range is the business of whoever takes it.
+
+    Raises:
+        InputError: it is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise InputError(f"{name} is {text!r}; give a fraction such as 1/3 or 0.33") from error
 
 
 def default_question(model_name: str, media: Media) -> str:

@@ -78,13 +78,16 @@ def merge_cost(model: Any, inputs: Mapping[str, Tensor], settings: dict[str, Any
 
 
 def _as_many_keys(cache: Any, model: Any) -> Any:
-    """An unpatched model's cache: equal in all layers, and in all with as many keys as a merged one."""
+    """An unpatched model's cache: as many keys as a merged one has, equally many in all layers that have some."""
     from transformers import DynamicCache
 
     layers: list[Any] = list(cache.layers)
-    length = round(statistics.mean(layer.keys.shape[-2] for layer in layers))
+    length = round(statistics.mean(layer.keys.shape[-2] for layer in layers if hasattr(layer, "keys")))
     found = DynamicCache(config=model.config.get_text_config())
     for index, layer in enumerate(layers):
+        if not hasattr(layer, "keys"):  # it carries a state along, whose size does not depend on the prompt
+            found.layers[index] = deepcopy(layer)
+            continue
         zeros = layer.keys.new_zeros(*layer.keys.shape[:2], length, layer.keys.shape[-1])
         found.update(zeros, zeros.clone(), index)
     return found

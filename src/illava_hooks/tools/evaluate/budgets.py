@@ -14,9 +14,11 @@ from illava_hooks.errors import InputError
 from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.datasets import Item
 
-__all__ = ["CONTROLS", "STAGES", "budget_settings", "downsampled", "find_method"]
+__all__ = ["CONTROLS", "KEEP", "STAGES", "budget_settings", "downsampled", "find_method"]
 
 STAGES = ("encoder", "language", "both")
+#: Instead of a stage: one number, ``patch(model, keep=...)``.
+KEEP = "keep"
 #: Methods that look at nothing; "downsample" shows the model smaller pictures instead of merging.
 CONTROLS = ("random", "uniform", "downsample")
 _UNIFORM = Method("uniform", "uniform", "uniform", merge="drop")
@@ -40,16 +42,18 @@ def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[st
 
     Args:
         schedule: whose layers merge.
-        stage: one of ``STAGES``; "both" gives each stage the square root.
+        stage: one of ``STAGES``, of which "both" gives each stage the square root; or ``KEEP``.
         kept: the fraction, in (0, 1].
 
     Raises:
         InputError: stage or fraction is out of range.
     """
-    if stage not in STAGES:
-        raise InputError(f"stage is {stage!r}; choose one of {list(STAGES)}")
+    if stage not in (*STAGES, KEEP):
+        raise InputError(f"stage is {stage!r}; choose one of {[*STAGES, KEEP]}")
     if not 0 < kept <= 1:
         raise InputError(f"kept is {kept}; give a fraction in (0, 1]")
+    if stage == KEEP:
+        return {"keep": kept}
     share = math.sqrt(kept) if stage == "both" else kept
     encoder = stage != "language" and kept < 1
     language = stage != "encoder" and kept < 1
