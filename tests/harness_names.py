@@ -13,6 +13,7 @@ LMMS_EVAL: dict[str, dict[str, str]] = {
     "llava": {"simple.llava_hf": "LlavaHf", "chat.llava_hf": "LlavaHf"},
     "llava_next": {"simple.llava_hf": "LlavaHf", "chat.llava_hf": "LlavaHf"},
     "qwen2_5_vl": {"simple.qwen2_5_vl": "Qwen2_5_VL", "chat.qwen2_5_vl": "Qwen2_5_VL"},
+    "qwen3_5": {"simple.qwen3_5": "Qwen3_5", "chat.qwen3_5": "Qwen3_5"},
     "qwen3_vl": {"simple.qwen3_vl": "Qwen3_VL", "chat.qwen3_vl": "Qwen3_VL"},
 }
 #: Entries of VLMEvalKit's `supported_VLM` that get a merged twin, the one first that lends its arguments.
@@ -22,12 +23,14 @@ VLMEVALKIT: dict[str, tuple[str, ...]] = {
     "glm4v": ("GLM4_1VThinking-9b",),
     "llava_next": ("llava_next_vicuna_7b", "llava_next_mistral_7b"),
     "qwen2_5_vl": ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct"),
+    "qwen3_5": ("Qwen3.5-27B", "Qwen3.5-35B-A3B"),
     "qwen3_vl": (
         "Qwen3-VL-8B-Instruct",
         "Qwen3-VL-4B-Instruct",
         "Qwen3-VL-2B-Instruct",
         "Qwen3-VL-30B-A3B-Instruct",
     ),
+    "smolvlm": ("SmolVLM2", "SmolVLM2-500M", "SmolVLM2-256M"),
 }
 #: Those of them that run another engine where nothing is said.
-OTHER_ENGINE = VLMEVALKIT["qwen3_vl"]
+OTHER_ENGINE = VLMEVALKIT["qwen3_vl"] + VLMEVALKIT["qwen3_5"]
