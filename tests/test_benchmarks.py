@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import results
+import split
+from families import families, family_of
 from illava_hooks.cli import app
 from illava_hooks.tools.evaluate import read_header, read_rows
 
@@ -78,3 +80,31 @@ def test_a_table_is_measured_by_its_command(tmp_path: Path, monkeypatch: pytest.
     before = command.path.read_bytes()
     command.run()
     assert command.path.read_bytes() == before, "what is there stays"
+
+
+EMBEDDED = families(embedded=True)
+
+
+@pytest.mark.parametrize("row", [0.5, 0.3333, 0.1111])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_splits_are_compared_at_equal_flops(name: str, row: float) -> None:
+    """A later cut costs more at the same `keep`, so that it gets a smaller one, if any is as cheap."""
+    wanted = split.published_flops(name, row, split.SQUARE_ROOT)
+    later, earlier = (split.as_cheap(name, row, exponent) for exponent in (0.25, 0.75))
+    assert later is not None and earlier is not None and later < row < earlier
+    for keep, exponent in ((later, 0.25), (earlier, 0.75)):
+        assert split.published_flops(name, keep, exponent) == pytest.approx(wanted, abs=0.003)
+    assert split.as_cheap(name, 0.05, 0) is None, "all layers in front of the merge are as long as ever"
+
+
+@pytest.mark.parametrize("flags", [[], ["--equal-flops"]], ids=["equal keep", "equal FLOPs"])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_table_of_splits(name: str, flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, rows = str(family_of(name).embedded), tmp_path / "rows.jsonl"
+    asked = ["--questions", "8", "--keep", "0.3333", "--exponents", "0.5,0.75", "--output", str(rows)]
+    split.main(["--model", model, *asked, *flags])
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    assert len(table) == 4 and len(rows.read_text().splitlines()) == 2
+    for cells in table[2:]:
+        assert float(cells[3]) == pytest.approx(float(cells[1]), abs=0.02)
+    assert (float(table[2][1]) == float(table[3][1])) == (not flags)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from helpers import TAKES_READY_FEATURES
 from illava_hooks.cli import app
+from illava_hooks.engine import finding
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -45,8 +46,9 @@ def write_files(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page.name for page in PAGES if blocks(page, "python") and page.name != CLIENTS])
 def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after the other in one namespace; what they write is left nowhere."""
+    """The blocks of a page run in one namespace; what they write is left nowhere, what they register is forgotten."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finding, "_registered", {})
     names: dict[str, Any] = {"__name__": page}
     for number, block in enumerate(blocks(ROOT / "docs" / page, "python")):
         exec(compile(block, f"{page}, block {number}", "exec"), names)

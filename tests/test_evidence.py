@@ -229,8 +229,41 @@ class TestBench:
             sizes[name] = model.num_parameters() / 1e9
         # Published sizes less the vocabularies: 152,000 words times the width, twice where they are not tied.
         assert sizes == pytest.approx(
-            {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}, rel=0.04
+            {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}
+            | {"gemma-3-4b": 3.63, "gemma-3-12b": 11.18},
+            rel=0.04,
         )
+
+    @needs_ready_features
+    def test_where_the_language_model_is_left_alone(self) -> None:
+        """Gemma 3: its cache is an unpatched one's, and what FLOPs allow is the encoder's share of the time."""
+        model = build_shape("gemma-3-4b", narrow=True)
+        found = comparison.compare(model, Workload(images=2, text=20, new=3), {}, 1, warm_up=False)
+        (plain,), (merged,) = found.plain, found.merged
+        report = found.report
+        assert plain.kv_bytes == merged.kv_bytes and report.llm_flops == report.kv_bytes == (0, 0)
+        assert len(report.visuals) == 2 and report.encoder_flops[0] < report.encoder_flops[1]
+        allowed = report.encoder_flops[0] / report.encoder_flops[1]
+        times = [stage.wall_s for stage in (plain.encoder, plain.projector, plain.language)]
+        assert found.ideal == pytest.approx((allowed * times[0] + times[1] + times[2]) / sum(times))
+        assert allowed < found.ideal < 1 and 0 < found.cost.share < 1 and found.cost.decoding > 0
+        assert flops_fit([found], merged=True) == 0
+        with pytest.raises(InputError, match="frames is 4, and Gemma 3 takes images only"):
+            build_workload(model, Workload(frames=4))
+
+    @needs_ready_features
+    def test_a_mixture_of_experts(self) -> None:
+        """FLOPs are those of the experts that a token is sent to, and of the router."""
+        model = build_shape("qwen3-vl-30b-a3b", narrow=True)
+        load = Workload(patches=256, text=20, new=2)
+        assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
+        found = comparison.compare(model, load, {}, 1, warm_up=False)
+        tokens = int(build_workload(model, load)["input_ids"].shape[1])
+        width, heads, keys = 64, 2 * 32, 32
+        mlp = 6 * width * 32 * 2 + 2 * width * 4  # two of four experts, 32 wide
+        layer = 4 * tokens * width * (heads + keys) + 2 * tokens**2 * heads + tokens * mlp
+        assert found.report.llm_flops[1] == 10 * layer
+        assert found.report.llm_flops[0] < found.report.llm_flops[1] and found.cost.decoding > 0
 
     @needs_ready_features
     @pytest.mark.parametrize("shape", NARROW.values())

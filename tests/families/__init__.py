@@ -109,6 +109,7 @@ class Suite:
         video: Height and width of the frames, where they have sizes.
         vit_layers: The layers of the encoder that merge.
         vit_r: What each of them removes.
+        llm_layers: The layers of the decoder that merge.
         rows_are_visuals: Whether the tower's output has a row for each image or video.
         all_weights_train: Whether gradients reach every weight.
     """
@@ -122,6 +123,7 @@ class Suite:
     video: tuple[int, int] = (16, 16)
     vit_layers: tuple[int, ...] = (0, 1)
     vit_r: int | float = 0.25
+    llm_layers: tuple[int, ...] = (1,)
     rows_are_visuals: bool = True
     all_weights_train: bool = True
 
@@ -183,6 +185,7 @@ class Family:
 
         takes_labels_by_position: Whether the stock forward takes labels by position.
 
+        seam: The method of the base model that finds placeholders.
         tower_name: The vision tower's name in the base model.
         language_name: The same of the language model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
@@ -250,6 +253,7 @@ class Family:
 
     takes_labels_by_position: ClassVar[bool] = True
 
+    seam: ClassVar[str] = "get_placeholder_mask"
     tower_name: ClassVar[str] = "vision_tower"
     language_name: ClassVar[str] = "language_model"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
@@ -420,10 +424,9 @@ class Family:
         del modality
         return 0
 
-    def feature_lengths(self, model: Any, output: Any) -> list[int]:
-        """Tokens of every visual in what a feature method returned; older releases keep a video's frames apart."""
-        del model
-        return [features[..., 0].numel() for features in output.pooler_output]
+    def visual_features(self, output: Any) -> list[Tensor]:
+        """The features of every visual in what a feature method returned; older releases keep frames apart."""
+        return list(output.pooler_output)
 
     def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """What the vision tower itself takes of a batch's images: pixels, and the rest by name."""

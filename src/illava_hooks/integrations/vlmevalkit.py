@@ -27,6 +27,8 @@ STOCK: Mapping[str, tuple[str, ...]] = FromFamilies(
     lambda family: {family.name: family.vlmevalkit} if family.vlmevalkit else {}
 )
 _SUFFIX = "-iLLaVA"
+#: Arguments of the kit's classes that put another engine in place of transformers' model.
+_ENGINES = ("use_vllm", "use_lmdeploy")
 
 
 def register(
@@ -45,8 +47,9 @@ def register(
 ) -> list[str]:
     """Adds merged models to the kit's ``supported_VLM``; what is there under the same name is replaced.
 
-    An entry is the kit's own one, arguments included, but for its class, which patches the model that it loads. It
-    takes the settings of ``patch`` beside the arguments of the kit's class, also from a ``--config`` of the kit.
+    An entry is the kit's own one, arguments included, but for its class, which patches the model that it loads, and
+    for another engine such as vLLM, which is switched off. It takes the settings of ``patch`` beside the arguments of
+    the kit's class, also from a ``--config`` of the kit.
 
     Args:
         name: of the entry; by default all of ``STOCK`` with "-iLLaVA" behind their names. Without ``model_path`` the
@@ -92,7 +95,8 @@ def register(
                 f"name is {wanted!r}; give a name of the kit with {_SUFFIX!r} behind it, or model_path for a model of "
                 "your own"
             )
-        made[wanted] = partial(_merging(entry.func), *entry.args, **{**entry.keywords, **arguments})
+        stay = {engine: False for engine in _ENGINES if engine in entry.keywords}  # what merges is transformers' model
+        made[wanted] = partial(_merging(entry.func), *entry.args, **{**entry.keywords, **stay, **arguments})
     entries.update(made)
     return list(made)
 
@@ -177,7 +181,7 @@ class _Merging:
 
     def __init__(self, *given: Any, **arguments: Any) -> None:
         settings, others = split_arguments(arguments)
-        for engine in ("use_vllm", "use_lmdeploy"):
+        for engine in _ENGINES:
             if others.get(engine):
                 raise UnsupportedModelError(
                     f"{engine} is {others[engine]!r}; only the model of transformers can merge; leave {engine} out"

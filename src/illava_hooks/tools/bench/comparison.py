@@ -51,6 +51,27 @@ class Comparison:
         """What the merged runs merged; they all do the same."""
         return self.cost.report
 
+    @property
+    def ideal(self) -> float:
+        """The share of the unpatched prefill that the FLOPs allow.
+
+        Where the language model is left alone its FLOPs are not counted: then it is the time of each stage that the
+        FLOPs of the encoder shorten.
+        """
+        report = self.report
+        if report.llm_flops[1]:
+            return report.flops[0] / report.flops[1]
+        encoder = statistics.median(run.encoder.wall_s for run in self.plain)
+        projector = statistics.median(run.projector.wall_s for run in self.plain)
+        language = statistics.median(run.language.wall_s for run in self.plain)
+        left = encoder * _share(report.encoder_flops) + projector * _share(report.projector_flops) + language
+        return left / (encoder + projector + language)
+
+
+def _share(flops: tuple[int, int]) -> float:
+    """Merged FLOPs of unmerged ones."""
+    return flops[0] / flops[1] if flops[1] else 1.0
+
 
 def compare(
     model: Any, load: Workload, settings: dict[str, Any], rounds: int, label: str = "", warm_up: bool = True
@@ -142,12 +163,16 @@ def sweep(
 def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:
     """Largest relative distance of the measured prefills from one constant speed.
 
-    Time would follow the FLOPs exactly at one number of FLOPs per second for all workloads; CPU seconds on a CPU.
+    Where the language model is left alone, of what precedes it. Time would follow the FLOPs exactly at one number of
+    FLOPs per second for all workloads; CPU seconds on a CPU.
     """
     speeds = []
     for found in comparisons:
         runs = found.merged if merged else found.plain
-        seconds = statistics.median(run.cpu_s for run in runs) or statistics.median(run.prefill_s for run in runs)
+        rest = 0 if found.report.llm_flops[1] or not found.report.encoder_flops[1] else 1
+        seconds = statistics.median(run.cpu_s - rest * run.language.cpu_s for run in runs) or statistics.median(
+            run.prefill_s - rest * run.language.wall_s for run in runs
+        )
         speeds.append(found.report.flops[0 if merged else 1] / seconds)
     middle = statistics.median(speeds)
     return max(abs(middle / speed - 1) for speed in speeds)
