@@ -38,6 +38,7 @@ from illava_hooks.engine import family as engine_family
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.finding import families as known_families
+from illava_hooks.engine.finding import find_family
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
@@ -97,9 +98,10 @@ def test_no_token_left_in_a_tile(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in PRESETS])
 def test_preset_layers_that_the_model_lacks(family: str) -> None:
-    first = min(layer for layer in PRESETS[family]["image"].vit_layers if layer > 3)
+    model = tiny_model(family)
+    first = min(layer for layer in find_family(model).presets_of(model)["image"].vit_layers if layer > 3)
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model(family))
+        patch(model)
     assert_says(caught.value, f"^vit_layers contains {first}", "from the preset; give it yourself", r"0\.\.3")
 
 
@@ -152,7 +154,7 @@ def test_a_sliding_layer_in_a_given_cache(family: str, layer: type) -> None:
     assert torch.equal(model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(carries_state=False))
 def test_cropping_into_merged_tokens(family: str) -> None:
     model = patched(family)
     with torch.no_grad():
@@ -173,7 +175,7 @@ def test_cropping_into_merged_tokens(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
-    monkeypatch.delattr(type(model.model), "get_placeholder_mask")
+    monkeypatch.delattr(type(model.model), family_of(family).seam)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "lacks 'get_placeholder_mask'", "transformers 5", "use a version")

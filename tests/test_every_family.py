@@ -34,7 +34,8 @@ def spans_of(model: Any, inputs: Inputs) -> list[tuple[int, list[int]]]:
     for kind, output in feature_outputs(model, inputs, return_dict=True).items():
         more = family_of(model).beyond_features(kind)
         places = (inputs["input_ids"] == PLACEHOLDERS[kind]).nonzero().tolist()
-        for count in (length + more for length in family_of(model).feature_lengths(model, output)):
+        for features in family_of(model).visual_features(output):
+            count = features[..., 0].numel() + more  # older releases keep a video's frames apart
             mine, places = places[:count], places[count:]
             (row,) = {row for row, _ in mine}
             found.append((row, [column for _, column in mine]))

@@ -200,7 +200,7 @@ ASSISTANTS = {
 
 
 @pytest.mark.parametrize("who", ASSISTANTS)
-@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS))
+@pytest.mark.parametrize(("family", "kind"), families_and(["image", "both"], KINDS, carries_state=False))
 def test_assisted_decoding_is_greedy_decoding(family: str, kind: str, who: str) -> None:
     """Candidates come in threes and are taken or cropped away; nothing merges for their sake."""
     if who == "a text model" and (more := family_of(family).token_inputs[2:]):

@@ -99,6 +99,7 @@ EXPORTS = {
     "SegmentPlan",
     "UnsupportedModelError",
     "__version__",
+    "evaluate",
     "merging",
     "patch",
     "register_family",

@@ -106,7 +106,8 @@ def test_language_weights(family: str, rule: str) -> None:
     with torch.no_grad():
         model(**known.beside_features(inputs), mm_encoder_outputs={"image": features})
     images = session.provenance.at("language", 3).images
-    visual = torch.cat([image.weights.double() @ f for image, f in zip(images, features.pooler_output, strict=True)])
+    known_features = zip(images, known.visual_features(features), strict=True)
+    visual = torch.cat([image.weights.double() @ one for image, one in known_features])
     assert torch.cdist(visual, final[-1][0]).min(1).values.max() < 1e-6
     assert sum(len(image.seats) for image in images) == sum(v.language_tokens[-1] for v in session.report.visuals)
 

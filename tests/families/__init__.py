@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from tiny_models import Inputs, Sample, Side
@@ -108,6 +109,7 @@ class Suite:
         video: Height and width of the frames, where they have sizes.
         vit_layers: The layers of the encoder that merge.
         vit_r: What each of them removes.
+        llm_layers: The layers of the decoder that merge.
         rows_are_visuals: Whether the tower's output has a row for each image or video.
         all_weights_train: Whether gradients reach every weight.
     """
@@ -121,6 +123,7 @@ class Suite:
     video: tuple[int, int] = (16, 16)
     vit_layers: tuple[int, ...] = (0, 1)
     vit_r: int | float = 0.25
+    llm_layers: tuple[int, ...] = (1,)
     rows_are_visuals: bool = True
     all_weights_train: bool = True
 
@@ -161,6 +164,10 @@ class Family:
         waits_in_layers: Operations that wait for the device inside layers beyond stock's, in each call of the encoder.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
+        carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
+            stock: its caches cannot be cropped or repeated, and a zero in a mask comes too late for a token that was
+            read.
+
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
             with another prompt need explicit ones.
@@ -178,6 +185,7 @@ class Family:
 
         takes_labels_by_position: Whether the stock forward takes labels by position.
 
+        seam: The method of the base model that finds placeholders.
         tower_name: The vision tower's name in the base model.
         language_name: The same of the language model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
@@ -230,6 +238,8 @@ class Family:
     waits_in_layers: ClassVar[Mapping[str, int]] = {}
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
+    carries_state: ClassVar[bool] = False
+
     axes: ClassVar[int] = 1
     keeps_positions: ClassVar[bool] = False
     forward_counts_padding: ClassVar[bool] = False
@@ -243,6 +253,7 @@ class Family:
 
     takes_labels_by_position: ClassVar[bool] = True
 
+    seam: ClassVar[str] = "get_placeholder_mask"
     tower_name: ClassVar[str] = "vision_tower"
     language_name: ClassVar[str] = "language_model"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
@@ -413,10 +424,9 @@ class Family:
         del modality
         return 0
 
-    def feature_lengths(self, model: Any, output: Any) -> list[int]:
-        """Tokens of every visual in what a feature method returned; older releases keep a video's frames apart."""
-        del model
-        return [features[..., 0].numel() for features in output.pooler_output]
+    def visual_features(self, output: Any) -> list[Tensor]:
+        """The features of every visual in what a feature method returned; older releases keep frames apart."""
+        return list(output.pooler_output)
 
     def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """What the vision tower itself takes of a batch's images: pixels, and the rest by name."""
@@ -444,6 +454,11 @@ class Family:
     def attending(self, model: Any) -> list[int]:
         """The decoder layers that pay attention, and hold keys; others carry a state along."""
         return list(range(model.config.get_text_config().num_hidden_layers))
+
+    def new_cache(self, model: Any) -> Any:
+        """A growing cache as a caller makes one; stock needs no config where all layers are of one kind."""
+        del model
+        return DynamicCache()
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 
 from families import Family
 from families.qwen3_vl import VISION, Qwen3VL
@@ -54,8 +54,10 @@ class Qwen35(Qwen3VL):
     text_config = TEXT
     suites = {}
     silenced = (*Qwen3VL.silenced, "out_proj")
-    shapes = {"qwen3.5-0.8b": 0.63, "qwen3.5-9b": 7.4}
+    shapes = {"qwen3.5-0.8b": 0.60, "qwen3.5-9b": 7.38}
     rounding = 10
+    carries_state = True
+    beams_mix_images = ">=5.18,<5.21"
     closest = 1e-5  # stock's delta rule works in float32, on chunks that begin where a row's padding does
     stock_modules = ("qwen3_5.modeling_qwen3_5", "qwen3_5_moe.modeling_qwen3_5_moe")
 
@@ -84,6 +86,10 @@ class Qwen35(Qwen3VL):
         """Those that are no gated delta nets."""
         kinds = model.config.get_text_config().layer_types
         return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+
+    def new_cache(self, model: Any) -> Any:
+        """The config tells which layers hold keys."""
+        return DynamicCache(config=model.config.get_text_config())
 
     def projectors(self, model: Any) -> list[nn.Module]:
         """The patch merger."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMForConditionalGeneration
+from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
 
 from families import Family, Modality
 from tiny_models import IMAGE_ID, PAD_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, padded, pixels, prompt_ids
@@ -59,6 +59,8 @@ class SmolVLM(Family):
     tiles_are_visuals = True
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
+    beams_mix_images = "==5.18.*"
+    seam = "inputs_merger" if hasattr(SmolVLMModel, "inputs_merger") else "get_placeholder_mask"
     tower_name = "vision_model"
     language_name = "text_model"
     shapes = {"smolvlm-256m": 0.19, "smolvlm-500m": 0.41, "smolvlm-2.2b": 2.03, "idefics3-8b": 7.4}
@@ -96,10 +98,9 @@ class SmolVLM(Family):
             inputs["pixel_attention_mask"] = (tiles != 0).any(2).long()
         return inputs
 
-    def feature_lengths(self, model: Any, output: Any) -> list[int]:
+    def visual_features(self, output: Any) -> list[Tensor]:
         """Of every tile; newer releases put those of a sample together."""
-        del model
-        return [TOKENS] * sum(features[..., 0].numel() // TOKENS for features in output.pooler_output)
+        return [tile for features in output.pooler_output for tile in features.split(TOKENS)]
 
     def pixels_by_patch(self, pixels: Tensor, patch: int) -> Tensor:
         """Tiles, cut into patches."""

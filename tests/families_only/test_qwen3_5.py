@@ -27,7 +27,7 @@ import test_no_trace
 import test_past_and_report
 import test_report
 import test_shapes
-from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, TEXT, VIDEO, single, steps
+from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, SETTINGS, TEXT, VIDEO, patched, single, steps
 from families.qwen3_5 import Qwen35
 from helpers import (
     PROMPTS,
@@ -70,6 +70,8 @@ ENCODER: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25}
 CLOSE = 2e-4
 #: Where all of it is computed in float64 (`exact`).
 EXACT = 1e-9
+#: And where tokens are summed by weights, which are float32.
+WEIGHED = 2e-5
 
 #: Older releases invert the triangular systems of the delta rule row by row, and multiply by what they gave.
 SOLVES = "solve_triangular" in inspect.getsource(modeling_qwen3_5)
@@ -187,7 +189,8 @@ def test_the_reference_is_stock(order: str) -> None:
 
 
 def check_order(order: str, batch: str, rule: str, side: str = "left") -> None:
-    check_forward(NAME, BATCHES[batch], rule, settings_of(order), side=side, tolerance=EXACT, text=text_of(order))
+    tolerance = EXACT if rule == "drop" else WEIGHED
+    check_forward(NAME, BATCHES[batch], rule, settings_of(order), side=side, tolerance=tolerance, text=text_of(order))
 
 
 @pytest.mark.usefixtures("exact")
@@ -203,7 +206,7 @@ def test_padding_that_recurrent_layers_read_is_noticed(monkeypatch: pytest.Monke
     """Rows of other lengths have copies of tokens in front, which a state would take in."""
     monkeypatch.setattr(decoder_hooks, "_padding", lambda *args: None)
     with pytest.raises(AssertionError, match="not close"):
-        check_order("published", "images", "recycle")
+        check_order("published", "images", "drop")
 
 
 @pytest.mark.usefixtures("exact")
@@ -216,7 +219,7 @@ def test_padding_as_in_front_of_the_first_merge_is_noticed(monkeypatch: pytest.M
 
     monkeypatch.setattr(decoder_hooks, "_padding", first)
     with pytest.raises(AssertionError, match="not close"):
-        check_order("published", "images", "recycle")
+        check_order("published", "images", "drop")
 
 
 @pytest.mark.usefixtures("exact")
@@ -353,16 +356,12 @@ def test_a_batch_answers_as_its_samples(order: str) -> None:
     test_batching.test_beam_search(NAME, "ragged")
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "illava-reference"])
-def test_every_method(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_batching, "patched", lambda name, method: _patched("published", method))
-    test_batching.test_forward_of_every_method(NAME, method)
-
-
-def _patched(order: str, method: str) -> Any:
-    model = hybrid(order)
-    patch(model, **settings_of(order), method=method)
-    return model
+def test_every_method(method: str) -> None:
+    model = hybrid("published", dtype=torch.float64)
+    patch(model, **settings_of("published"), method=method)
+    assert apart(model, RAGGED, "left") < EXACT
 
 
 def test_a_second_turn(order: str) -> None:
@@ -533,7 +532,10 @@ def test_cropping_is_refused_by_stock(order: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradients_of_replayed_layers(order: str, reentrant: bool) -> None:
+def test_gradients_of_replayed_layers(
+    order: str, reentrant: bool, exact: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_shapes, "patched", lambda family: patched(family, dtype=torch.float64))
     test_shapes.test_checkpointing_gives_the_same_gradients(NAME, reentrant)
 
 

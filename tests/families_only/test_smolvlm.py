@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Idefics3Config,
-    Idefics3ForConditionalGeneration,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
+from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from families.smolvlm import SmolVLM
 from helpers import TAKES_READY_FEATURES, assert_says, needs_ready_features
@@ -25,13 +23,10 @@ from illava_hooks.engine import encoder, padding
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers import smolvlm
 from kind_helpers import said
-from tiny_models import FIRST_TEXT_ID, IMAGE_ID, Sample, inputs_for, tiny_model
+from tiny_models import FIRST_TEXT_ID, IMAGE_ID, Sample, inputs_for, padded, tiny_model
 from unit_oracle import merged
 
-KINDS: dict[str, tuple[Any, Any]] = {
-    "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration),
-    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration),
-}
+KINDS: dict[str, Any] = {"smolvlm": SmolVLMForConditionalGeneration, "idefics3": Idefics3ForConditionalGeneration}
 SIDE, PATCH = 8, 4
 LAYERS = (1, 3)
 #: Rows and columns of patches that show something, tile by tile: whole tiles, whole blocks, and odd numbers.
@@ -47,7 +42,7 @@ SHOWN: dict[str, tuple[tuple[int, int], ...]] = {
 @pytest.fixture(params=KINDS, autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both models, of which each has a tower with classes of its own."""
-    monkeypatch.setattr(SmolVLM, "classes", KINDS[request.param])
+    monkeypatch.setattr(SmolVLM, "model_class", KINDS[request.param])
     return str(request.param)
 
 
@@ -197,8 +192,8 @@ def blocks_in_rows(patches: int, factor: int) -> Any:
     return replace(smolvlm_blocks(patches, factor), order=None)
 
 
-def nothing_is_padding(*args: Any) -> None:
-    return None
+def nothing_is_padding(*args: Any) -> Any:
+    return sorted_units(*args)[0], None
 
 
 def uncut(self: Any, kwargs: dict[str, Any], run: Any, merges: int) -> dict[str, Any]:
@@ -207,24 +202,23 @@ def uncut(self: Any, kwargs: dict[str, Any], run: Any, merges: int) -> dict[str,
     return kwargs if given is None else {**kwargs, "attention_mask": given[..., : run.patch_origins(merges).shape[1]]}
 
 
-def mixed_as_whole(real: Tensor, traits: Any) -> Any:
+def mixed_as_whole(*args: Any) -> Any:
     """Blocks with a bit of padding merge as all others."""
-    found = sorted_units(real, traits)
-    if found is None:
-        return None
+    count, found = sorted_units(*args)
+    assert found is not None
     kinds = torch.where(found.kinds == padding.MIXED, padding.WHOLE, found.kinds)
     counts = [replace(tile, whole=int((kinds[row] == padding.WHOLE).sum())) for row, tile in enumerate(found.counts)]
-    return replace(found, kinds=kinds, counts=tuple(counts))
+    return count, replace(found, kinds=kinds, counts=tuple(counts))
 
 
-def empty_as_whole(real: Tensor, traits: Any) -> Any:
+def empty_as_whole(*args: Any) -> Any:
     """Padding merges as if it showed something."""
-    found = sorted_units(real, traits)
-    if found is None:
-        return None
+    count, found = sorted_units(*args)
+    assert found is not None
     units = found.kinds.shape[1]
     counts = [replace(tile, whole=units, empty=0, real=units * 4) for tile in found.counts]
-    return replace(found, real=torch.ones_like(found.real), kinds=torch.zeros_like(found.kinds), counts=tuple(counts))
+    whole = replace(found, real=torch.ones_like(found.real), kinds=torch.zeros_like(found.kinds), counts=tuple(counts))
+    return count, whole
 
 
 def queries_of_padding(run: Any, padded: Any, merges: int, tap: Any) -> Tensor:
@@ -398,7 +392,7 @@ def test_pixels_of_nothing_but_zeros(kind: str) -> None:
     def run(model: Any) -> Any:
         try:
             with torch.no_grad():
-                return model(**inputs).logits
+                return logits_of(model, inputs)
         except Exception as error:
             return str(error)
 
@@ -406,7 +400,11 @@ def test_pixels_of_nothing_but_zeros(kind: str) -> None:
     expected = run(model)
     patch(model, [1], 16, [2], 0.5)
     found = run(model)
-    assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_embeddings_in_place_of_ids() -> None:
@@ -476,3 +474,33 @@ def test_other_layers_are_refused() -> None:
     with pytest.raises(MergeConfigError) as caught:
         patch(model)
     assert_says(caught.value, "vit_layers", "4")
+
+
+# ------------------------------------------------------------------------------------ as the processor gives it
+
+
+PROCESSORS: dict[str, type] = {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}
+
+
+def test_what_the_stock_processor_gives(kind: str) -> None:
+    """Tiles and the global image behind them, filled up with zeros; its mask covers whole tiles only."""
+    processor = PROCESSORS[kind](size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
+    shades = [torch.rand(3, *size, generator=torch.Generator().manual_seed(7)) for size in ((50, 90), (40, 30))]
+    images = [[Image.fromarray((255 * shade).byte().permute(1, 2, 0).numpy())] for shade in shades]
+    batch = processor(images=images, return_tensors="pt")
+    tiles = [2 * 3 + 1, 3 * 3 + 1]
+    assert batch["pixel_values"].shape[1] == max(tiles)
+    model = tiny_model("smolvlm")
+    rows = [[FIRST_TEXT_ID, *([IMAGE_ID] * 16 + [FIRST_TEXT_ID]) * count] for count in tiles]
+    session = patch(model, [1, 2], 0.25, [2], 0.5)
+    with torch.no_grad():
+        model(**padded(rows, "left"), **{name: batch[name] for name in ("pixel_values", "pixel_attention_mask")})
+    found = [(v.sample, v.vision_tokens[-1], v.left) for v in session.report.visuals]
+    assert found == [(0, 36, 5)] * 7 + [(1, 36, 5)] * 10
+    alone = {name: batch[name][:1] for name in ("pixel_values", "pixel_attention_mask")}
+    pictures = smolvlm.FAMILY.pictures(model, alone)
+    assert len(pictures) == 7
+    for picture, tile in zip(pictures, alone["pixel_values"][0], strict=False):
+        ((view,),) = picture.frames
+        assert torch.equal(view[:3], tile.double())
+        assert view[3, ::PATCH, ::PATCH].flatten().tolist() == list(range(SIDE * SIDE))

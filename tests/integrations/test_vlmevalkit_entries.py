@@ -167,7 +167,8 @@ class TestTheCommand:
         ("line", "message"),
         [
             (["--add", "mine"], "write NAME=PATH"),
-            (["--method", "best"], "invalid choice: 'best'"),
+            (["--method", "best"], "method is 'best'"),
+            (["--method", "nowhere.py:mine"], "there is no file 'nowhere.py'"),
             (["--vit-r", "much"], "vit_r is 'much'"),
         ],
     )

@@ -302,10 +302,8 @@ def past_of(cache: Cache | None, num_layers: int) -> Past:
     if on_device:
         known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
         lengths = [next(known) if isinstance(n, Tensor) else n for n in lengths]
-    stood_for = (
-        n + getattr(layer, "ledger", Ledger()).num_merged for n, layer in zip(lengths, layers, strict=False) if n
-    )
-    return Past(tuple(lengths), next(stood_for, 0))
+    held = ((n, getattr(layer, "ledger", Ledger())) for n, layer in zip(lengths, layers, strict=False) if n)
+    return Past(tuple(lengths), next((n + ledger.num_merged for n, ledger in held), 0))
 
 
 # ---------------------------------------------------------------------- masks

@@ -18,7 +18,7 @@ from torch import Tensor
 from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.merge.segments import Segments
+from illava_hooks.merge.segments import Segments, host_table
 
 __all__ = ["Padding", "Shares", "TileCounts", "filled_up", "padded_segments"]
 
@@ -56,22 +56,27 @@ class Padding:
     counts: tuple[TileCounts, ...]
 
     @classmethod
-    def of(cls, real: Tensor, traits: EncoderTraits) -> Padding | None:
+    def of(cls, real: Tensor, there: Tensor, traits: EncoderTraits) -> tuple[int, Padding | None]:
         """Sorts the units of tiles; one transfer to the host.
 
         Args:
-            real: ``(B, M * u)`` bool in picture order.
+            real: ``(T, M * u)`` bool in picture order.
+            there: ``(T,)`` bool, which tiles the encoder gets.
             traits: how patches belong together.
 
         Returns:
-            None where every patch shows something.
+            ``B``, how many tiles it gets, and their padding; None where every patch of theirs shows something.
         """
         row = real if traits.order is None else real[:, traits.order.to(real.device)]
         units = row.view(len(row), -1, traits.patches_per_unit)
         kinds = torch.where(units.all(-1), WHOLE, torch.where(units.any(-1), MIXED, EMPTY))
-        table = torch.stack([(kinds == WHOLE).sum(1), (kinds == EMPTY).sum(1), row.sum(1)], 1).tolist()
-        counts = tuple(TileCounts(*tile) for tile in table)
-        return None if all(tile.real == row.shape[1] for tile in counts) else cls(row, kinds, counts)
+        table = torch.stack([there, (kinds == WHOLE).sum(1), (kinds == EMPTY).sum(1), row.sum(1)], 1).tolist()
+        tiles = [tile for tile, (is_there, *_) in enumerate(table) if is_there]
+        counts = tuple(TileCounts(*table[tile][1:]) for tile in tiles)
+        if all(tile.real == row.shape[1] for tile in counts):
+            return len(tiles), None
+        numbers = host_table(tiles, row.device)
+        return len(tiles), cls(row[numbers], kinds[numbers], counts)
 
     def empty(self) -> Tensor:
         """``(B, M)`` bool, units that show nothing."""

@@ -76,9 +76,9 @@ class RecurrentShape:
     sequence_flops: int = 0
 
     def flops(self, tokens: int) -> int:
-        """Of one layer and one sequence."""
+        """Of one layer and one sequence; an empty one costs nothing."""
         chunks = -(-tokens // self.chunk)
-        return tokens * self.token_flops + chunks * self.chunk_flops + self.sequence_flops
+        return tokens * self.token_flops + chunks * self.chunk_flops + bool(tokens) * self.sequence_flops
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class Workload:
         batch: samples.
         text: text tokens per sample.
         new: generated tokens.
+        words: ids that text is drawn from; those of the model's vocabulary that mean nothing special to it.
     """
 
     tiles: int = 3
@@ -53,11 +54,12 @@ class Workload:
     batch: int = 1
     text: int = 64
     new: int = 8
+    words: tuple[int, ...] = tuple(range(10, 1000))
 
     def prompt(
         self, token: int, length: int, count: int, generator: torch.Generator, time: int = 0
     ) -> dict[str, Tensor]:
-        """Ids and mask: text, ``count`` visuals of ``length`` placeholders in brackets each, and text.
+        """Ids and mask: text, ``count`` visuals of ``length`` placeholders between two words each, and text.
 
         Args:
             token: the placeholder.
@@ -66,8 +68,9 @@ class Workload:
             generator: where random numbers come from.
             time: text tokens in front of each visual, that tell the time of a frame.
         """
-        visual = [*[10] * time, 3, *[token] * length, 4] * count
-        text = torch.randint(10, 1000, (self.batch, self.text), generator=generator)
+        first, last = self.words[0], self.words[-1]
+        visual = [*[first] * time, first, *[token] * length, last] * count
+        text = torch.tensor(self.words)[torch.randint(len(self.words), (self.batch, self.text), generator=generator)]
         before = self.text // 2
         row = torch.tensor(visual).expand(self.batch, -1)
         ids = torch.cat([text[:, :before], row, text[:, before:]], 1)

@@ -17,8 +17,8 @@ from illava_hooks.api import patch
 from illava_hooks.config import check_preset
 from illava_hooks.engine.finding import FromFamilies, families
 from illava_hooks.errors import IllavaHooksError, InputError, UnsupportedModelError
-from illava_hooks.integrations.arguments import split_arguments
-from illava_hooks.methods import DEFAULT_METHOD, METHODS, Method, resolve_method
+from illava_hooks.integrations.arguments import known_method, split_arguments
+from illava_hooks.methods import DEFAULT_METHOD, METHODS, Method
 
 __all__ = ["STOCK", "main", "register"]
 
@@ -61,7 +61,7 @@ def register(
         llm_layers: decoder layers.
         llm_ratio: fraction kept.
         keep: fraction left in the end, instead of ``vit_r`` and ``llm_ratio``.
-        method: a name in ``METHODS`` or a ``Method``.
+        method: a name in ``METHODS``, ``file.py:NAME`` or a ``Method``.
         preset: "image", "video", "auto" or a file of settings.
         arguments: of the kit's class, such as ``min_pixels``, instead of those of its entry.
 
@@ -74,7 +74,7 @@ def register(
             knows is refused when it is loaded.
     """
     entries = _entries()
-    resolve_method(method)
+    method = known_method(method)
     check_preset(preset)
     given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio, "keep": keep}
     settings, _ = split_arguments({setting: value for setting, value in given.items() if value is not None})
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llm-layers", help="decoder layers, as 6-7-8")
     parser.add_argument("--llm-ratio", help="fraction of the visual tokens kept in each")
     parser.add_argument("--keep", help="one number instead of --vit-r and --llm-ratio: the fraction left, as 1/3")
-    parser.add_argument("--method", default=DEFAULT_METHOD, choices=list(METHODS))
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=f"one of {', '.join(METHODS)}, or file.py:NAME")
     parser.add_argument("--preset", default="auto", help="image, video, auto or a file, of what is not given")
     parser.add_argument(
         "--add", action="append", default=[], metavar="NAME=PATH", help="a model of your own: folder or hub name"

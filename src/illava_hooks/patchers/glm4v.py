@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionBlock
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeVisionBlock
 
-from illava_hooks.config import MergeSchedule, Modality
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality
+from illava_hooks.engine.decoder import DecoderRun
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer
+from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.tooling import LmmsEval, PublishedShape, Workload
+from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "Glm4V", "MergingGlm4vMoeVisionBlock", "MergingGlm4vVisionBlock"]
@@ -63,6 +66,15 @@ class Glm4V(PackedFamily):
     )
     lmms_eval: LmmsEval | None = LmmsEval("simple.glm4v.GLM4V")
     vlmevalkit: tuple[str, ...] = ("GLM4_1VThinking-9b",)
+
+    def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
+        """Refuses a balancing loss over experts, too."""
+        super().check(model, parts, config)
+        refuse_balancing_by_default(self.text_config(model), config)
+
+    def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
+        """Nothing else lies along the sequence; what routers saw of it is refused."""
+        refuse_balancing(kwargs)
 
     def expand_states(self, run: EncoderRun, out: Any) -> None:
         """Hidden states by patches; the last one, also among the others, by groups."""

@@ -100,7 +100,8 @@ class Qwen35(PackedFamily):
 
     def layer_kinds(self, text: Any) -> Sequence[LayerKind]:
         """Gated delta nets are recurrent."""
-        return tuple("recurrent" if kind == "linear_attention" else "attention" for kind in text.layer_types)
+        kinds = text.layer_types[: text.num_hidden_layers]
+        return tuple("recurrent" if kind == "linear_attention" else "attention" for kind in kinds)
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
         """Nothing else lies along the sequence; what routers saw of it is refused."""

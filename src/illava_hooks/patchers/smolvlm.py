@@ -98,11 +98,10 @@ class _RunningEncoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Any = None) -> Any:
         """The stock forward, with the run for every layer."""
-        if not isinstance(self, _RunningEncoder):  # a tracer kept this method, and the class has been taken back
-            return type(self).forward(self, inputs_embeds, attention_mask)
         run = current_run()
-        if run is None:
-            return super().forward(inputs_embeds, attention_mask)
+        if run is None or not isinstance(self, _RunningEncoder):
+            stock: Any = SmolVLMEncoder if isinstance(self, SmolVLMEncoder) else Idefics3Encoder
+            return stock.forward(self, inputs_embeds, attention_mask)
         encoder: Any = self
         hidden = inputs_embeds
         for layer in encoder.layers:
@@ -199,8 +198,8 @@ class SmolVLM(Family):
 
     def placeholder_method(self, base: Any) -> str:
         """Idefics3, and SmolVLM of older releases, find the places where they fill them."""
-        name = "get_placeholder_mask"
-        return name if hasattr(base, name) else "inputs_merger"
+        name = "inputs_merger"
+        return name if hasattr(base, name) else super().placeholder_method(base)
 
     def placeholder_masks(self, base: Any, call: Mapping[str, Any], result: Any) -> Mapping[Modality, Tensor]:
         """As of most; ``inputs_merger`` returns none, but compares as is done here."""
@@ -248,7 +247,7 @@ class SmolVLM(Family):
         from transformers import Idefics3Config, SmolVLMConfig
 
         tower, factor = _TOWERS.get(text["hidden_size"], (_BASE, 4))  # a narrow decoder has a width of its own
-        kind = Idefics3Config if text["hidden_size"] == _SHAPES["idefics3-8b"].hidden else SmolVLMConfig
+        kind: Any = Idefics3Config if text["hidden_size"] == _SHAPES["idefics3-8b"].hidden else SmolVLMConfig
         return kind(
             vision_config=tower | (_NARROW_TOWER if narrow else {}),
             text_config={**text, "model_type": "llama"},
@@ -267,16 +266,16 @@ class ImageFeatures(BlockFeatures):
         if pixels.dim() != 5:
             return None
         tiles = pixels.flatten(0, 1)
-        real = shows_something(tiles.to(self.base.dtype))
-        count, patch = int(real.sum()), self.base.config.vision_config.patch_size
-        if not count:
-            return None
+        there, patch = shows_something(tiles.to(self.base.dtype)), self.base.config.vision_config.patch_size
         rows, columns = (side // patch for side in tiles.shape[-2:])
         traits = blocks(rows * columns, self.base.config.scale_factor)
-        padding = None
+        real = torch.ones(len(tiles), rows * columns, dtype=torch.bool, device=pixels.device)
         if mask is not None:
-            shown = mask.flatten(0, 1)[real].unfold(1, patch, patch).unfold(2, patch, patch)
-            padding = Padding.of((shown.sum((-1, -2)) > 0).flatten(1), traits)
+            shown = mask.flatten(0, 1).unfold(1, patch, patch).unfold(2, patch, patch)
+            real = (shown.sum((-1, -2)) > 0).flatten(1).to(real.device)
+        count, padding = Padding.of(real, there, traits)
+        if not count:
+            return None
         config = inside(self.base.vision_model)[0].config
         lengths = [rows * columns] * count
         return EncoderRun(

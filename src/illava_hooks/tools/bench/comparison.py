@@ -13,7 +13,7 @@ from typing import Any
 from illava_hooks.api import patch, unpatch
 from illava_hooks.engine.report import MergeReport, VisualReport
 from illava_hooks.errors import InputError
-from illava_hooks.methods import METHODS
+from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
 from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.workload import Workload, build_workload
@@ -138,7 +138,7 @@ def sweep(
         model: an unpatched model.
         axis: a key of ``SWEEPS``.
         load: what stays the same.
-        settings: arguments of ``patch``.
+        settings: arguments of ``patch``; the axis "methods" goes through a ``Method`` of one's own in them as well.
         rounds: runs of each kind.
         told: is told what runs next.
 
@@ -147,14 +147,17 @@ def sweep(
     """
     if axis not in SWEEPS:
         raise InputError(f"sweep is {axis!r}; choose one of {list(SWEEPS)}")
-    for number, value in enumerate(SWEEPS[axis]):
-        label = str(value) if axis == "methods" else f"{value} {axis}"
+    values: list[Any] = list(SWEEPS[axis])
+    own = settings.get("method")
+    if axis == "methods" and isinstance(own, Method) and own.name not in values:
+        values.append(own)
+    for number, value in enumerate(values):
+        label = getattr(value, "name", str(value)) if axis == "methods" else f"{value} {axis}"
         told(label)
         if axis == "methods":
             yield compare(model, load, {**settings, "method": value}, rounds, label, not number)
         else:
-            size: Any = value
-            yield compare(model, replace(load, **{axis: size}), settings, rounds, label, not number)
+            yield compare(model, replace(load, **{axis: value}), settings, rounds, label, not number)
 
 
 def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:
