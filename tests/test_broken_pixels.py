@@ -22,10 +22,11 @@ from illava_hooks.merge.rules import RULES, RuleInputs
 from illava_hooks.merge.scores import ScoreInputs, random_scores
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
-#: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from.
+#: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from,
+#: and fills its tiles: how many tokens of cropped tiles stay depends on where survivors lie (`Method.quota`).
 BATCH = [
     Sample(text_seed=3, images=((48, 90),), text=(5, 7)),
-    Sample(text_seed=1, images=((24, 30), (64, 64)), text=(4, 3, 6)),
+    Sample(text_seed=1, images=((32, 32), (64, 64)), text=(4, 3, 6)),
     Sample(text_seed=4, images=((96, 40), (32, 48)), text=(5, 2, 7)),
 ]
 BROKEN = 1
