@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families fuzz hf-tests test-integrations test-clients demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -20,10 +20,13 @@ test: $(SETUP)  ## all tests, with the examples as smoke tests
 test-families: $(SETUP)  ## the same, with tests of the engine on every family; `make test` runs those on two
 	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
+nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
+	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations
+
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
 
-hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--write fills docs/COMPATIBILITY.md
+hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--all is all of it, HF_TESTS="--all --write" fills docs/COMPATIBILITY.md
 	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m transformers_suite.run --workers $(WORKERS) $(HF_TESTS)
 
 .venv/ready: pyproject.toml constraints.txt
@@ -77,6 +80,19 @@ $(CLIENTS)-%/ready: $(CLIENTS)/ready
 	rm -rf $(@D)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
 		$(subst -,==,$*)
+	touch $@
+
+# Ray in an environment on top of the project's own.
+RAY := build/ray
+
+test-ray: $(SETUP) $(RAY)/ready  ## Ray Data around a patched model, an actor killed on the way
+	PYTHONPATH=$(CURDIR)/src ILLAVA_RAY=yes $(RAY)/bin/python -m pytest tests/ray_data
+
+$(RAY)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(RAY)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "ray[data]==2.60.0"
 	touch $@
 
 demo-test:  ## the demo page, also in a browser (Debian's chromium), in an environment of its own: gradio wants an older pillow

@@ -11,8 +11,9 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-#: Tests of other libraries run in an environment of their own: `make test-clients`.
-collect_ignore = [] if os.environ.get("ILLAVA_CLIENTS") else ["clients"]
+#: Tests of other libraries run in environments of their own: `make test-clients`, `make test-ray`.
+_OF_OTHERS = {"clients": "ILLAVA_CLIENTS", "ray_data": "ILLAVA_RAY"}
+collect_ignore = [folder for folder, wanted in _OF_OTHERS.items() if not os.environ.get(wanted)]
 
 
 @pytest.fixture(autouse=True)

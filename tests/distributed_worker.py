@@ -36,7 +36,8 @@ def labelled(model: Any, rank: int) -> Inputs:
 
 def layers_of(model: Any) -> list[nn.Module]:
     """The layers of both stages."""
-    return [*family_of(model).encoder_layers(model), *model.model.language_model.layers]
+    known = family_of(model)
+    return [*known.encoder_layers(model), *known.language(model).layers]
 
 
 # ------------------------------------------------------------------------------------ the ways

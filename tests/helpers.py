@@ -76,8 +76,9 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, Cache):
         yield f"{name}.length", torch.as_tensor(value.get_seq_length())
         for index, layer in enumerate(value.layers):
-            yield f"{name}.{index}.keys", layer.keys
-            yield f"{name}.{index}.values", layer.values
+            for part in ("keys", "values") if hasattr(layer, "keys") else ("conv_states", "recurrent_states"):
+                held = getattr(layer, part)
+                yield f"{name}.{index}.{part}", held if isinstance(held, Tensor) else held[0]
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key not in (RECORDS, LEFT_OVER):
@@ -93,6 +94,16 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def forward(model: Any, inputs: Inputs, **kwargs: Any) -> Found:
     """Logits, hidden states and cache of a forward."""
     return dict(tensors_of(model(**inputs, output_hidden_states=True, **kwargs), "forward"))
+
+
+def keyed(cache: Any) -> list[Any]:
+    """The layers of a cache that hold keys; others carry a state along."""
+    return [layer for layer in cache.layers if hasattr(layer, "keys")]
+
+
+def key_lengths(cache: Any) -> list[int]:
+    """The number of keys in each of them."""
+    return [layer.keys.shape[-2] for layer in keyed(cache)]
 
 
 def logits(model: Any, inputs: Inputs, **kwargs: Any) -> Tensor:
@@ -146,7 +157,8 @@ def assert_same(ours: Found, theirs: Found) -> None:
 
 def query_width(model: Any) -> int:
     """All query heads of a decoder layer side by side."""
-    width: int = model.model.language_model.layers[0].self_attn.q_proj.out_features
+    layer = next(layer for layer in family_of(model).language(model).layers if hasattr(layer, "self_attn"))
+    width: int = layer.self_attn.o_proj.in_features  # queries may share their projection with a gate
     return width
 
 

@@ -36,7 +36,7 @@ def vision_layers(model: Any) -> Any:
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The layers of the language model."""
-    return model.model.language_model.layers
+    return family_of(model).language(model).layers
 
 
 def said(caplog: pytest.LogCaptureFixture, *parts: str) -> list[str]:

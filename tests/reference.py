@@ -495,10 +495,11 @@ class ReferenceOutput:
         hidden: (L, C) last hidden state after the final norm, at logical length.
         kept: For each decoder layer the logical positions that it sees.
         merges: For each merging decoder layer its decisions, one per visual.
-        kv_lengths: Tokens in each decoder layer's cache.
+        kv_lengths: Tokens in the cache of each decoder layer that has keys.
         vision_kept: For each visual, which of its tokens enter the language model.
         vision_seats: For each visual, the surviving units of each of its segments.
-        caches: For each decoder layer the rotated keys and the values, (key-value heads, tokens, D).
+        caches: For each decoder layer the rotated keys and the values, (key-value heads, tokens, D); of a gated delta
+            net the last inputs of its convolution, (K - 1, M), and its state, (heads, D, D).
         next_position: Position of the first generated token, one number per rotary axis.
     """
 
@@ -521,7 +522,7 @@ class GenerationOutput:
         ids: The generated token ids.
         logits: (steps, vocabulary), the scores that each id was chosen from.
         prefill: The forward over the prompt.
-        kv_lengths: Tokens in each decoder layer's cache after the last step that was run.
+        kv_lengths: Tokens in the cache of each decoder layer that has keys, after the last step that was run.
     """
 
     ids: list[int]
@@ -587,7 +588,7 @@ def reference_forward(
     """
     settings = ReferenceSettings(vit_layers, vit_r, llm_layers, llm_ratio, method or ReferenceMethod())
     visuals = vision_stage(model, inputs, settings)
-    language = model.model.language_model
+    language = family_of(model).language(model)
     length = inputs["input_ids"].shape[1]
     tokens = _language_tokens(model, inputs["input_ids"][0], visuals)
     positions = family_of(model).positions(model, inputs)
@@ -612,7 +613,7 @@ def reference_forward(
         hidden=hidden,
         kept=kept,
         merges=merges,
-        kv_lengths=[len(places) for places in kept],
+        kv_lengths=[len(kept[index]) for index, layer in enumerate(language.layers) if hasattr(layer, "self_attn")],
         vision_kept=[visual.kept for visual in visuals],
         vision_seats=[[segment.seats for segment in visual.segments] for visual in visuals],
         caches=caches,
@@ -636,7 +637,7 @@ def reference_generate(
         The ids and the scores of each step.
     """
     prefill = reference_forward(model, inputs, **settings)
-    language = model.model.language_model
+    language = family_of(model).language(model)
     caches = list(prefill.caches)
     logits = [prefill.logits[-1]]
     ids = [int(logits[-1].argmax())]
@@ -648,12 +649,15 @@ def reference_generate(
             hidden, _, _, caches[index] = _decoder_layer(layer, hidden, cos, sin, caches[index])
         logits.append(model.lm_head(language.norm(hidden))[0])
         ids.append(int(logits[-1].argmax()))
-    return GenerationOutput(ids, torch.stack(logits), prefill, [keys.shape[1] for keys, _ in caches])
+    kv_lengths = [
+        cache[0].shape[1] for layer, cache in zip(language.layers, caches, strict=True) if hasattr(layer, "self_attn")
+    ]
+    return GenerationOutput(ids, torch.stack(logits), prefill, kv_lengths)
 
 
 def _language_tokens(model: Any, ids: Tensor, visuals: list[Visual]) -> Tokens:
     """Embeds the prompt, fills the placeholders and takes out what the encoder merged away."""
-    embeddings = model.model.language_model.embed_tokens(ids).clone()
+    embeddings = family_of(model).language(model).embed_tokens(ids).clone()
     config = model.config
     free = {
         "image": (ids == config.image_token_id).nonzero().flatten().tolist(),
@@ -738,20 +742,30 @@ def _as_axes(position: Tensor) -> Tensor:
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: the first half of each head turns against the second."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary positions: the first half of each head turns against the second; what is beyond the table stays."""
+    turning, still = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = turning.chunk(2, dim=-1)
+    return torch.cat([turning * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)
 
 
 def _decoder_layer(
     layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Any, Any, tuple[Tensor, Tensor]]:
     """One decoder layer on (n, C): new hidden states, rotated query and key heads, the grown cache."""
-    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
-    query, key, value = (
-        heads_of(projection(normed), attention.head_dim)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    normed = layer.input_layernorm(hidden)
+    if not hasattr(layer, "self_attn"):
+        mixed, cache = _delta_net(layer.linear_attn, normed, cache)
+        hidden = hidden + mixed
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0], None, None, cache
+    attention = layer.self_attn
+    projected, key, value = (
+        projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    gate = 1
+    if projected.shape[1] == 2 * attention.o_proj.in_features:  # of each head the query, then its gate
+        by_head = projected.view(len(projected), -1, 2, attention.head_dim)
+        projected, gate = by_head[:, :, 0].flatten(1), torch.sigmoid(by_head[:, :, 1].flatten(1))
+    query, key, value = (heads_of(part, attention.head_dim) for part in (projected, key, value))
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
@@ -759,6 +773,44 @@ def _decoder_layer(
         key, value = torch.cat([cache[0], key], dim=1), torch.cat([cache[1], value], dim=1)
     groups = len(query) // len(key)
     repeated = (part.repeat_interleave(groups, dim=0) for part in (key, value))
-    hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True))
+    hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True) * gate)
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
     return hidden, query, key, (key, value)
+
+
+def _delta_net(net: Any, hidden: Tensor, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A gated delta net on (n, C), token by token and head by head.
+
+    Each token fades the state, takes out what the state holds under its key as far as it is to be replaced by its
+    value, puts that in, and reads what is under its query.
+    """
+    kernel = net.conv1d.weight[:, 0].T
+    count, heads, group = kernel.shape[0], net.num_v_heads, net.num_v_heads // net.num_k_heads
+    if cache is None:
+        cache = hidden.new_zeros(count - 1, kernel.shape[1]), hidden.new_zeros(heads, net.head_k_dim, net.head_v_dim)
+    seen, state = torch.cat([cache[0], net.in_proj_qkv(hidden)]), cache[1].clone()
+    replaced = torch.sigmoid(net.in_proj_b(hidden))
+    faded = torch.exp(-torch.exp(net.A_log) * torch.nn.functional.softplus(net.in_proj_a(hidden) + net.dt_bias))
+    gates = torch.nn.functional.silu(net.in_proj_z(hidden)).view(len(hidden), heads, -1)
+    rows = []
+    for token in range(len(hidden)):
+        mixed = torch.nn.functional.silu((seen[token : token + count] * kernel).sum(0))
+        queries, keys, values = mixed.split([net.key_dim, net.key_dim, net.value_dim])
+        row = []
+        for head in range(heads):
+            part = slice(head // group * net.head_k_dim, (head // group + 1) * net.head_k_dim)
+            query, key = _unit(queries[part]) / net.head_k_dim**0.5, _unit(keys[part])
+            value = values[head * net.head_v_dim : (head + 1) * net.head_v_dim]
+            state[head] *= faded[token, head]
+            state[head] += torch.outer(key, replaced[token, head] * (value - key @ state[head]))
+            read = query @ state[head]
+            row.append(
+                read / (read.pow(2).mean() + net.layer_norm_epsilon).sqrt() * net.norm.weight * gates[token, head]
+            )
+        rows.append(torch.cat(row))
+    return net.out_proj(torch.stack(rows)), (seen[len(hidden) :], state)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """A vector of length 1, unless it is very short."""
+    return vector / (vector.pow(2).sum() + 1e-6).sqrt()

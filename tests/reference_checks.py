@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reference as ref
 from families import family_of
+from helpers import key_lengths
 from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import Sample, inputs_for, real_positions, tiny_model
@@ -50,7 +51,7 @@ def check_forward(
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
     longest = [max(lengths) for lengths in zip(*(theirs.kv_lengths for theirs in expected), strict=True)]
-    assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == longest
+    assert key_lengths(out.past_key_values) == longest
     assert out.logits.shape[:2] == inputs["input_ids"].shape
     for row, theirs in enumerate(expected):
         logits = out.logits[row, real_positions(inputs, row)]

@@ -6,8 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.specifiers import SpecifierSet
 
-from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched, single, steps
+from decode_helpers import (
+    BOTH,
+    IMAGE,
+    IMAGES,
+    RAGGED,
+    TEXT,
+    VIDEO,
+    patched,
+    single,
+    skip_where_stock_mixes_images,
+    steps,
+    stock_keeps_images_apart,
+)
 from families import families_and, families_and_methods, family_of
 from illava_hooks import METHODS
 from tiny_models import FAMILIES, Sample, inputs_for
@@ -53,10 +67,16 @@ def test_greedy(family: str, batch: str) -> None:
             torch.testing.assert_close(ours[row], expected[0], **TOLERANCE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_stock_mixes_images(family: str) -> None:
+    """What the skip below measures is what is known of releases."""
+    mixed = SpecifierSet(family_of(family).beams_mix_images).contains(transformers.__version__)
+    assert stock_keeps_images_apart(family) == (not mixed)
+
+
 @pytest.mark.parametrize(("family", "batch"), families_and(BATCHES))
 def test_beam_search(family: str, batch: str) -> None:
-    if not family_of(family).beams_keep_images_apart and any(len(s.images) > 1 for s in BATCHES[batch]):
-        pytest.skip("stock mixes the images of a prompt among its beams")
+    skip_where_stock_mixes_images(family, BATCHES[batch])
     model = patched(family)
     settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 5}
     wanted = {"return_dict_in_generate": True, "output_scores": True}

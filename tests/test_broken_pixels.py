@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decode_helpers import SETTINGS, patched
 from families import families_and_methods, family_of
+from helpers import key_lengths, keyed
 from illava_hooks import METHODS, Method, merging, patch, session_of
 from illava_hooks.merge.plan import SegmentPlan
 from illava_hooks.merge.rules import RULES, RuleInputs
@@ -106,12 +107,12 @@ def test_one_broken_image_in_a_batch(family: str, method: str, value: float) -> 
     whole, planned, before = run(model, inputs)
     output, report, after = run(model, spoil(family, inputs, value))
     assert report == planned
-    lengths = [[layer.keys.shape[2] for layer in out.past_key_values.layers] for out in (output, whole)]
+    lengths = [key_lengths(out.past_key_values) for out in (output, whole)]
     assert lengths[0] == lengths[1]
     for row in (0, 2):
         real = inputs["attention_mask"][row].bool()
         assert torch.equal(output.logits[row][real], whole.logits[row][real])
-        for ours, theirs in zip(output.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        for ours, theirs in zip(keyed(output.past_key_values), keyed(whole.past_key_values), strict=True):
             valid = slice(None) if theirs.ledger.valid is None else theirs.ledger.valid[row]
             assert torch.equal(ours.keys[row][:, valid], theirs.keys[row][:, valid])
     for (stage, layer), merge in before.merges.items():

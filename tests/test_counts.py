@@ -213,7 +213,7 @@ def test_the_encoder_alone_asks_nothing_of_a_decoder(name: str) -> None:
     """Nor does it find one: somebody else's stands there."""
     model, expected = tiny_model(name), tiny_model(name)
     patch(expected, **ENCODER)
-    model.model.language_model = nn.Identity()
+    setattr(model.model, family(name).language_name, nn.Identity())
     inputs = inputs_for(model, [RICHEST[name]])
     encoder_installed(model)
     with torch.no_grad():

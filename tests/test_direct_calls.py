@@ -17,7 +17,7 @@ from torch import Tensor
 
 from decode_helpers import BOTH, IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
 from families import families, families_and, family_of
-from helpers import assert_differ, assert_same, assert_says, forward, needs_tracing, tensors_of
+from helpers import assert_differ, assert_same, assert_says, forward, keyed, needs_tracing, tensors_of
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
 from kind_helpers import CACHE, CLOSE, said
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
@@ -358,7 +358,7 @@ def test_forward_compiled(family: str) -> None:
         found = torch.compile(model.forward, backend="eager")(**inputs, **more)
     torch._dynamo.reset()
     torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-    shapes = [[layer.keys.shape for layer in out.past_key_values.layers] for out in (found, expected)]
+    shapes = [[layer.keys.shape for layer in keyed(out.past_key_values)] for out in (found, expected)]
     assert shapes[0] == shapes[1]
 
 

@@ -38,6 +38,7 @@ from illava_hooks.engine import family as engine_family
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.finding import families as known_families
+from illava_hooks.engine.finding import find_family
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
@@ -97,9 +98,10 @@ def test_no_token_left_in_a_tile(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in PRESETS])
 def test_preset_layers_that_the_model_lacks(family: str) -> None:
-    first = min(layer for layer in PRESETS[family]["image"].vit_layers if layer > 3)
+    model = tiny_model(family)
+    first = min(layer for layer in find_family(model).presets_of(model)["image"].vit_layers if layer > 3)
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model(family))
+        patch(model)
     assert_says(caught.value, f"^vit_layers contains {first}", "from the preset; give it yourself", r"0\.\.3")
 
 
@@ -152,7 +154,7 @@ def test_a_sliding_layer_in_a_given_cache(family: str, layer: type) -> None:
     assert torch.equal(model(**inputs).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(carries_state=False))
 def test_cropping_into_merged_tokens(family: str) -> None:
     model = patched(family)
     with torch.no_grad():
@@ -173,7 +175,7 @@ def test_cropping_into_merged_tokens(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_seam_that_a_release_renamed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
-    monkeypatch.delattr(type(model.model), "get_placeholder_mask")
+    monkeypatch.delattr(type(model.model), family_of(family).seam)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "lacks 'get_placeholder_mask'", "transformers 5", "use a version")
@@ -187,7 +189,7 @@ def test_a_release_that_renamed_the_cache(family: str, monkeypatch: pytest.Monke
 
     def forward(self: Any, input_ids: Any = None, memory: Any = None, **kwargs: Any) -> None: ...
 
-    monkeypatch.setattr(type(model.model.language_model), "forward", forward)
+    monkeypatch.setattr(type(family_of(family).language(model)), "forward", forward)
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, f"lacks '{CACHE}'", "transformers 5", "use a version")
@@ -273,15 +275,16 @@ class Failure(RuntimeError):
 
 
 def places(model: Any) -> dict[str, Any]:
-    base, known = model.model, family_of(model)
+    known = family_of(model)
+    language = known.language(model)
     vision: Any = known.encoder_layers(model)
     return {
         "encoder layer": vision[2],
         "merging encoder layer's MLP": vision[1].mlp,
         "projector": known.projector(model),
-        "decoder layer": base.language_model.layers[2],
-        "scored attention": base.language_model.layers[0].self_attn.q_proj,
-        "norm": base.language_model.norm,
+        "decoder layer": language.layers[2],
+        "scored attention": language.layers[0].self_attn.q_proj,
+        "norm": language.norm,
     }
 
 

@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers import DynamicCache, StaticCache
 
 from decode_helpers import IMAGE, KINDS, RICHEST, TEXT, patched, single
+from families import family_of
 from illava_hooks import merging, session_of
 from illava_hooks.engine import attention_tap, transport
 from illava_hooks.engine import session as sessions
@@ -95,7 +96,7 @@ def test_an_error_in_any_module(family: str, place: str) -> None:
     inputs, (register, error) = single(model, RICHEST[family]), PLACES[place]
     expected = answer(model, inputs)
     names = modules_that_run(model, inputs)
-    assert len(names) > 60 and "lm_head" in names and "model.language_model.layers.3.mlp" in names
+    assert len(names) > 60 and "lm_head" in names and f"model.{family_of(family).language_name}.layers.3.mlp" in names
     for name, module in names.items():
         hook = RaiseOnce(error)
         handle = register(module, hook)
@@ -186,7 +187,7 @@ def test_a_cache_of_a_broken_call_can_be_reset(family: str, static: bool) -> Non
     cache.reset()
     if int(cache.get_seq_length()):
         pytest.skip("this release of transformers fills a DynamicCache with zeros instead of emptying it")
-    for layer in model.model.language_model.layers:
+    for layer in family_of(model).language(model).layers:
         cache = empty()
         handle = layer.self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
         with pytest.raises(Failure):

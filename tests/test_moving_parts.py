@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import illava_hooks
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single, steps
 from families import family_of
-from helpers import assert_differ, assert_same, assert_says, forward, needs_tracing
+from helpers import assert_differ, assert_same, assert_says, forward, key_lengths, needs_tracing
 from illava_hooks import IllavaHooksError, PatchStateError, UnsupportedModelError, merging, patch, session_of, unpatch
 from kind_helpers import CLOSE, decoder_layers, tower, vision_layers
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -54,7 +54,7 @@ def assert_is_the_merged_model(model: Any, like: Any, stock: Any, inputs: Inputs
     with torch.no_grad():
         found, expected, plain = model(**inputs), like(**inputs), stock(**inputs)
         torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-        lengths = [[layer.keys.shape[-2] for layer in out.past_key_values.layers] for out in (found, expected)]
+        lengths = [key_lengths(out.past_key_values) for out in (found, expected)]
         assert lengths[0] == lengths[1] and lengths[0][-1] < inputs["input_ids"].shape[1]
         assert session_of(model).report == session_of(like).report
         with merging(model, False):
@@ -74,7 +74,8 @@ def shallow(family: str) -> Any:
 
 
 def compile_language_model(model: Any) -> None:
-    model.model.language_model = compiled(model.model.language_model)
+    known = family_of(model)
+    setattr(model.model, known.language_name, compiled(known.language(model)))
 
 
 def compile_tower(model: Any) -> None:
@@ -140,12 +141,13 @@ def test_traced_parts(family: str, part: str, order: str) -> None:
 
 
 def part_names(family: str) -> list[str]:
-    return [family_of(family).tower_name, "language_model"]
+    return [family_of(family).tower_name, family_of(family).language_name]
 
 
 def saved_part(model: Any, part: str) -> Any:
     """A wrapper in which a whole part is trained, with weights of its own, and adapters in the other part."""
-    other = family_of(model).encoder_mlp if part == "language_model" else "gate_proj"
+    known = family_of(model)
+    other = known.encoder_mlp if part == known.language_name else "gate_proj"
     config = peft.LoraConfig(r=4, target_modules=[other], modules_to_save=[part], init_lora_weights=False)
     torch.manual_seed(5)
     wrapper = peft.get_peft_model(model, config).eval()
@@ -257,7 +259,8 @@ def wrap_layers(model: Any, layers: Callable[[Any], nn.ModuleList], wrap: Callab
 
 
 def wrap_language_model(model: Any, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    model.model.language_model = wrap(model.model.language_model)
+    known = family_of(model)
+    setattr(model.model, known.language_name, wrap(known.language(model)))
 
 
 def wrap_tower(model: Any, wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -320,7 +323,7 @@ REPLACED: dict[str, Callable[[Any], None]] = {
         model.model, family_of(model).tower_name, tower(tiny_model(family_of(model).name))
     ),
     "the language model": lambda model: setattr(
-        model.model, "language_model", tiny_model(family_of(model).name).model.language_model
+        model.model, family_of(model).language_name, family_of(model).language(tiny_model(family_of(model).name))
     ),
     "the base model": lambda model: setattr(model, "model", tiny_model(family_of(model).name).model),
 }
@@ -377,7 +380,7 @@ PLACES: dict[str, Callable[[Any], list[nn.Module]]] = {
     "merging decoder layer": lambda model: [decoder_layers(model)[1]],
     "all decoder layers": lambda model: list(decoder_layers(model)),
     "attention": lambda model: [decoder_layers(model)[0].self_attn, decoder_layers(model)[2].self_attn],
-    "tower and language model": lambda model: [tower(model), model.model.language_model],
+    "tower and language model": lambda model: [tower(model), family_of(model).language(model)],
 }
 
 
@@ -420,7 +423,7 @@ def test_forwards_of_instances(family: str, place: str, how: str, order: str) ->
 def pair(family: str, part: str) -> tuple[Any, Any]:
     """Two models that have a part in common; their weights differ elsewhere."""
     model = tiny_model(family)
-    name = family_of(family).tower_name if "tower" in part else "language_model"
+    name = family_of(family).tower_name if "tower" in part else family_of(family).language_name
     shared = getattr(model.model, name)
     if part == "tower of a copy":  # as policy and reference of one training have it
         other = copy.deepcopy(model, {id(shared): shared})

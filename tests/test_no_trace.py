@@ -275,9 +275,8 @@ def test_switches_are_local_to_thread_and_task(family: str) -> None:
 
 
 def hooked(model: Any, family: str) -> list[nn.Module]:
-    base = model.model
-    vision = family_of(family).encoder_layers(model)
-    return [*vision, *base.language_model.layers, base.language_model, base, vision[1].mlp]
+    vision, language = family_of(family).encoder_layers(model), family_of(family).language(model)
+    return [*vision, *language.layers, language, model.model, vision[1].mlp]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

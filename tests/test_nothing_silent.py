@@ -236,7 +236,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "hooks of a decoder layer": (lambda model: hookless(decoder_layers(model)[3]), r"decoder|language|llm"),
     "hooks of an attention": (lambda model: hookless(decoder_layers(model)[2].self_attn), r"decoder|language|llm"),
-    "hooks of the language model": (lambda model: hookless(model.model.language_model), r"decoder|language|llm"),
+    "hooks of the language model": (lambda model: hookless(family_of(model).language(model)), r"decoder|language|llm"),
 }
 
 
@@ -247,7 +247,7 @@ def widths(model: Any, inputs: Inputs) -> tuple[list[int], dict[str, Tensor]]:
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0].shape[1])
 
-    handle = model.model.language_model.norm.register_forward_pre_hook(look)
+    handle = family_of(model).language(model).norm.register_forward_pre_hook(look)
     try:
         with torch.no_grad():
             out = model(**inputs)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
 from families import family_of
-from helpers import assert_says, needs_ready_features, query_width
+from helpers import assert_says, keyed, needs_ready_features, query_width
 from illava_hooks import METHODS, IllavaHooksError, Method, merging, patch, session_of
 from kind_helpers import CACHE, feed, prefill, prompt_positions
 from test_backends import FlashKernel, generated
@@ -25,11 +25,12 @@ SECOND = Sample(text_seed=8, images=((40, 40),), text=(4, 6))
 
 
 def bytes_of(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in keyed(cache))
 
 
 def lengths(cache: Any) -> list[int]:
-    return [layer.keys.shape[-2] for layer in cache.layers]
+    """Keys of each layer; none where it carries a state along."""
+    return [layer.keys.shape[-2] if hasattr(layer, "keys") else 0 for layer in cache.layers]
 
 
 def turn(model: Any, cache: Any, start: Tensor, inputs: Inputs) -> tuple[Any, Tensor]:

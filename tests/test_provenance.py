@@ -71,7 +71,7 @@ def test_weights_are_those_of_the_hidden_states(family: str, case: str, rule: st
     method = Method(rule, merge=rule)
     session = patch(model, **SETTINGS[family], method=method, track=True)
     seen = InputsOf(known.encoder_layers(model)[3]).seen
-    final = InputsOf(model.model.language_model.norm).seen
+    final = InputsOf(known.language(model).norm).seen
     with torch.no_grad():
         model(**inputs)
     tracked = session.provenance.at("vision", 2).images
@@ -102,11 +102,12 @@ def test_language_weights(family: str, rule: str) -> None:
     with torch.no_grad():
         features = model.get_image_features(**known.feature_arguments(inputs)["image"], return_dict=True)
     session = patch(model, **SETTINGS[family], method=Method(rule, merge=rule), track=True)
-    final = InputsOf(model.model.language_model.norm).seen
+    final = InputsOf(known.language(model).norm).seen
     with torch.no_grad():
         model(**known.beside_features(inputs), mm_encoder_outputs={"image": features})
     images = session.provenance.at("language", 3).images
-    visual = torch.cat([image.weights.double() @ f for image, f in zip(images, features.pooler_output, strict=True)])
+    known_features = zip(images, known.visual_features(features), strict=True)
+    visual = torch.cat([image.weights.double() @ one for image, one in known_features])
     assert torch.cdist(visual, final[-1][0]).min(1).values.max() < 1e-6
     assert sum(len(image.seats) for image in images) == sum(v.language_tokens[-1] for v in session.report.visuals)
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decode_helpers import SETTINGS
+from decode_helpers import SETTINGS, skip_where_stock_mixes_images
 from families import families, families_and, family_of
-from helpers import OLD_TORCH, needs_ready_features, query_width
+from helpers import OLD_TORCH, key_lengths, keyed, needs_ready_features, query_width
 from illava_hooks import MergeReport, merging, patch, session_of
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
@@ -49,8 +49,8 @@ def test_counts_follow_from_the_settings(family: str) -> None:
         assert visual.kept_fraction == third / visual.prompt_tokens
     whole, left = sum(v.prompt_tokens for v in report.visuals), sum(v.language_tokens[-1] for v in report.visuals)
     assert report.kept_fraction == left / whole
-    physical = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
-    assert physical == [max(lengths) for lengths in report.sequence_tokens]
+    attending = family_of(family).attending(model)
+    assert key_lengths(output.past_key_values) == [max(report.sequence_tokens[layer]) for layer in attending]
     for layer, lengths in enumerate(report.sequence_tokens):
         for sample, length in enumerate(lengths):
             mine = [v for v in report.visuals if v.sample == sample]
@@ -61,10 +61,10 @@ def test_counts_follow_from_the_settings(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kv_bytes_are_those_of_the_cache(family: str) -> None:
     model, inputs, output, report = run(family, RAGGED[:1])
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in keyed(output.past_key_values))
     with torch.no_grad(), merging(model, False):
         whole = model(**inputs).past_key_values
-    assert report.kv_bytes == (held, sum(layer.keys.nbytes + layer.values.nbytes for layer in whole.layers))
+    assert report.kv_bytes == (held, sum(layer.keys.nbytes + layer.values.nbytes for layer in keyed(whole)))
 
 
 def attention_flops(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -94,17 +94,17 @@ def test_flops_are_those_that_run(family: str, merged: bool) -> None:
         with merging(model, merged), counter:
             model(**inputs)
     index = 0 if merged else 1
-    lengths = [n for (n,) in report.sequence_tokens] if merged else [report.prompt_tokens[0]] * 4
+    lengths = [n if merged else report.prompt_tokens[0] for (n,) in report.sequence_tokens]
     counts = counter.get_flop_counts()
-    language = counts[next(k for k in counts if k.endswith("language_model"))]
-    rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith("language_model.rotary_emb"))
+    text = family_of(family).language_name
+    language = counts[next(k for k in counts if k.endswith(text))]
+    rotary = sum(sum(found.values()) for name, found in counts.items() if name.endswith(f"{text}.rotary_emb"))
     language_flops = sum(language.values()) - rotary  # a product in old releases
-    width = query_width(model)
-    causal = sum(2 * n * n * width for n in lengths)
+    width, known = query_width(model), family_of(family)
+    causal = sum(2 * lengths[layer] ** 2 * width for layer in known.attending(model))
     assert language_flops == report.llm_flops[index] + causal, "attention runs over the whole square"
     attention = sum(n for op, n in language.items() if "attention" in str(op))
     assert attention == (0 if OLD_TORCH else 2 * causal), "old releases count grouped attention as products"
-    known = family_of(family)
     blocks = [v for k, v in counts.items() if k in _counted(model, known.encoder_layers(model))]
     assert sum(sum(block.values()) for block in blocks) == report.encoder_flops[index]
     projectors = [v for k, v in counts.items() if k in _counted(model, known.projectors(model))]
@@ -166,8 +166,7 @@ class RowCounter:
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
 @pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_sequences_of_one_prompt_share_the_encoder(family: str, kind: str, settings: Any) -> None:
-    if not family_of(family).beams_keep_images_apart and any(len(s.images) > 1 for s in SAMPLES[kind]):
-        pytest.skip("stock mixes the images of a prompt among its beams")
+    skip_where_stock_mixes_images(family, SAMPLES[kind])
     model, inputs, _, alone = run(family, SAMPLES[kind])
     counter = RowCounter(model)
     with torch.no_grad():

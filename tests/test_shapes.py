@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decode_helpers import BOTH, IMAGE, IMAGES, KINDS, RICHEST, SETTINGS, VIDEO, patched, single
 from families import families_and, family_of
-from helpers import OLD_TORCH, RECORDS, feature_outputs
+from helpers import OLD_TORCH, RECORDS, feature_outputs, keyed
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
@@ -81,7 +81,7 @@ def test_loss_and_gradients(family: str, kind: str) -> None:
     assert loss.isfinite()
     known = family_of(family)
     idle = known.idle_weights(model)
-    layers = [*known.encoder_layers(model), *model.model.language_model.layers]
+    layers = [*known.encoder_layers(model), *known.language(model).layers]
     for module in [*layers, known.projector(model), model.lm_head]:
         trained = {name: weight for name, weight in module.named_parameters() if id(weight) not in idle}
         for name, parameter in trained.items():
@@ -109,8 +109,9 @@ def test_checkpointing_gives_the_same_gradients(family: str, reentrant: bool) ->
         model = patched(family).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            assert model.model.language_model.gradient_checkpointing
-            counter = CallCounter(model.model.language_model.layers[2].input_layernorm)
+            language = family_of(family).language(model)
+            assert language.gradient_checkpointing
+            counter = CallCounter(language.layers[2].input_layernorm)
         loss = model(**with_labels(model, RICHEST[family])).loss
         loss.backward()
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -181,7 +182,7 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         out = model(**inputs)
     assert out.logits.dtype == dtype and out.logits.isfinite().all()
-    assert out.past_key_values.layers[3].keys.dtype == dtype
+    assert keyed(out.past_key_values)[-1].keys.dtype == dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,7 +14,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from decode_helpers import IMAGE, KINDS, RAGGED, SETTINGS, TEXT, next_positions, patched, single
 from families import families_and
-from helpers import assert_differ
+from helpers import assert_differ, keyed
 from illava_hooks import merging, patch
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
@@ -36,7 +36,7 @@ def assert_same_answers(ours: Any, theirs: Any) -> None:
 
 def physical(cache: Any) -> list[int]:
     """Keys in each layer, also where they are not to be seen as one tensor."""
-    return [int(layer.num_keys()) for layer in cache.layers]
+    return [int(layer.num_keys()) for layer in keyed(cache)]
 
 
 # ------------------------------------------------------------------------------------ quantized caches

@@ -12,6 +12,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.state import AcceleratorState
 
 from decode_helpers import IMAGES, RAGGED, SETTINGS, patched, single
+from families import family_of
 from helpers import assert_differ, assert_same, forward, generate
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, inputs_for, tiny_model
@@ -21,11 +22,12 @@ CPU = torch.device("cpu")
 
 def dispatched(model: Any, folder: Path) -> None:
     """Parts and layers in turn in memory and on disk."""
-    parts = [name for name, _ in model.model.named_children() if name != "language_model"]
-    text = model.model.language_model
+    known = family_of(model)
+    parts = [name for name, _ in model.model.named_children() if name != known.language_name]
+    text, path = known.language(model), f"model.{known.language_name}"
     places = {f"model.{name}": "disk" for name in parts} | {"lm_head": "disk"}
-    places |= {f"model.language_model.{name}": "cpu" for name, _ in text.named_children() if name != "layers"}
-    places |= {f"model.language_model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(len(text.layers))}
+    places |= {f"{path}.{name}": "cpu" for name, _ in text.named_children() if name != "layers"}
+    places |= {f"{path}.layers.{i}": ("cpu", "disk")[i % 2] for i in range(len(text.layers))}
     places |= {f"model.{name}": "cpu" for name, _ in model.model.named_parameters(recurse=False)}
     dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
 

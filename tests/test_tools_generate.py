@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from decode_helpers import IMAGE, IMAGES, RAGGED, next_positions, patched, single
 from families import families
-from helpers import assert_differ
+from helpers import assert_differ, key_lengths
 from illava_hooks import merging, session_of
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
@@ -23,10 +23,6 @@ NEW = 5
 def generated(model: Any, inputs: Inputs, new_tokens: int = NEW, **kwargs: Any) -> Any:
     wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     return model.generate(**inputs, max_new_tokens=new_tokens, **wanted, **kwargs)
-
-
-def key_lengths(cache: Any) -> list[int]:
-    return [layer.keys.shape[-2] for layer in cache.layers]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from decode_helpers import IMAGES, SETTINGS, patched, single
 from families import family_of
-from helpers import assert_differ
+from helpers import assert_differ, key_lengths
 from illava_hooks import merging, patch, session_of, unpatch
 from illava_hooks.engine.hookset import Hook
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -51,7 +51,7 @@ QUANTIZED: list[Callable[[Any], Any]] = [torch_dynamic, torchao_weights, torchao
 def run(model: Any, inputs: Inputs) -> tuple[Tensor, list[int]]:
     """Logits, and the length of each layer's keys."""
     output = model(**inputs)
-    return output.logits, [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    return output.logits, key_lengths(output.past_key_values)
 
 
 def assert_nearer(found: Tensor, near: Tensor, far: Tensor, family: str) -> None:
@@ -132,7 +132,7 @@ def test_bitsandbytes(family: str, tmp_path: Path) -> None:
         )
         .eval()
     )
-    assert model.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    assert family_of(family).language(model).layers[0].self_attn.q_proj.weight.dtype == torch.int8
     inputs = single(plain, IMAGES)
     stock, whole = run(model, inputs)
     patch(plain, **SETTINGS[family])

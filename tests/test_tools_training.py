@@ -91,7 +91,7 @@ def stages(model: Any) -> dict[str, Any]:
     known = family_of(model)
     first: Any = known.encoder_layers(model)[0]
     vision: Tensor = getattr(first.mlp, known.encoder_mlp).weight
-    return {"vision": vision, "language": model.model.language_model.layers[0].mlp.up_proj.weight}
+    return {"vision": vision, "language": known.language(model).layers[0].mlp.up_proj.weight}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -102,7 +102,7 @@ def test_the_trainer_trains_a_merging_model(family: str, checkpointing: bool, tm
     before = {name: weight.detach().clone() for name, weight in stages(model).items()}
     expected = by_hand(expected_model, data, steps)
     _, losses = trained(model, data, tmp_path, steps, **{CHECKPOINTING: checkpointing})
-    assert model.model.language_model.layers[0].gradient_checkpointing == checkpointing
+    assert family_of(model).language(model).layers[0].gradient_checkpointing == checkpointing
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), **CLOSE)
     assert losses[-2] < losses[0] and losses[-1] < losses[1]
     for (name, weight), other in zip(model.named_parameters(), expected_model.parameters(), strict=True):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 if TYPE_CHECKING:
     from tiny_models import Inputs, Sample, Side
@@ -28,6 +30,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "LmmsEval",
+    "Suite",
     "VlmEvalKit",
     "families",
     "families_and",
@@ -90,12 +93,51 @@ class VlmEvalKit:
     least: int = 0
 
 
+@dataclass(frozen=True)
+class Suite:
+    """How transformers' own model tests are run on models of a family (`tests/transformers_suite`).
+
+    The models are the tiny ones with two layers that merge in each stage, with and without the head.
+
+    Attributes:
+        model_class: The model with its head; None: the family's.
+        vision: Overrides of the tiny model's vision config.
+        text: Overrides of its text config.
+        top: Overrides of its config.
+        image: Height and width of the image in each row.
+        frames: Frames of the video in each row.
+        video: Height and width of the frames, where they have sizes.
+        vit_layers: The layers of the encoder that merge.
+        vit_r: What each of them removes.
+        llm_layers: The layers of the decoder that merge.
+        rows_are_visuals: Whether the tower's output has a row for each image or video.
+        all_weights_train: Whether gradients reach every weight.
+    """
+
+    model_class: type | None = None
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    top: Mapping[str, Any] = field(default_factory=dict)
+    image: tuple[int, int] = (32, 32)
+    frames: int = 2
+    video: tuple[int, int] = (16, 16)
+    vit_layers: tuple[int, ...] = (0, 1)
+    vit_r: int | float = 0.25
+    llm_layers: tuple[int, ...] = (1,)
+    rows_are_visuals: bool = True
+    all_weights_train: bool = True
+
+
 class Family:
     """What the suite asks a family; the defaults are those of a model that needs nothing special.
 
     Attributes:
         title: The name in tables of the documentation.
         modalities: What the model takes beside text.
+        model_class: The class of the tiny model.
+        vision_config: Its vision config, 4 layers that count.
+        text_config: Its text config, 4 layers.
+        top_config: What its config has beside them.
         settings: Settings that merge in both stages of the tiny model, in every method.
         published: Whether there is published code for it, whose arithmetic the method "illava-reference" has.
 
@@ -110,14 +152,21 @@ class Family:
         prefix: Tokens in front of the patches of each row of the encoder, such as a class token.
         layers_behind: Layers of the encoder behind the one whose features are taken: they change nothing.
         takes_frames: Whether `bench` gives it videos.
-        beams_keep_images_apart: Whether stock repeats the images of a prompt in its order for beams and return
-            sequences; else those with several images see a mixture.
+        beams_mix_images: Releases in which stock repeats the images of a prompt in a wrong order for beams and return
+            sequences, so that those with several images see a mixture.
         tiles_are_visuals: Whether the model never learns which tiles or frames belong together: each is a visual.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
             layers round to float32 inside (norms do).
+        closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
+            rounded to float32 depends on the rows beside.
+        waits_in_layers: Operations that wait for the device inside layers beyond stock's, in each call of the encoder.
         back_ends: Attention back-ends that the stock model offers on a CPU.
+
+        carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
+            stock: its caches cannot be cropped or repeated, and a zero in a mask comes too late for a token that was
+            read.
 
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
@@ -136,7 +185,9 @@ class Family:
 
         takes_labels_by_position: Whether the stock forward takes labels by position.
 
+        seam: The method of the base model that finds placeholders.
         tower_name: The vision tower's name in the base model.
+        language_name: The same of the language model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
         encoder_mlp: The first linear layer of an encoder layer's MLP, by its name in there.
         silenced: Ends of the names of linear layers without which no layer of the tiny model changes a token.
@@ -152,9 +203,14 @@ class Family:
         stock_modules: Modules of transformers with the stock code of the family, below `transformers.models`.
         lmms_eval: How lmms-eval calls the family; None where it does not.
         vlmevalkit: How VLMEvalKit calls it.
+        suites: How transformers' own model tests are run, by names for their classes.
     """
 
     title: ClassVar[str]
+    model_class: ClassVar[Any]
+    vision_config: ClassVar[Mapping[str, Any]]
+    text_config: ClassVar[Mapping[str, Any]]
+    top_config: ClassVar[Mapping[str, Any]]
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
     settings: ClassVar[Mapping[str, Any]] = {
         "vit_layers": [1, 2],
@@ -175,10 +231,14 @@ class Family:
     prefix: ClassVar[int] = 0
     layers_behind: ClassVar[int] = 0
     tiles_are_visuals: ClassVar[bool] = False
-    beams_keep_images_apart: ClassVar[bool] = True
+    beams_mix_images: ClassVar[str] = "<5.19"
     one_to_one: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
+    closest: ClassVar[float] = 0.0
+    waits_in_layers: ClassVar[Mapping[str, int]] = {}
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
+
+    carries_state: ClassVar[bool] = False
 
     axes: ClassVar[int] = 1
     keeps_positions: ClassVar[bool] = False
@@ -193,7 +253,9 @@ class Family:
 
     takes_labels_by_position: ClassVar[bool] = True
 
+    seam: ClassVar[str] = "get_placeholder_mask"
     tower_name: ClassVar[str] = "vision_tower"
+    language_name: ClassVar[str] = "language_model"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     encoder_mlp: ClassVar[str] = "fc1"
     silenced: ClassVar[tuple[str, ...]] = ("out_proj", "fc2", "o_proj", "down_proj")
@@ -209,6 +271,7 @@ class Family:
     stock_modules: ClassVar[tuple[str, ...]] = ()
     lmms_eval: ClassVar[LmmsEval | None] = None
     vlmevalkit: ClassVar[VlmEvalKit | None] = None
+    suites: ClassVar[Mapping[str, Suite]] = {}
 
     @property
     def name(self) -> str:
@@ -246,11 +309,6 @@ class Family:
         return type(self).spots is not Family.spots
 
     @property
-    def with_suite(self) -> bool:
-        """Whether transformers' own model tests are run on the family."""
-        return type(self).suite is not Family.suite
-
-    @property
     def golden_cases(self) -> tuple[str, ...]:
         """Golden cases of the language stage (`tests/data/README.md`)."""
         return ()
@@ -261,6 +319,26 @@ class Family:
         return self.with_videos or not any(sample.videos for sample in rows)
 
     # -------------------------------------------------------------------------------- models and inputs
+
+    def config(
+        self,
+        vision: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        model_class: Any = None,
+        **overrides: Any,
+    ) -> Any:
+        """The configuration of the tiny model.
+
+        Args:
+            vision: Overrides of the vision config.
+            text: Overrides of the text config.
+            model_class: Another class of the family, such as a mixture of experts.
+            **overrides: Overrides of the top config.
+        """
+        kind = (model_class or self.model_class).config_class
+        vision_config, text_config = {**self.vision_config, **(vision or {})}, {**self.text_config, **(text or {})}
+        settings = {"tie_word_embeddings": False, **self.top_config, **overrides}
+        return kind(**deepcopy({"vision_config": vision_config, "text_config": text_config, **settings}))
 
     def build(
         self,
@@ -284,7 +362,9 @@ class Family:
         Returns:
             The model in eval mode; `generate` runs on to `max_new_tokens`.
         """
-        raise NotImplementedError
+        from tiny_models import build
+
+        return build(self.model_class, self.config(vision, text, **overrides), attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Builds what the family's processor would give.
@@ -320,8 +400,8 @@ class Family:
         """Patches of every image, then of every video, of one prompt."""
         raise NotImplementedError
 
-    def pixel_rows(self, inputs: Inputs, image: int) -> slice:
-        """The rows of `pixel_values` that belong to one image of a batch."""
+    def pixel_rows(self, inputs: Inputs, image: int) -> Any:
+        """The index of what belongs to one image of a batch in `pixel_values`."""
         del inputs
         return slice(image, image + 1)
 
@@ -344,6 +424,10 @@ class Family:
         del modality
         return 0
 
+    def visual_features(self, output: Any) -> list[Tensor]:
+        """The features of every visual in what a feature method returned; older releases keep frames apart."""
+        return list(output.pooler_output)
+
     def tower_arguments(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """What the vision tower itself takes of a batch's images: pixels, and the rest by name."""
         raise NotImplementedError
@@ -362,6 +446,19 @@ class Family:
         """The weights, by their `id`, of encoder layers behind the features: nothing trains them."""
         layers = self.encoder_layers(model)
         return {id(w) for layer in layers[len(layers) - self.layers_behind :] for w in layer.parameters()}
+
+    def language(self, model: Any) -> Any:
+        """The decoder with its embedding."""
+        return getattr(model.model, self.language_name)
+
+    def attending(self, model: Any) -> list[int]:
+        """The decoder layers that pay attention, and hold keys; others carry a state along."""
+        return list(range(model.config.get_text_config().num_hidden_layers))
+
+    def new_cache(self, model: Any) -> Any:
+        """A growing cache as a caller makes one; stock needs no config where all layers are of one kind."""
+        del model
+        return DynamicCache()
 
     def encoder_attention(self, layer: Any) -> nn.Module:
         """The attention of an encoder layer."""
@@ -478,10 +575,6 @@ class Family:
         """A picture as pictures of the merging show it, up to its size, where so many went in together."""
         del images
         return picture
-
-    def suite(self) -> tuple[Any, type]:
-        """A tester and a mixin for transformers' own model tests (`tests/transformers_suite`)."""
-        raise NotImplementedError
 
 
 @cache

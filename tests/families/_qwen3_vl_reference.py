@@ -72,8 +72,9 @@ def _segment(visual: Any, hidden: Tensor, cos: Tensor, sin: Tensor, settings: Re
             rows = [survivors_before.index(seat) * unit + offset for seat in segment.seats for offset in range(unit)]
             cos, sin = cos[rows], sin[rows]
         hidden = hidden + block.mlp(block.norm2(hidden))
-        if index in visual.deepstack_visual_indexes:
-            merger = visual.deepstack_merger_list[list(visual.deepstack_visual_indexes).index(index)]
+        stacked = list(getattr(visual, "deepstack_visual_indexes", ()))  # Qwen3.5 has no DeepStack
+        if index in stacked:
+            merger = visual.deepstack_merger_list[stacked.index(index)]
             segment.beside.append([merger(group)[0] for group in hidden.split(unit)])
     segment.values = visual.merger(hidden)
     return segment

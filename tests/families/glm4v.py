@@ -7,13 +7,13 @@ It looks for images and videos by the same placeholder, and refuses prompts with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+from transformers import Glm4vForConditionalGeneration, Glm4vMoeForConditionalGeneration
 
-from families import Family
+from families import Family, Suite
 from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, Qwen2VL
 from tiny_models import (
     IMAGE_ID,
@@ -22,7 +22,6 @@ from tiny_models import (
     VIDEO_ID,
     VISION_END_ID,
     VISION_START_ID,
-    build,
 )
 
 VISION: dict[str, Any] = {
@@ -41,12 +40,17 @@ TEXT: dict[str, Any] = {
     "hidden_size": 64,
     "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
 }
-TOP: dict[str, Any] = {
-    "image_token_id": IMAGE_ID,
-    "video_token_id": VIDEO_ID,
-    "image_start_token_id": VISION_START_ID,
-    "image_end_token_id": VISION_END_ID,
-    "tie_word_embeddings": False,
+#: Blocks as wide as the decoder.
+WIDE: dict[str, Any] = {"hidden_size": 64}
+#: What makes its decoder a mixture of experts.
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+    "attention_bias": True,
 }
 
 
@@ -54,6 +58,15 @@ class Glm4V(Qwen2VL):
     """GLM-4V."""
 
     title = "GLM-4V"
+    model_class = Glm4vForConditionalGeneration
+    vision_config = VISION
+    text_config = TEXT
+    top_config = {
+        "image_token_id": IMAGE_ID,
+        "video_token_id": VIDEO_ID,
+        "image_start_token_id": VISION_START_ID,
+        "image_end_token_id": VISION_END_ID,
+    }
     modalities = ("image",)
     published = False
     encoder_mlp = "gate_proj"
@@ -63,8 +76,12 @@ class Glm4V(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
-    beams_keep_images_apart = False
+    beams_mix_images = ">=5.18"
     takes_frames = True
+    suites = {
+        "Glm4V": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False),
+        "Glm4VMoe": Suite(Glm4vMoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), rows_are_visuals=False),
+    }
     shapes = {"glm-4.1v-9b": 9.4}
     stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")
     lmms_eval = None
@@ -73,27 +90,18 @@ class Glm4V(Qwen2VL):
     golden_prompt = Family.golden_prompt
     spots = Family.spots
     reference_visuals = Family.reference_visuals
-    suite = Family.suite
 
     @property
     def model_types(self) -> tuple[str, ...]:
         """The mixture of experts too."""
         return ("glm4v", "glm4v_moe")
 
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
+    def config(
+        self, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **overrides: Any
     ) -> Any:
-        """An encoder of 4 blocks with 4 x 4 patches in 2 x 2 groups, text of 4 layers."""
-        text_config = TEXT | (text or {})
-        tower = VISION | {"out_hidden_size": text_config["hidden_size"]} | (vision or {})
-        config = Glm4vConfig(vision_config=tower, text_config=text_config, **(TOP | overrides))
-        return build(Glm4vForConditionalGeneration, config, attn_implementation, seed, dtype)
+        """Features are as wide as the decoder."""
+        width = {**TEXT, **(text or {})}["hidden_size"]
+        return super().config({"out_hidden_size": width, **(vision or {})}, text, **overrides)
 
     def encoder_sizes(self, model: Any) -> tuple[int, int]:
         """`hidden_size` is the encoder's own."""

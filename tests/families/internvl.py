@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers import InternVLForConditionalGeneration
 
-from families import Family, Modality
-from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from families import Family, Modality, Suite
+from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 TILE = 32
 PATCH = 4
@@ -37,7 +37,19 @@ class InternVL(Family):
     """InternVL."""
 
     title = "InternVL"
+    model_class = InternVLForConditionalGeneration
     modalities = ("image",)
+    vision_config = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": [TILE, TILE],
+        "patch_size": [PATCH, PATCH],
+        "use_qk_norm": True,
+    }
+    text_config = {**TEXT_CONFIG, "model_type": "qwen2", "rope_parameters": ROPE}
+    top_config = {"image_token_id": IMAGE_ID, "image_seq_length": TOKENS}
     patches_per_token = 4
     tile_patches = SIDE * SIDE
     prefix = 1
@@ -47,39 +59,9 @@ class InternVL(Family):
     tiles_are_visuals = True
     encoder_mlp = "fc1"
     silenced = ("projection_layer", "fc2", "o_proj", "down_proj")
+    suites = {"InternVL": Suite(vision={"patch_size": [8, 8]}, top={"image_seq_length": 4})}
     shapes = {"internvl3-1b": 0.67, "internvl3-8b": 6.86}
     stock_modules = ("internvl.modeling_internvl", "qwen2.modeling_qwen2")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> InternVLForConditionalGeneration:
-        """A tower with 4 layers and 64 patches, Qwen2 with 4 layers."""
-        tower: dict[str, Any] = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": [TILE, TILE],
-            "patch_size": [PATCH, PATCH],
-            "use_qk_norm": True,
-        }
-        settings: dict[str, Any] = {
-            "image_token_id": IMAGE_ID,
-            "image_seq_length": TOKENS,
-            "tie_word_embeddings": False,
-        }
-        config = InternVLConfig(
-            vision_config=InternVLVisionConfig(**(tower | (vision or {}))),
-            text_config=Qwen2Config(**(TEXT_CONFIG | {"rope_parameters": dict(ROPE)} | (text or {}))),
-            **(settings | overrides),
-        )
-        return build(InternVLForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The tower's."""

@@ -13,18 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
-from families import Family, Modality
-from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from families import Family, Modality, Suite
+from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 TILE = 32
 PATCH = 4
 PATCHES = (TILE // PATCH) ** 2
 #: The decoder of the models with a CLIP tower; its ids for the ends of sequences are no tokens of the tiny vocabulary.
-LLAMA: dict[str, Any] = {**TEXT_CONFIG, "rope_parameters": dict(ROPE), "bos_token_id": None, "eos_token_id": None}
+LLAMA: dict[str, Any] = {
+    **TEXT_CONFIG,
+    "model_type": "llama",
+    "rope_parameters": ROPE,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 #: 5 layers, of which the last is not looked at.
 CLIP: dict[str, Any] = {
+    "model_type": "clip_vision_model",
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 5,
@@ -33,12 +40,22 @@ CLIP: dict[str, Any] = {
     "patch_size": PATCH,
     "projection_dim": 32,
 }
+#: Towers for transformers' own tests, which take no more than two layers: 4 x 4 patches, features of the last layer.
+FEW_PATCHES: dict[str, Any] = {"patch_size": 8, "num_hidden_layers": 2}
+LAST_LAYER: dict[str, Any] = {"vision_feature_layer": -1}
 
 
 class ClipFamily(Family):
     """What models with a CLIP tower share."""
 
     modalities = ("image",)
+    vision_config = CLIP
+    text_config = LLAMA
+    top_config = {
+        "image_token_index": IMAGE_ID,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
     tile_patches = PATCHES
     prefix = 1
     layers_behind = 1
@@ -74,32 +91,11 @@ class Llava(ClipFamily):
     """LLaVA-1.5."""
 
     title = "LLaVA-1.5"
+    model_class = LlavaForConditionalGeneration
+    top_config = {**ClipFamily.top_config, "image_seq_length": PATCHES}
+    suites = {"Llava": Suite(vision=FEW_PATCHES, top={**LAST_LAYER, "image_seq_length": 16}, all_weights_train=False)}
     shapes = {"llava-1.5-7b": 6.9, "llava-1.5-13b": 13.2}
     stock_modules = ("llava.modeling_llava", "clip.modeling_clip", "llama.modeling_llama")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> LlavaForConditionalGeneration:
-        """CLIP with 4 layers that count and 64 patches, Llama with 4 layers."""
-        settings: dict[str, Any] = {
-            "image_token_index": IMAGE_ID,
-            "image_seq_length": PATCHES,
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-        }
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**(CLIP | (vision or {}))),
-            text_config=LlamaConfig(**(LLAMA | (text or {}))),
-            **(settings | overrides),
-        )
-        return build(LlavaForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """One tile for each image."""

@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextModel,
-)
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from families import Modality
-from families.llava import CLIP, LLAMA, PATCHES, TILE, ClipFamily
-from tiny_models import IMAGE_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from families import Modality, Suite
+from families.llava import FEW_PATCHES, LAST_LAYER, PATCHES, TILE, ClipFamily
+from tiny_models import IMAGE_ID, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 PINPOINTS = [[32, 32], [32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+ANYRES_SUITE = Suite(vision=FEW_PATCHES, top=LAST_LAYER, rows_are_visuals=False, all_weights_train=False)
 
 
 class AnyresFamily(ClipFamily):
     """What models share that cut all images into tiles."""
 
+    top_config = {**ClipFamily.top_config, "image_grid_pinpoints": PINPOINTS}
     image_inputs = ("pixel_values", "image_sizes")
     one_to_one = False
     rounding = 2
@@ -107,32 +103,10 @@ class LlavaNext(AnyresFamily):
     """LLaVA-NeXT."""
 
     title = "LLaVA-NeXT"
+    model_class = LlavaNextForConditionalGeneration
+    suites = {"LlavaNext": ANYRES_SUITE}
     shapes = {"llava-next-7b": 6.9, "llava-next-mistral-7b": 7.4}
     stock_modules = ("llava_next.modeling_llava_next", "clip.modeling_clip", "llama.modeling_llama")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> LlavaNextForConditionalGeneration:
-        """CLIP with 4 layers that count and 64 tokens per tile, Llama with 4 layers."""
-        settings: dict[str, Any] = {
-            "image_token_index": IMAGE_ID,
-            "image_grid_pinpoints": [list(size) for size in PINPOINTS],
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-        }
-        config = LlavaNextConfig(
-            vision_config=CLIPVisionConfig(**(CLIP | (vision or {}))),
-            text_config=LlamaConfig(**(LLAMA | (text or {}))),
-            **(settings | overrides),
-        )
-        return build(LlavaNextForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Tiles and sizes."""

@@ -11,18 +11,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-    LlavaNextVideoModel,
-)
+from transformers import LlavaNextVideoForConditionalGeneration, LlavaNextVideoModel
 
-from families.llava import CLIP, LLAMA, PATCHES, TILE
-from families.llava_next import PINPOINTS, AnyresFamily
-from tiny_models import IMAGE_ID, VIDEO_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from families.llava import TILE
+from families.llava_next import ANYRES_SUITE, AnyresFamily
+from tiny_models import IMAGE_ID, VIDEO_ID, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 #: Older releases call frames `pixel_values`.
 OLD_VIDEOS = "pixel_values_videos" not in signature(LlavaNextVideoModel.get_video_features).parameters
@@ -32,42 +25,21 @@ class LlavaNextVideo(AnyresFamily):
     """LLaVA-NeXT-Video."""
 
     title = "LLaVA-NeXT-Video"
+    model_class = LlavaNextVideoForConditionalGeneration
     modalities = ("image", "video")
+    top_config = {**AnyresFamily.top_config, "video_token_index": VIDEO_ID}
+    suites = {"LlavaNextVideo": ANYRES_SUITE}
     shapes = {"llava-next-video-7b": 6.9}
     stock_modules = ("llava_next_video.modeling_llava_next_video", "clip.modeling_clip", "llama.modeling_llama")
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> LlavaNextVideoForConditionalGeneration:
-        """CLIP with 4 layers that count and 64 tokens per tile, Llama with 4 layers."""
-        settings: dict[str, Any] = {
-            "image_token_index": IMAGE_ID,
-            "video_token_index": VIDEO_ID,
-            "image_grid_pinpoints": [list(size) for size in PINPOINTS],
-            "vision_feature_layer": -2,
-            "vision_feature_select_strategy": "default",
-            "tie_word_embeddings": False,
-        }
-        config = LlavaNextVideoConfig(
-            vision_config=CLIPVisionConfig(**(CLIP | (vision or {}))),
-            text_config=LlamaConfig(**(LLAMA | (text or {}))),
-            **(settings | overrides),
-        )
-        return build(LlavaNextVideoForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Tiles and sizes of images, frames of videos."""
         visuals, lengths = self.image_inputs_of(samples, model)
-        frames = [count for sample in samples for count in sample.videos]
+        frames, vision = [count for sample in samples for count in sample.videos], model.config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2 // 4
         pieces = {
             "i": iter([[IMAGE_ID] * length for length in lengths]),
-            "v": iter([[VIDEO_ID] * (count * PATCHES // 4) for count in frames]),
+            "v": iter([[VIDEO_ID] * (count * tokens) for count in frames]),
         }
         inputs = {**padded([prompt_ids(sample, pieces) for sample in samples], side), **visuals}
         if frames:
@@ -90,11 +62,6 @@ class LlavaNextVideo(AnyresFamily):
 
         yield from super().reference_visuals(model, inputs, settings)
         yield from reference.pooled_videos(model, inputs, settings)
-
-    def projected(self, model: Any, weights: Tensor, patches: Tensor) -> Tensor | None:
-        """Tokens that come from no patch are newlines; biases are gone."""
-        text = weights.to_dense().sum(1) < 0.5
-        return torch.where(text[:, None], model.model.image_newline, self.projector(model)(weights @ patches))
 
 
 FAMILY = LlavaNextVideo()

@@ -23,13 +23,11 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
-    Qwen2Config,
-    SiglipVisionConfig,
 )
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
-from families import Family, LmmsEval, Modality, VlmEvalKit
-from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, VIDEO_ID, Inputs, Sample, Side, build, padded, pixels, prompt_ids
+from families import Family, LmmsEval, Modality, Suite, VlmEvalKit
+from tiny_models import IMAGE_ID, ROPE, TEXT_CONFIG, VIDEO_ID, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 #: Up to transformers 5.17 frames are `pixel_values`, and their newline comes later.
 OLD_VIDEOS = "pixel_values_videos" not in signature(LlavaOnevisionModel.get_video_features).parameters
@@ -54,6 +52,26 @@ class LlavaOnevision(Family):
     """LLaVA-OneVision."""
 
     title = "LLaVA-OneVision"
+    model_class = LlavaOnevisionForConditionalGeneration
+    vision_config = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        "vision_use_head": False,
+    }
+    text_config = {**TEXT_CONFIG, "model_type": "qwen2", "rope_parameters": ROPE}
+    top_config = {
+        "image_token_index": IMAGE_ID,
+        "video_token_index": VIDEO_ID,
+        "image_grid_pinpoints": PINPOINTS,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_9",
+    }
     settings = {**Family.settings, "vit_r": 14}  # 36 of 64 are left: a square, for the layout "compact"
     published = True
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
@@ -64,6 +82,14 @@ class LlavaOnevision(Family):
     takes_labels_by_position = False
     head_makes_tuples = True
     records_hidden_states = True
+    suites = {
+        "LlavaOnevision": Suite(
+            vision={"patch_size": 8},
+            vit_r=5,
+            rows_are_visuals=False,
+            all_weights_train=False,  # the tower's last norm stands behind the chosen features
+        )
+    }
     embedded = "tiny"
     embedded_settings = {"vit_layers": [3, 4], "vit_r": 16, "llm_layers": [2], "llm_ratio": 0.5}
     embedded_floor = 0.80
@@ -85,42 +111,6 @@ class LlavaOnevision(Family):
         entries=("llava-onevision-qwen2-0.5b-ov-hf", "llava-onevision-qwen2-7b-ov-hf"),
         hub="llava-hf",
     )
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> LlavaOnevisionForConditionalGeneration:
-        """SigLIP with 4 layers and 64 tokens per tile, Qwen2 with 4 layers."""
-        vision_settings: dict[str, Any] = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": TILE,
-            "patch_size": PATCH,
-            "vision_use_head": False,
-        }
-        text_settings: dict[str, Any] = {**TEXT_CONFIG, "rope_parameters": dict(ROPE)}
-        settings: dict[str, Any] = {
-            "image_token_index": IMAGE_ID,
-            "video_token_index": VIDEO_ID,
-            "image_grid_pinpoints": [list(size) for size in PINPOINTS],
-            "vision_feature_layer": -1,
-            "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_9",
-            "tie_word_embeddings": False,
-        }
-        config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(**(vision_settings | (vision or {}))),
-            text_config=Qwen2Config(**(text_settings | (text or {}))),
-            **(settings | overrides),
-        )
-        return build(LlavaOnevisionForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Tiles and sizes of images, frames of videos."""
@@ -248,12 +238,6 @@ class LlavaOnevision(Family):
         from families import _llava_onevision_spots as spots
 
         return spots.squared(picture) if images > 1 else picture
-
-    def suite(self) -> tuple[Any, type]:
-        """Two tiles for an image, two frames for a video."""
-        from families import _llava_onevision_suite as suite
-
-        return suite.LlavaOnevisionTester, suite.LlavaOnevisionTests
 
 
 FAMILY = LlavaOnevision()

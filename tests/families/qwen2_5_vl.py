@@ -10,22 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-from families import Family
+from families import Family, Suite
 from families.qwen2_vl import FRAMES_PER_SLICE, KINDS, MERGE, PATCH, Qwen2VL
-from tiny_models import (
-    IMAGE_ID,
-    ROPE,
-    TEXT_CONFIG,
-    VIDEO_ID,
-    VISION_END_ID,
-    VISION_START_ID,
-    Inputs,
-    build,
-)
+from tiny_models import Inputs
 
 WINDOW_GROUPS = 3
 
@@ -34,8 +24,23 @@ class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL."""
 
     title = "Qwen2.5-VL"
+    model_class = Qwen2_5_VLForConditionalGeneration
     published = False
     merging_layers = (0, 1, 2)
+    vision_config = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "out_hidden_size": 48,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": FRAMES_PER_SLICE,
+        "window_size": WINDOW_GROUPS * MERGE * PATCH,
+        "fullatt_block_indexes": list(merging_layers),
+        "tokens_per_second": 2,
+    }
+    waits_in_layers = {"unique_consecutive": 1}  # windows that were left empty are left out, once after the last merge
     rounding = 10  # the tower's norms, too
     encoder_mlp = "up_proj"
     silenced = ("attn.proj", "o_proj", "down_proj")
@@ -44,55 +49,19 @@ class Qwen25VL(Qwen2VL):
     embedded_settings = {}
     embedded_floor = 0.0
     paper_kept = None
+    suites = {
+        "Qwen25VL": Suite(  # the second block has windows
+            vision={"fullatt_block_indexes": [0], "hidden_size": 48, "window_size": 16},
+            image=(24, 24),
+            frames=4,
+            vit_layers=(0,),
+        )
+    }
     shapes = {"qwen2.5-vl-3b": 3.4, "qwen2.5-vl-7b": 7.2}
     stock_modules = ("qwen2_5_vl.modeling_qwen2_5_vl",)
     lmms_eval = None
     vlmevalkit = None
     spots = Family.spots  # no embedded model draws for it
-    suite = Family.suite
-
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> Any:
-        """As Qwen2-VL's; the last of 4 blocks has windows of 3 x 3 groups."""
-        vision_settings: dict[str, Any] = {
-            "depth": 4,
-            "hidden_size": 32,
-            "intermediate_size": 40,
-            "out_hidden_size": 48,
-            "num_heads": 4,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": FRAMES_PER_SLICE,
-            "window_size": WINDOW_GROUPS * MERGE * PATCH,
-            "fullatt_block_indexes": list(self.merging_layers),
-            "tokens_per_second": 2,
-        }
-        text_settings: dict[str, Any] = {
-            **TEXT_CONFIG,
-            "rope_parameters": ROPE | {"mrope_section": [2, 2, 2]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        settings: dict[str, Any] = {
-            "image_token_id": IMAGE_ID,
-            "video_token_id": VIDEO_ID,
-            "vision_start_token_id": VISION_START_ID,
-            "vision_end_token_id": VISION_END_ID,
-            "tie_word_embeddings": False,
-        }
-        config = Qwen2_5_VLConfig(
-            vision_config=vision_settings | (vision or {}),
-            text_config=text_settings | (text or {}),
-            **(settings | overrides),
-        )
-        return build(Qwen2_5_VLForConditionalGeneration, config, attn_implementation, seed, dtype)
 
     def encoder_sizes(self, model: Any) -> tuple[int, int]:
         """The tower's own width."""

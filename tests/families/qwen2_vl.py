@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLForConditionalGeneration
 
-from families import Family, LmmsEval, Modality, VlmEvalKit
+from families import Family, LmmsEval, Modality, Suite, VlmEvalKit
 from tiny_models import (
     IMAGE_ID,
     ROPE,
@@ -27,7 +27,6 @@ from tiny_models import (
     Inputs,
     Sample,
     Side,
-    build,
     padded,
     pixels,
     prompt_ids,
@@ -43,6 +42,29 @@ class Qwen2VL(Family):
     """Qwen2-VL."""
 
     title = "Qwen2-VL"
+    model_class = Qwen2VLForConditionalGeneration
+    vision_config = {
+        "depth": 4,
+        "embed_dim": 32,
+        "hidden_size": 48,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": FRAMES_PER_SLICE,
+    }
+    text_config = {
+        **TEXT_CONFIG,
+        "rope_parameters": ROPE | {"mrope_section": [2, 2, 2]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    top_config = {
+        "image_token_id": IMAGE_ID,
+        "video_token_id": VIDEO_ID,
+        "vision_start_token_id": VISION_START_ID,
+        "vision_end_token_id": VISION_END_ID,
+    }
     published = True
     image_inputs = ("pixel_values", "image_grid_thw")
     video_inputs = ("pixel_values_videos", "video_grid_thw")
@@ -53,12 +75,14 @@ class Qwen2VL(Family):
     keeps_positions = True
     takes_holes_in_images = False  # its positions are counted over the mask
     takes_empty_rows = False
+    beams_mix_images = "==5.18.*"
     generates_from_embeddings = False
     takes_guidance = False
     tower_name = "visual"
     adapter_targets = ("qkv", "q_proj", "k_proj")
     silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
+    suites = {"Qwen2VL": Suite(vision={"embed_dim": 48}, image=(24, 24), frames=4)}
     retrievers = ("colqwen2",)
     embedded = "tiny-qwen2-vl"
     embedded_settings = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6}
@@ -85,46 +109,6 @@ class Qwen2VL(Family):
         least=1280,
     )
 
-    def build(
-        self,
-        attn_implementation: str = "sdpa",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        vision: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        **overrides: Any,
-    ) -> Qwen2VLForConditionalGeneration:
-        """An encoder of 4 blocks with 4 x 4 patches in 2 x 2 groups, text of 4 layers."""
-        vision_settings: dict[str, Any] = {
-            "depth": 4,
-            "embed_dim": 32,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": FRAMES_PER_SLICE,
-        }
-        text_settings: dict[str, Any] = {
-            **TEXT_CONFIG,
-            "rope_parameters": ROPE | {"mrope_section": [2, 2, 2]},
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        settings: dict[str, Any] = {
-            "image_token_id": IMAGE_ID,
-            "video_token_id": VIDEO_ID,
-            "vision_start_token_id": VISION_START_ID,
-            "vision_end_token_id": VISION_END_ID,
-            "tie_word_embeddings": False,
-        }
-        config = Qwen2VLConfig(
-            vision_config=vision_settings | (vision or {}),
-            text_config=text_settings | (text or {}),
-            **(settings | overrides),
-        )
-        return build(Qwen2VLForConditionalGeneration, config, attn_implementation, seed, dtype)
-
     def inputs(self, samples: Sequence[Sample], side: Side, model: Any) -> Inputs:
         """Packed patches and grids; the tiny model's patch sizes are fixed."""
         rows: list[list[int]] = []
@@ -135,9 +119,7 @@ class Qwen2VL(Family):
                 "i": [grid_of(1, size) for size in sample.images],
                 "v": [grid_of(math.ceil(n / FRAMES_PER_SLICE), sample.video_size) for n in sample.videos],
             }
-            pieces = {
-                kind: iter([_placeholders(kind, math.prod(grid) // MERGE**2) for grid in own[kind]]) for kind in "iv"
-            }
+            pieces = {kind: iter([self.piece(kind, grid) for grid in own[kind]]) for kind in "iv"}
             rows.append(prompt_ids(sample, pieces))
             for kind in "iv":
                 grids[kind] += own[kind]
@@ -149,6 +131,11 @@ class Qwen2VL(Family):
                 inputs[pixel_name] = torch.cat(patches[kind])
                 inputs[grid_name] = torch.tensor(grids[kind])
         return inputs
+
+    def piece(self, kind: str, grid: list[int]) -> list[int]:
+        """The tokens of an image or video: placeholders in brackets."""
+        placeholders = [IMAGE_ID if kind == "i" else VIDEO_ID] * (math.prod(grid) // MERGE**2)
+        return [VISION_START_ID, *placeholders, VISION_END_ID]
 
     def token_types(self, model: Any, ids: Tensor) -> Inputs:
         """1 for images, 2 for videos."""
@@ -248,12 +235,6 @@ class Qwen2VL(Family):
         """The first of each two."""
         return list(video[::FRAMES_PER_SLICE])
 
-    def suite(self) -> tuple[Any, type]:
-        """One grid for an image, two slices for a video."""
-        from families import _qwen2_vl_suite as suite
-
-        return suite.Qwen2VLTester, suite.Qwen2VLTests
-
 
 FAMILY = Qwen2VL()
 
@@ -262,10 +243,6 @@ def grid_of(slices: int, size: tuple[int, int]) -> list[int]:
     """Grid of patches; sides are rounded to whole groups as the stock smart resize does."""
     group = PATCH * MERGE
     return [slices, *(max(1, round(side / group)) * MERGE for side in size)]
-
-
-def _placeholders(kind: str, count: int) -> list[int]:
-    return [VISION_START_ID, *[IMAGE_ID if kind == "i" else VIDEO_ID] * count, VISION_END_ID]
 
 
 def patches_of(sample: Sample, kind: str, index: int, grid: list[int]) -> Tensor:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+from transformers import Glm4vMoeForConditionalGeneration
 
-from families.glm4v import TEXT, TOP, VISION
+from families import family
+from families.glm4v import EXPERTS
 from families.qwen2_vl import patches_of
-from illava_hooks import Method, merging, patch, unpatch
+from helpers import assert_says
+from illava_hooks import Method, PatchStateError, UnsupportedModelError, merging, patch, unpatch
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers.glm4v import Glm4V
@@ -22,15 +24,6 @@ from unit_oracle import merged
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.3, "llm_layers": [1, 3], "llm_ratio": 0.6}
 GRIDS = [[1, 6, 8], [1, 4, 4]]
 UNIT = 4
-MOE: dict[str, Any] = {
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "head_dim": 16,
-    "attention_bias": True,
-}
 
 
 def pixels_of(grids: list[list[int]]) -> Tensor:
@@ -198,7 +191,7 @@ def test_videos_that_lose_nothing_are_stock() -> None:
 
 
 def mixture(back_end: str = "sdpa") -> Any:
-    config = Glm4vMoeConfig(vision_config=VISION | {"out_hidden_size": 64}, text_config=TEXT | MOE, **TOP)
+    config = family("glm4v").config(text=EXPERTS, model_class=Glm4vMoeForConditionalGeneration)
     return build(Glm4vMoeForConditionalGeneration, config, back_end, 0, torch.float32)
 
 
@@ -216,6 +209,29 @@ def test_the_mixture_of_experts_merges_and_is_stock_when_idle() -> None:
     assert session.report.kept_fraction < 0.5
     unpatch(model)
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("layers", [{"vit_layers": [1]}, {"llm_layers": [1]}], ids=str)
+def test_a_balancing_loss_is_refused_in_a_call_that_merges(layers: dict[str, Any]) -> None:
+    model = mixture()
+    inputs = inputs_for(model, [Sample(1, images=((24, 32),))])
+    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
+    stock = model(**asked)
+    patch(model, **{"vit_layers": [], "llm_layers": [], "vit_r": 0.5, "llm_ratio": 0.5, **layers})
+    with pytest.raises(PatchStateError) as caught:
+        model(**asked)
+    assert_says(caught.value, "^output_router_logits is True", r"use output_router_logits=False, or merging\(")
+    with merging(model, False):
+        assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+
+
+def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:
+    model = mixture()
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS)
+    assert_says(caught.value, "^text_config.output_router_logits is True", "set output_router_logits=False")
+    patch(model, [], 0, [], 1.0)
 
 
 @pytest.mark.parametrize("experts", [False, True])

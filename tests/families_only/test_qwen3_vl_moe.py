@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_qwen3_vl import RAGGED, taken
-from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+from transformers import Qwen3VLMoeForConditionalGeneration
 
 import test_batching
 import test_every_family
@@ -22,8 +22,7 @@ import test_past_and_report
 import test_report
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT
 from families import family_of
-from families.qwen3_vl import TEXT as DENSE
-from families.qwen3_vl import TOP, VISION, Qwen3VL
+from families.qwen3_vl import EXPERTS, Qwen3VL
 from helpers import PROMPTS, VISUAL, assert_same, assert_says, everything, prompt
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.patchers import qwen3_vl
@@ -31,7 +30,6 @@ from reference_checks import RULES, SAMPLES, SETTINGS, check_forward
 from tiny_models import build, inputs_for, tiny_model
 
 NAME = "qwen3_vl"
-EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 #: One layer without experts.
 MIXED: dict[str, Any] = {"mlp_only_layers": [2]}
 
@@ -46,9 +44,9 @@ def experts(
     **overrides: Any,
 ) -> Any:
     """The tiny model with experts in all but one layer."""
-    settings = DENSE | EXPERTS | MIXED | (text or {})
-    config = Qwen3VLMoeConfig(vision_config=VISION | (vision or {}), text_config=settings, **(TOP | overrides))
-    model = build(Qwen3VLMoeForConditionalGeneration, config, attn_implementation, seed, dtype)
+    kind = Qwen3VLMoeForConditionalGeneration
+    config = known.config(vision, EXPERTS | MIXED | (text or {}), model_class=kind, **overrides)
+    model = build(kind, config, attn_implementation, seed, dtype)
     if dtype is torch.float64:
         model.set_experts_implementation("eager")  # stock: grouped products take no float64
     with torch.no_grad():  # a table of matrices was drawn as one
@@ -168,7 +166,7 @@ def test_flops_behind_a_past() -> None:
 def test_a_dense_layer_is_counted_as_one() -> None:
     model = tiny_model(NAME)
     shape = qwen3_vl.FAMILY.decoder_shape(model)
-    routed = 6 * 48 * 20 * 2 + 2 * 48 * 6
+    routed = 6 * 48 * 24 * 2 + 2 * 48 * 6
     assert shape.mlp_flops == (routed, routed, 6 * 48 * 96, routed)
     assert qwen3_vl.FAMILY.decoder_shape(tiny_model(NAME, text={"decoder_sparse_step": 2})).mlp_flops == (
         6 * 48 * 96,

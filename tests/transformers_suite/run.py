@@ -17,16 +17,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from families import family_of
 from transformers_suite.expected import DIFFERENT
-from transformers_suite.modes import CLASSES, MODES
+from transformers_suite.modes import CLASSES, LEFT_OUT, MODES, SAMPLE_MODES, SAMPLED
 from transformers_suite.outcomes import Outcomes
 from transformers_suite.sdist import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "transformers-suite"
 PAGE = ROOT / "docs" / "COMPATIBILITY.md"
-FAMILIES = {tests: family_of(name).title for name, tests in CLASSES.items()}
+FAMILIES = {name: family.title + ", experts" * name.endswith("Moe") for name, (family, _) in CLASSES.items()}
 
 #: Names of the runs in tables.
 TITLES = {
@@ -41,35 +40,53 @@ def main() -> int:
     """Runs, prints, writes; 1 where anything surprises."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--workers", default="2", help="processes that share the tests of a run")
+    parser.add_argument("--all", action="store_true", help="all tests in all runs, also where a sample is enough")
+    parser.add_argument("--only", nargs="+", choices=list(CLASSES), help="these; of others the last results stay")
     parser.add_argument("--write", action="store_true", help=f"fill this version's table in {PAGE.name}")
     options = parser.parse_args()
     release, began = version("transformers"), time.monotonic()
-    runs = {mode: run(mode, release, options.workers) for mode in MODES}
-    lines = table(runs)
+    names, sampled = options.only or list(CLASSES), frozenset() if options.all else SAMPLED
+    plan = {mode: [n for n in names if n not in sampled or mode in SAMPLE_MODES] for mode in MODES}
+    runs = {mode: run(mode, release, options.workers, chosen, bool(sampled)) for mode, chosen in plan.items()}
+    lines = table({mode: kept(mode, release, names, runs[mode]) for mode in runs} if options.write else runs)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = f"{time.monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU"
     print(f"\ntransformers {release}, torch {version('torch')}: {took}", *lines, sep="\n")
     if options.write:
         write(release, lines)
-    found = surprises(runs)
+    found = surprises(runs, plan)
     print("", *(found or ["no surprises"]), sep="\n")
     return int(bool(found))
 
 
-def run(mode: str, release: str, workers: str) -> Outcomes:
+def run(mode: str, release: str, workers: str, names: list[str], sample: bool) -> Outcomes:
     """One run of the suite in a process of its own.
+
+    Args:
+        mode: One of ``MODES``.
+        release: The version of transformers.
+        workers: Processes that share the tests.
+        names: The models.
+        sample: Whether a sample is enough on ``SAMPLED``.
+
+    Returns:
+        The outcomes.
 
     Raises:
         SystemExit: pytest could not run.
     """
     tests = unpack(release, BUILD)
-    report = tests / f"{mode}.json"
+    report = tests / f"{mode}-now.json"
     report.unlink(missing_ok=True)
+    if not names:
+        return {}
     paths = [str(tests), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_SUITE_MODE": mode,
+        "HF_SUITE_MODELS": " ".join(names),
+        **({"HF_SUITE_SAMPLE": "1"} if sample else {}),
         "HF_SUITE_REPORT": str(report),
     }
     # transformers' tests warn and mark as they like; what a failure looks like is for those who run it alone.
@@ -86,11 +103,25 @@ def run(mode: str, release: str, workers: str) -> Outcomes:
     return outcomes
 
 
-def surprises(runs: dict[str, Outcomes]) -> list[str]:
-    """One line for everything that is not as it should be."""
+def kept(mode: str, release: str, names: list[str], outcomes: Outcomes) -> Outcomes:
+    """Outcomes of some models, and those of others that were kept last; keeps them all."""
+    results = BUILD / release / f"{mode}.json"
+    known: Outcomes = json.loads(results.read_text()) if results.exists() else {}
+    known = {test: what for test, what in known.items() if class_of(test) not in names} | outcomes
+    results.write_text(json.dumps(known, indent=1, sort_keys=True))
+    return known
+
+
+def class_of(test: str) -> str:
+    """The class of a test, which is the name of a model."""
+    return test.partition("::")[0]
+
+
+def surprises(runs: dict[str, Outcomes], plan: dict[str, list[str]]) -> list[str]:
+    """One line for everything that is not as it should be, of the models that were to be run in each mode."""
     stock, found = runs["stock"], []
     for mode, outcomes in runs.items():
-        for name in sorted({*stock, *outcomes}):
+        for name in sorted(test for test in {*stock, *outcomes} if class_of(test) in plan[mode]):
             before, after = (run.get(name, {"outcome": "missing", "message": ""}) for run in (stock, outcomes))
             wanted = before["outcome"]
             if mode == "merging" and name in DIFFERENT and wanted == "passed":
@@ -98,11 +129,12 @@ def surprises(runs: dict[str, Outcomes]) -> list[str]:
             if after["outcome"] != wanted:
                 message = str(after["message"]).partition("\n")[0][:200]
                 found.append(f"{mode}: {name} should be {wanted}, is {after['outcome']}: {message}")
-        for family in FAMILIES:
+        for family in plan[mode]:
             patched, merged = (count(outcomes, family, what) for what in ("patched", "merged"))
             if (patched > 0) != (mode != "stock") or (merged > 0) != (mode == "merging"):
                 found.append(f"{mode}: {patched} models of {family} were patched, {merged} merged")
-    return found + [f"expected.py names {name}, which no test is called" for name in sorted({*DIFFERENT} - {*stock})]
+    unknown = sorted(test for test in {*DIFFERENT} - {*stock} if class_of(test) in plan["stock"])
+    return found + [f"expected.py names {name}, which no test is called" for name in unknown]
 
 
 def count(outcomes: Outcomes, family: str, what: str) -> int:
@@ -120,7 +152,10 @@ def table(runs: dict[str, Outcomes]) -> list[str]:
     for family, title in FAMILIES.items():
         for mode, outcomes in runs.items():
             counts = [str(count(outcomes, family, what)) for what in columns]
-            lines.append(f"| {' | '.join([title, TITLES[mode], *counts])} |")
+            own = [test.partition("::")[2] for test in outcomes if class_of(test) == family]
+            if own:
+                name = title if any(map(LEFT_OUT.match, own)) else f"{title} (a sample)"
+                lines.append(f"| {' | '.join([name, TITLES[mode], *counts])} |")
     failed: dict[str, list[str]] = {}
     for mode, outcomes in runs.items():
         for name, test in sorted(outcomes.items()):

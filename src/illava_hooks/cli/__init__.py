@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from illava_hooks.cli.batch import batch
 from illava_hooks.cli.evidence import bench, evaluate
 from illava_hooks.cli.page import demo
 from illava_hooks.cli.pictures import ask, info, visualize
@@ -16,5 +17,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fewer visual tokens inside vision-language models: ask, compare, look inside, measure.",
 )
-for command in (ask, visualize, info, bench, evaluate, demo):
+for command in (ask, visualize, info, bench, evaluate, batch, demo):
     app.command()(command)

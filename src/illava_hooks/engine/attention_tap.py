@@ -272,7 +272,14 @@ class EncoderTap:
         )
         attention = attention if takes_bias else sdpa_attention_forward
         weighed = bias[:, None, None].to(query)
-        mask = weighed if attention_mask is None else attention_mask + weighed
+        mask = weighed
+        if attention_mask is not None:
+            shut = attention_mask.dtype == torch.bool
+            mask = (
+                weighed.masked_fill(~attention_mask, torch.finfo(weighed.dtype).min)
+                if shut
+                else attention_mask + weighed
+            )
         return attention(module, query, key, value, mask, **kwargs)
 
     def _bias(self, sizes: Tensor, segments: int, length: int) -> Tensor:

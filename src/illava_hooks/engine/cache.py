@@ -283,7 +283,7 @@ class Past:
     """What a cache holds before a call.
 
     Attributes:
-        keys: physical keys of each layer.
+        keys: physical keys of each layer; 0 where a layer carries a state along.
         logical: tokens that they stand for.
     """
 
@@ -296,14 +296,14 @@ def past_of(cache: Cache | None, num_layers: int) -> Past:
     lengths: list[Any] = [0] * num_layers
     layers: Any = () if cache is None else cache.layers[:num_layers]
     for index, layer in enumerate(layers):
-        if getattr(layer, "is_initialized", False):
+        if isinstance(layer, CacheLayerMixin) and layer.is_initialized:
             lengths[index] = layer.num_keys() if isinstance(layer, MergedLayer) else layer.get_seq_length()
     on_device = [n for n in lengths if isinstance(n, Tensor)]
     if on_device:
         known = iter(torch.stack([n.reshape(()) for n in on_device]).tolist())
         lengths = [next(known) if isinstance(n, Tensor) else n for n in lengths]
-    merged = layers[0].ledger.num_merged if lengths[0] and isinstance(layers[0], MergedLayer) else 0
-    return Past(tuple(lengths), lengths[0] + merged)
+    held = ((n, getattr(layer, "ledger", Ledger())) for n, layer in zip(lengths, layers, strict=False) if n)
+    return Past(tuple(lengths), next((n + ledger.num_merged for n, ledger in held), 0))
 
 
 # ---------------------------------------------------------------------- masks
@@ -415,7 +415,7 @@ def logical_mask(attention_mask: Any, prepared: bool) -> Tensor | None:
         PatchStateError: a mask from which padding cannot be told.
     """
     if isinstance(attention_mask, dict):
-        if set(attention_mask) != {"full_attention"}:
+        if set(attention_mask) - {"linear_attention"} != {"full_attention"}:
             raise PatchStateError(
                 f"attention_mask has the entries {sorted(attention_mask)}; merging supports full attention only; "
                 "use merging(model, False) for this call"

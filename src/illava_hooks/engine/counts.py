@@ -6,7 +6,7 @@ before they see a picture, such as a serving engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality
@@ -29,7 +29,13 @@ class SegmentCounts:
     short_of: int = 0
 
 
-def encoder_counts(config: MergeConfig, modality: Modality, traits: EncoderTraits, num_patches: int) -> SegmentCounts:
+def encoder_counts(
+    config: MergeConfig,
+    modality: Modality,
+    traits: EncoderTraits,
+    num_patches: int,
+    limit: Callable[[int], int] | None = None,
+) -> SegmentCounts:
     """What a segment of ``num_patches`` patches becomes.
 
     Args:
@@ -37,12 +43,14 @@ def encoder_counts(config: MergeConfig, modality: Modality, traits: EncoderTrait
         modality: whose schedule applies.
         traits: how patches belong together.
         num_patches: patches of the segment, without what stands in front of them.
+        limit: how many of so many units can be removed at once, beside what the method can; asked before each merge.
     """
     schedule: MergeSchedule = config.schedule(modality)
     unit, granularity = traits.patches_per_unit, traits.granularity
 
     def most(num: int) -> int:
-        return min(config.method.max_removed(num // unit) * unit, num - granularity)
+        own = num if limit is None else limit(num // unit) * unit
+        return min(own, config.method.max_removed(num // unit) * unit, num - granularity)
 
     removed = schedule.encoder_removed(num_patches, granularity, most) if schedule.merges_in_encoder else []
     units = [num_patches // unit]

@@ -32,7 +32,7 @@ from illava_hooks.engine.cache import (
 )
 from illava_hooks.engine.compat import CACHE, as_given, cache_of, compose_tables
 from illava_hooks.engine.decoder import DecoderRun, plan_counts
-from illava_hooks.engine.family import Family
+from illava_hooks.engine.family import Family, LayerKind
 from illava_hooks.engine.hookset import Hook
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
@@ -109,7 +109,7 @@ class TextModelHook(Hook):
         if forward is not None and forward.placeholders:
             return args, self._prefill(module, forward, kwargs)
         if touches(cache_of(kwargs)):
-            return args, continue_call(module, args, kwargs)
+            return args, continue_call(module, args, kwargs, self.family.layer_kinds(module.config))
         return None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # plans a prefill on the host
@@ -134,7 +134,7 @@ class TextModelHook(Hook):
         kwargs["position_ids"] = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
         kwargs["attention_mask"] = _ready_made(compact)
         self.family.compact(kwargs, columns, run)
-        masks, valid = _prefill_masks(config, run, compact, cache, past, mask)
+        masks, valid = _prefill_masks(self.family.layer_kinds(config), config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
         kwargs[DECODER_CALL] = DecoderCall(
             masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening(), {})
@@ -199,13 +199,24 @@ def _packed_candidates(given: Tensor | None, mask: Tensor | None, cache: Any) ->
 
 
 def _prefill_masks(
-    config: Any, run: DecoderRun, embeds: Tensor, cache: Any, past: Past, mask: Tensor | None
+    kinds: Sequence[LayerKind],
+    config: Any,
+    run: DecoderRun,
+    embeds: Tensor,
+    cache: Any,
+    past: Past,
+    mask: Tensor | None,
 ) -> tuple[list[Any], list[Tensor | None]]:
     """For each decoder layer its mask, and which of its keys are real; shared where stage and past are the same."""
     made: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}
-    masks, valid = [], []
-    for layer_idx in range(config.num_hidden_layers):
+    masks: list[Any] = []
+    valid: list[Tensor | None] = []
+    for layer_idx, kind in enumerate(kinds):
         merges, held = run.merges_through(layer_idx), past.keys[layer_idx]
+        if kind == "recurrent":
+            masks.append(_padding(run, merges, past, embeds.device))
+            valid.append(None)
+            continue
         layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
         key = merges, held, layer.ledger.history if isinstance(layer, MergedLayer) else ()
         if key not in made:
@@ -216,6 +227,24 @@ def _prefill_masks(
         masks.append(made[key][0])
         valid.append(made[key][1])
     return masks, valid
+
+
+def _padding(run: DecoderRun, merges: int, past: Past, device: torch.device) -> Tensor | None:
+    """``(B, K)`` bool, which columns a recurrent layer reads; None: all.
+
+    Padding in front of a whole sequence leaves an empty state empty.
+
+    Raises:
+        PatchStateError: it would fade a state that is not empty.
+    """
+    valid = run.counts[merges].valid(device)
+    if valid is not None and past.logical:
+        raise PatchStateError(
+            f"{CACHE} holds tokens, and the rows of this call keep different numbers of new ones, "
+            f"{list(run.counts[merges].lengths)}: padding between would fade the state of recurrent layers (linear "
+            "attention); give one row at a time, or use merging(model, False)"
+        )
+    return valid
 
 
 def _with_past(layer: Any, past: int, new: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
@@ -231,7 +260,9 @@ def _with_past(layer: Any, past: int, new: Tensor | None, mask: Tensor | None, q
     return torch.cat([before, new], 1)
 
 
-def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def continue_call(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Sequence[LayerKind]
+) -> dict[str, Any]:
     """A call that merges nothing on a cache that holds merged tokens: every layer needs a mask of its own length."""
     cache, config = cache_of(kwargs), module.config
     embeds = kwargs.get("inputs_embeds")
@@ -239,9 +270,13 @@ def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])
         kwargs["inputs_embeds"] = embeds
     width, inside_generate = embeds.shape[1], current_generation() is not None
+    logical = cache_layer(cache, kinds.index("attention")).get_seq_length()
     made: dict[Any, tuple[Any, Ledger]] = {}
-    masks = []
-    for layer_idx in range(config.num_hidden_layers):
+    masks: list[Any] = []
+    for layer_idx, kind in enumerate(kinds):
+        if kind == "recurrent":
+            masks.append(_recurrent_mask(kwargs.get("attention_mask"), embeds, logical))
+            continue
         layer: Any = cache_layer(cache, layer_idx)
         past, ledger = layer.num_keys(), layer.ledger
         key = ledger.history, ledger.num_merged, None if isinstance(past, Tensor) else past
@@ -259,6 +294,25 @@ def continue_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return kwargs
 
 
+def _recurrent_mask(attention_mask: Any, queries: Tensor, past: Any) -> Any:
+    """Which of a call's tokens a recurrent layer reads, ``(B, N)``, or None for all.
+
+    Args:
+        attention_mask: what a text model accepts. One that is longer than the sequence says nothing by its end; of one
+            that is shorter, stock looks at the last columns.
+        queries: ``(B, N, C)``, all tokens of the call.
+        past: tokens before the call.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask["linear_attention"]
+    width = queries.shape[1]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or width == 1:
+        return None
+    end = torch.as_tensor(past + width, device=attention_mask.device).clamp_max(attention_mask.shape[1])
+    columns = (end - width + torch.arange(width, device=attention_mask.device)).clamp_min(0)
+    return attention_mask[:, columns]
+
+
 def _read(attention_mask: Any, layer: MergedLayer, past: Any, width: int, inside_generate: bool) -> None:
     """Notes what a mask says of the keys of a layer."""
     mask = logical_mask(attention_mask, prepared=True)
@@ -270,9 +324,9 @@ def _read(attention_mask: Any, layer: MergedLayer, past: Any, width: int, inside
 class DecoderLayerHook(Hook):
     """Pre-hook of every decoder layer: merges on entry, and swaps in what belongs to the layer's stage."""
 
-    def __init__(self, layer_idx: int) -> None:
-        """Remembers which layer it sits on."""
-        self.layer_idx = layer_idx
+    def __init__(self, layer_idx: int, kind: LayerKind) -> None:
+        """Remembers which layer it sits on, and what that mixes tokens by."""
+        self.layer_idx, self.kind = layer_idx, kind
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         """Leaves the call alone when nothing travels with it."""
@@ -287,7 +341,7 @@ class DecoderLayerHook(Hook):
         run, hidden, (cos, sin) = prefill.run, args[0], kwargs["position_embeddings"]
         if run.states[0].rope is None:
             # The text model makes the tables behind our hook: the first layer is the first to see them.
-            tables = compose_tables((cos, sin), module.self_attn.config)
+            tables = (cos, sin) if cos.dim() == 3 else compose_tables((cos, sin), module.self_attn.config)
             run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
         if self.layer_idx in run.layers:
             hidden = run.merge(self.layer_idx, hidden)
@@ -299,7 +353,7 @@ class DecoderLayerHook(Hook):
             if run.is_finished:  # a wrapper around the layer replays it for its gradients
                 _refuse_past(prefill.past, self.layer_idx)
                 kwargs[CACHE] = None  # its keys are there already
-            else:
+            elif self.kind == "attention":
                 self._announce(prefill, hidden.device)
         if run.ranks_for(self.layer_idx):
             ranking = _Ranking(run, self.layer_idx, prefill.past.keys[self.layer_idx], prefill.valid[self.layer_idx])
@@ -323,7 +377,7 @@ class DecoderLayerHook(Hook):
 
 def _refuse_past(past: Past, layer_idx: int) -> None:
     """Raises ``PatchStateError`` where a layer that runs a second time needs the keys in front of its own."""
-    if past.keys[layer_idx]:
+    if past.logical:
         raise PatchStateError(
             f"decoder layer {layer_idx} is run again for its gradients behind a cache that holds keys; start from a "
             "new cache, or checkpoint with model.gradient_checkpointing_enable()"

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
-from illava_hooks.engine.counts import encoder_counts, keeps_quota, shown_units
+from illava_hooks.engine.counts import SegmentCounts, encoder_counts, keeps_quota, shown_units
+from illava_hooks.engine.padding import Padding, Shares, filled_up, padded_segments
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.regions import in_region
@@ -83,7 +84,9 @@ class EncoderRun:
         device: torch.device,
         *,
         visible: Visible | None = None,
+        padding: Padding | None = None,
         shrink: Shrink | None = None,
+        filled: bool = False,
     ) -> None:
         """Plans all counts.
 
@@ -95,13 +98,16 @@ class EncoderRun:
             num_rows: ``B``.
             device: where the encoder starts.
             visible: what the layout will show; None: everything.
+            padding: which patches of rows of equal length show something; None: all.
             shrink: cuts a layer's keyword arguments down to the survivors; None: nothing in them belongs to tokens.
+            filled: whether rows of one width hold segments of unequal length: behind each of them lies padding up to
+                one unit more than the longest. It is a segment of its own, which nobody sees.
         """
         self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
-        self.visible, self._shrink = visible, shrink
+        self.visible, self.padding, self._shrink, self._filled = visible, padding, shrink, filled
         self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
         self.lengths = self._plan(lengths)
         #: Segments of what attends to each other, before, between and after the merges.
@@ -116,6 +122,8 @@ class EncoderRun:
         """Units of each segment before, between and after the merges; says where the settings ask for too much."""
         config, unit = self.session.config, self.traits.granularity
         counts = [encoder_counts(config, self.modality, self.traits, n) for n in lengths]
+        if self.padding is not None:
+            counts = [self._plan_padded(self.padding, counts[0], lengths[0])] * len(lengths)
         wish = self.schedule.vit_r
         if any(segment.short_of > 0 for segment in counts):
             self.session.warn_once(
@@ -127,7 +135,19 @@ class EncoderRun:
                 f"vit_r is {wish} and removes nothing: this encoder gives up whole groups of {unit} patches; use "
                 f"{unit} or more, or a float"
             )
-        return [segment.units for segment in counts]
+        planned = [segment.units for segment in counts]
+        return filled_up(planned) if self._filled else planned
+
+    def _plan_padded(self, padding: Padding, plain: SegmentCounts, num_patches: int) -> SegmentCounts:
+        """The same for tiles with padding, of which all give up as many as the one that can give least."""
+        self.shares = Shares(self.session.config, self.modality, self.traits, num_patches, padding)
+        if self.shares.units != plain:
+            self.session.warn_once(
+                f"a tile has {min(tile.whole for tile in padding.counts)} of {plain.units[0]} units without padding "
+                f"and cannot give up what vit_r {self.schedule.vit_r} asks for; all tiles of the batch merge less; "
+                "use a smaller vit_r, or images without padding"
+            )
+        return self.shares.units
 
     # ------------------------------------------------------------------ where a layer stands
 
@@ -149,7 +169,13 @@ class EncoderRun:
         """The keyword arguments of a layer, cut down to the survivors."""
         merges = self.merges_before(layer_idx)
         self._check_reached(merges)
-        return self._shrink(kwargs, self, merges) if merges and self._shrink is not None else kwargs
+        if self._shrink is None or not (self._arranged(layer_idx) if self.traits.regroups else merges):
+            return kwargs
+        return self._shrink(kwargs, self, merges)
+
+    def _arranged(self, layer_idx: int) -> bool:
+        """Whether rows of an encoder that keeps picture order are in ours when a layer runs."""
+        return self._idle < len(self.layers) and layer_idx >= self.layers[self._idle]
 
     def arrange(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Hidden states ``(B, prefix + P, C)`` as the layers see them from the first one that removes something.
@@ -300,6 +326,9 @@ class EncoderRun:
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
         segments, after = self.segments[merges], self.segments[merges + 1].lengths
+        if self.padding is not None and segments.lengths != after:
+            left = self.shares.left
+            return padded_segments(self.padding, self.states[merges].origins, left[merges], left[merges + 1])
         parts = self._parts(self.visible)
         if self.visible is None or not parts:
             return segments, after
@@ -349,6 +378,8 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         merges: how many merges happened before.
         tap: what listened to the layer's attention.
     """
+    if run.padding is not None:
+        return _padded_scores(run, run.padding, merges, tap)
     segments, unit, prefix = run.segments[merges], run.traits.patches_per_unit, run.traits.prefix
     total = sum(segments.lengths) * unit
     if sum(table.numel() for table in tap.received) == total + prefix * run.num_rows:
@@ -368,6 +399,23 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         found = checked_scores(name, run.score, inputs)[:, prefix:]
         scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
     return scores
+
+
+def _padded_scores(run: EncoderRun, padding: Padding, merges: int, tap: EncoderTap) -> Tensor:
+    """As ``unit_scores`` for tiles with padding, which no score gets to see: neither as a key nor as a query."""
+    query, key = tap.heads()
+    unit, places, name = run.traits.patches_per_unit, run.places(merges), run.session.config.method.name
+    real = padding.real.gather(1, run.patch_origins(merges))
+    first = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+    scores = torch.zeros(real.numel(), dtype=torch.float32, device=key.device)
+    left = zip(padding.counts, run.shares.left[merges], strict=True)
+    for length, numbers in buckets([tile.real - (tile.whole - whole) * unit for tile, (whole, _) in left]).items():
+        if length:
+            rows = host_table(numbers, key.device)
+            tokens = first[rows, :length] + rows[:, None] * real.shape[1]
+            inputs = _score_inputs(run, merges, tap, query, key, tokens, places[tokens])
+            scores[tokens.flatten()] = checked_scores(name, run.score, inputs).flatten()
+    return scores.view(-1, unit).mean(-1)
 
 
 def _with_prefix(patches: Tensor, run: EncoderRun, prefix: int) -> Tensor:

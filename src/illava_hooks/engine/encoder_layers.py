@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from illava_hooks.engine.attention_tap import AttentionTap, TappedConfig
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.hookset import CALLED, Called, Hook, foreign_forward
+from illava_hooks.engine.modules import inside
 from illava_hooks.engine.records import attach, vision_provenance
 from illava_hooks.engine.regions import in_region, region
 from illava_hooks.engine.session import MergeSession, SessionHook
@@ -25,6 +26,7 @@ __all__ = [
     "TowerHook",
     "change_layers",
     "expand_output",
+    "handed_on",
     "run_features",
     "warn_of_direct_call",
 ]
@@ -136,6 +138,15 @@ class EncoderLayerHook(Hook):
             args = (run.arrange(self.layer_idx, args[0]), *args[1:])
             kwargs = {**kwargs, MERGE_STEP: MergeStep(run, self.layer_idx)}
         return args, kwargs
+
+
+def handed_on(layer: nn.Module, run: EncoderRun) -> dict[str, Any]:
+    """The run among a layer's keyword arguments, for stacks of layers that hand none on in stock.
+
+    A layer that was put in behind patch takes no run; if it was to merge, the run finds out.
+    """
+    hooks = (hook for part in inside(layer) for hook in part._forward_pre_hooks.values())
+    return {ENCODER_RUN: run} if any(isinstance(hook, EncoderLayerHook) for hook in hooks) else {}
 
 
 class TowerHook(SessionHook):

@@ -25,9 +25,12 @@ from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.errors import UnsupportedModelError
 
-__all__ = ["Family", "ModelParts", "Stage", "changed_layers", "schedules_of"]
+__all__ = ["Family", "LayerKind", "ModelParts", "Stage", "changed_layers", "schedules_of"]
 
 Stage = Literal["vision", "language"]
+
+#: What a decoder layer mixes tokens by: keys of all of them, or a state that one token hands to the next.
+LayerKind = Literal["attention", "recurrent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +138,10 @@ class Family:
                 decoder_layers=_by_index([text.layers for text in text_models]),
             )
             seams = [f"get_{modality}_features" for modality in self.modalities]
-            for name in (*seams, "get_placeholder_mask") if "language" in self.stages else seams:
+            for name in (*seams, self.placeholder_method(base)) if "language" in self.stages else seams:
                 getattr(base, name)
             if "language" in self.stages:
-                _check_language_seams(parts)
+                _check_language_seams(parts, self.layer_kinds(self.text_config(model)))
             for name in self.head_methods if parts.top is not None else ():
                 getattr(parts.top, name)
         except AttributeError as missing:
@@ -184,7 +187,10 @@ class Family:
                     f"{argument}=[]"
                 )
         if "language" in self.stages:
-            _check_full_attention(self.text_config(model))
+            text = self.text_config(model)
+            kinds = self.layer_kinds(text)
+            _check_full_attention(text, kinds)
+            _check_ranked(config.llm_layers, kinds)
 
     # ------------------------------------------------------------------ the vision stage
 
@@ -218,10 +224,28 @@ class Family:
         """How many tokens the base model appends to each feature that its feature methods return."""
         return {}
 
-    def placeholder_masks(self, result: Any) -> Mapping[Modality, Tensor]:
-        """The masks in a result of ``get_placeholder_mask``, by modality."""
+    def placeholder_method(self, base: Any) -> str:
+        """The method of the base model that finds the places of visual tokens."""
+        return "get_placeholder_mask"
+
+    def placeholder_masks(self, base: Any, call: Mapping[str, Any], result: Any) -> Mapping[Modality, Tensor]:
+        """The placeholders ``(B, N)`` that a call of that method has found, by modality.
+
+        A modality's mask is right in the call that carries its features.
+
+        Args:
+            base: the model that joins vision and language.
+            call: the method's arguments by name.
+            result: what it returned.
+        """
         masks = (result,) if isinstance(result, Tensor) else result
-        return dict(zip(self.modalities, masks, strict=False))
+        named = zip(self.modalities, masks, strict=False)
+        return {modality: mask[..., 0] for modality, mask in named if call.get(f"{modality}_features") is not None}
+
+    def visuals_in(self, base: Any, output: Any) -> list[list[int]]:
+        """How many tokens each image or video has, in each entry of a feature output's ``pooler_output``."""
+        # Some releases give a video as its frames, (frames, tokens, C).
+        return [[feature.shape[:-1].numel()] for feature in output.pooler_output]
 
     # ------------------------------------------------------------------ the language stage
 
@@ -231,6 +255,18 @@ class Family:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         keys, queries = head * text.num_key_value_heads, head * text.num_attention_heads
         return DecoderShape(text.num_hidden_layers, text.hidden_size, text.intermediate_size, keys, queries)
+
+    def layer_kinds(self, text: Any) -> Sequence[LayerKind]:
+        """The kind of each decoder layer.
+
+        A recurrent one (linear attention) holds no keys, ranks no tokens, and takes a 2-D padding mask; the shape of
+        the decoder says what it costs.
+
+        Args:
+            text: the configuration of the decoder.
+        """
+        kinds: tuple[LayerKind, ...] = ("attention",)
+        return kinds * int(text.num_hidden_layers)
 
     def text_positions(self, position_ids: Tensor) -> Tensor:
         """``position_ids`` as the text model rotates by: without rows that only tell packed sequences apart."""
@@ -317,11 +353,11 @@ def _by_index(layers: Sequence[Sequence[nn.Module]]) -> list[list[nn.Module]]:
     return [[part for layer in copies for part in inside(layer)] for copies in zip(*layers, strict=True)]
 
 
-def _check_language_seams(parts: ModelParts) -> None:
+def _check_language_seams(parts: ModelParts, kinds: Sequence[LayerKind]) -> None:
     """Raises ``AttributeError`` with the name of what the language stage needs and a release does not have."""
     for index, layers in enumerate(parts.decoder_layers):
         for layer in layers:
-            if not hasattr(layer, "self_attn"):
+            if kinds[index] == "attention" and not hasattr(layer, "self_attn"):
                 raise UnsupportedModelError(
                     f"decoder layer {index} is a {type(layer).__name__} without self_attn: its tokens cannot be "
                     "ranked; use a language model whose layers have one, such as Llama's or Qwen's"
@@ -334,14 +370,29 @@ def _check_language_seams(parts: ModelParts) -> None:
             raise AttributeError(name=argument)
 
 
-def _check_full_attention(text: Any) -> None:
-    """Refuses decoders in which a layer does not see the whole sequence.
+def _check_ranked(llm_layers: Sequence[int], kinds: Sequence[LayerKind]) -> None:
+    """Refuses to merge behind a layer that pays no attention.
+
+    Raises:
+        UnsupportedModelError: with the layers that can.
+    """
+    if blind := [layer for layer in llm_layers if kinds[layer - 1] != "attention"]:
+        allowed = [layer for layer in range(1, len(kinds)) if kinds[layer - 1] == "attention"]
+        raise UnsupportedModelError(
+            f"llm_layers contains {', '.join(map(str, blind))}, where the layer before is recurrent (linear "
+            f"attention) and cannot rank tokens; {f'choose from {allowed}' if allowed else 'use llm_layers=[]'}"
+        )
+
+
+def _check_full_attention(text: Any, layer_kinds: Sequence[LayerKind]) -> None:
+    """Refuses decoders in which a layer that pays attention does not see the whole sequence.
 
     Raises:
         UnsupportedModelError: with the cure.
     """
     kinds = getattr(text, "layer_types", None)
-    slides = any(kind != "full_attention" for kind in kinds or ())
+    recurrent = {index for index, kind in enumerate(layer_kinds) if kind == "recurrent"}
+    slides = any(kind != "full_attention" for index, kind in enumerate(kinds or ()) if index not in recurrent)
     if kinds is None and getattr(text, "sliding_window", None) is not None:
         slides = getattr(text, "use_sliding_window", True)  # Mistral slides by that number alone
     if slides:

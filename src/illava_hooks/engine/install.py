@@ -80,6 +80,7 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
 
 def _install_language(family: Family, parts: ModelParts, session: MergeSession) -> None:
     hooks, ranking = session.hooks, {layer - 1 for layer in session.config.llm_layers}
+    kinds = family.layer_kinds(family.text_config(session.root))
     shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
     for text in parts.text_models:
         hooks.before(text, TextModelHook(family, shapes))
@@ -91,20 +92,20 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
                 attention: Any = layer.self_attn
                 hooks.swap(attention, "config", TappedConfig(attention.config))
                 hooks.after(layer, RankingHook(), always=True)
-            hooks.before(layer, DecoderLayerHook(index))
+            hooks.before(layer, DecoderLayerHook(index, kinds[index]))
 
 
 def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:
     hooks, base = session.hooks, parts.base
-    methods = BaseMethods(session, family, family.tokens_behind(base))
+    methods = BaseMethods(session, family, base)
     features = [f"get_{modality}_features" for modality in family.modalities]
     hooks.around_forward(base, BeforeBase(session, methods), AfterBase())
     for name in features:
         hooks.wrap(base, name, methods.features)
-    hooks.wrap(base, "get_placeholder_mask", methods.placeholders)
+    hooks.wrap(base, family.placeholder_method(base), methods.placeholders)
     hooks.swap(base, "_illava_session", session)
     if parts.top is not None:
-        head = HeadMethods(session)
+        head = HeadMethods(session, methods.visuals_in)
         hooks.around_forward(parts.top, BeforeHead(session), AfterHead())
         hooks.wrap(parts.top, "generate", head.generate)
         for name in features:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,9 +44,22 @@ from illava_hooks.errors import PatchStateError
 __all__ = ["AfterBase", "AfterHead", "BaseMethods", "BeforeBase", "BeforeHead", "HeadMethods", "QuietFeatures"]
 
 
+@dataclass(frozen=True, slots=True)
+class _ReadyMade:
+    """Features that a call brings bare, as a feature output holds them."""
+
+    pooler_output: Any
+
+
+def _ready(named: Mapping[str, Any]) -> Mapping[Modality, Any]:
+    """The feature outputs that a call brings instead of pixels."""
+    bare = named.get("image_hidden_states")  # what SmolVLM and Idefics3 of older releases take
+    return named.get("mm_encoder_outputs") or ({} if bare is None else {"image": _ReadyMade(bare)})
+
+
 def carried(named: Mapping[str, Any]) -> list[Modality]:
     """The modalities that a call brings."""
-    ready = named.get("mm_encoder_outputs") or {}
+    ready = _ready(named)
     return [m for m, pixels in PIXELS.items() if named.get(pixels) is not None or ready.get(m) is not None]
 
 
@@ -74,7 +89,7 @@ class BeforeBase(Hook):
         if merges(self.session, named):
             forward = ForwardState(self.session, ScoringQuery() if asked is None else asked.query)
             self._warn_of_answers(module, forward.query)
-            for modality, ready in (named.get("mm_encoder_outputs") or {}).items():
+            for modality, ready in _ready(named).items():
                 if ready is not None:
                     forward.records[modality] = self.methods.records(modality, ready)
             begin_forward(forward)
@@ -119,9 +134,10 @@ class AfterBase(Hook):
 class BaseMethods:
     """Around the base model's methods: collects what the text model must know about visual tokens."""
 
-    def __init__(self, session: MergeSession, family: Family, behind: Mapping[Modality, int]) -> None:
-        """Belongs to one session; ``behind``: tokens that the model appends to each feature of a modality."""
-        self.session, self.family, self.behind = session, family, behind
+    def __init__(self, session: MergeSession, family: Family, base: Any) -> None:
+        """Belongs to one session and its base model."""
+        self.session, self.family, self.base = session, family, base
+        self.behind = family.tokens_behind(base)
         # The feature method that was last called outside of a forward: said only once embeddings made of it come in.
         self.made_outside = ""
 
@@ -152,15 +168,17 @@ class BaseMethods:
         )
 
     def placeholders(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around ``get_placeholder_mask``: a modality's mask is right in the call that carries its features."""
+        """Around ``get_placeholder_mask``, or what the family has in its place."""
         result = method(*args, **kwargs)
         forward = running_forward()
         if forward is not None and forward.session is self.session:
             call = inspect.signature(method).bind(*args, **kwargs).arguments
-            for modality, mask in self.family.placeholder_masks(result).items():
-                if call.get(f"{modality}_features") is not None:
-                    forward.placeholders[modality] = mask[..., 0]
+            forward.placeholders |= self.family.placeholder_masks(self.base, call, result)
         return result
+
+    def visuals_in(self, output: Any) -> list[list[int]]:
+        """As the family's."""
+        return self.family.visuals_in(self.base, output)
 
     def records(self, modality: Modality, output: Any) -> list[VisualRecord]:
         """Records of a feature output; of one that carries none, every token counts as kept.
@@ -169,9 +187,7 @@ class BaseMethods:
             PatchStateError: features and records do not fit each other.
         """
         known = records_of(output)
-        # Some releases give a video as its frames, (frames, tokens, C).
-        counts = [feature.shape[:-1].numel() for feature in output.pooler_output]
-        lengths = [count + self.behind.get(modality, 0) for count in counts]
+        lengths = [count + self.behind.get(modality, 0) for entry in self.visuals_in(output) for count in entry]
         if known is None:
             return [VisualRecord(modality, length) for length in lengths]
         if [record.num_tokens for record in known] != lengths:
@@ -256,9 +272,9 @@ def _began(generation: Generation, session: MergeSession, named: Mapping[str, An
 class HeadMethods:
     """Around methods of the model with its head."""
 
-    def __init__(self, session: MergeSession) -> None:
-        """Belongs to one session."""
-        self.session = session
+    def __init__(self, session: MergeSession, visuals_in: Callable[[Any], list[list[int]]]) -> None:
+        """Belongs to one session; ``visuals_in`` tells what the entries of a feature output hold."""
+        self.session, self.visuals_in = session, visuals_in
 
     def generate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``generate``: remembers the prompt, and lets caches of other calls read the mask anew."""
@@ -283,12 +299,14 @@ class HeadMethods:
         outputs = call.arguments["mm_encoder_output"]
         known = {m: records for m, out in outputs.items() if (records := records_of(out)) is not None}
         shadow = {m: _Shadow(outputs[m].pooler_output) for m in known}
+        sizes = {m: [len(entry) for entry in self.visuals_in(outputs[m])] for m in known}
         result = method(*args, **kwargs)
         call.arguments["mm_encoder_output"] = shadow
         method(*call.args, **call.kwargs)
         for modality, records in known.items():
-            order = [int(row.flatten()[0]) for row in shadow[modality].pooler_output]
-            attach(result[modality], [records[index] for index in order])
+            rest = iter(records)
+            entries = [[*islice(rest, size)] for size in sizes[modality]]
+            attach(result[modality], [record for index in shadow[modality].order() for record in entries[index]])
         return result
 
 
@@ -296,8 +314,13 @@ class _Shadow:
     """Stands in for a feature output: each image's features are its own number."""
 
     def __init__(self, features: Any) -> None:
-        numbers = [torch.full((len(feature), 1), index) for index, feature in enumerate(features)]
-        self.pooler_output: Any = torch.stack(numbers) if isinstance(features, Tensor) else numbers
+        self._numbers = [torch.full((len(feature), 1), index) for index, feature in enumerate(features)]
+        self.pooler_output: Any = torch.stack(self._numbers) if isinstance(features, Tensor) else self._numbers
+
+    def order(self) -> list[int]:
+        """Which entry stands where; one of a list is itself, also where it is empty."""
+        numbers = {id(row): index for index, row in enumerate(self._numbers)}
+        return [int(row.flatten()[0]) if len(row) else numbers[id(row)] for row in self.pooler_output]
 
 
 def _refuse_chunks(generate: Any, kwargs: dict[str, Any]) -> None:

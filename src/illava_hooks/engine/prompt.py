@@ -127,6 +127,8 @@ def _mark(visuals: Visuals, real: Tensor) -> tuple[list[VisualRecord], _Marks]:
 def _mark_modality(marks: _Marks, records: Sequence[VisualRecord], mask: Tensor, first_number: int) -> None:
     """Writes the images, or the videos, to the places of their placeholders."""
     device = mask.device
+    if not any(record.num_tokens for record in records):
+        return  # pixels that are nothing but padding
     lengths = host_table([record.num_tokens for record in records], device)
     starts = lengths.cumsum(0) - lengths
     # Placeholders stand in the order of the features: the i-th of them is the i-th visual token.

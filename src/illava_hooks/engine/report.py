@@ -5,6 +5,8 @@ with ``n_a`` tokens in attention and ``n_m`` in the MLP, class tokens too: ``8 n
 where the MLP has ``m`` matrices, two or three; where attention stays within windows, the sum of their squares is in
 place of ``n_a^2``. Decoder layer: ``4 n d d_q + 4 n d d_kv + 2 n^2 d_q + 6 n d f``, and ``4 n p d_q`` behind ``p``
 keys of a cache; ``d_q`` is ``d`` where heads have no width of their own. KV bytes: ``2 n d_kv`` values per layer.
+A recurrent layer (``RecurrentShape``) has its own terms in place of the first three, whatever the cache holds, and no
+keys; its state does not grow.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ __all__ = [
     "DecoderShape",
     "EncoderShape",
     "MergeReport",
+    "RecurrentShape",
     "VisualReport",
     "encoder_flops",
     "kv_bytes",
@@ -55,12 +58,38 @@ class EncoderShape:
 
 
 @dataclass(frozen=True, slots=True)
+class RecurrentShape:
+    """What the recurrent layers of a decoder cost beside their MLPs.
+
+    Attributes:
+        layers: which they are.
+        token_flops: of one token: projections and convolution.
+        chunk: tokens that are worked on at a time.
+        chunk_flops: of one chunk, full or not.
+        sequence_flops: of one sequence, however long: what the convolution does beyond its ends.
+    """
+
+    layers: frozenset[int]
+    token_flops: int
+    chunk: int
+    chunk_flops: int
+    sequence_flops: int = 0
+
+    def flops(self, tokens: int) -> int:
+        """Of one layer and one sequence; an empty one costs nothing."""
+        chunks = -(-tokens // self.chunk)
+        return tokens * self.token_flops + chunks * self.chunk_flops + bool(tokens) * self.sequence_flops
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderShape:
     """Depth, width ``d``, MLP width ``f``, key width ``d_kv`` (all key heads).
 
     Attributes:
         query_width: ``d_q`` (all query heads); None: ``d``.
         mlp_flops: per token, of each layer, where the MLPs are not plain gated ones of width ``f``; empty: they are.
+        gate_width: of a gate on what attention puts out, which is projected beside the queries.
+        recurrent: layers without attention; None: there are none.
     """
 
     depth: int
@@ -69,6 +98,12 @@ class DecoderShape:
     kv_width: int
     query_width: int | None = None
     mlp_flops: tuple[int, ...] = ()
+    gate_width: int = 0
+    recurrent: RecurrentShape | None = None
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer has keys."""
+        return self.recurrent is None or layer not in self.recurrent.layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +251,17 @@ def llm_flops(shape: DecoderShape, tokens: Sequence[int], past: Sequence[int] | 
     d, kv = shape.width, shape.kv_width
     q = d if shape.query_width is None else shape.query_width
     mlps = shape.mlp_flops or (6 * d * shape.mlp_width,) * len(tokens)
-    return sum(
-        4 * n * d * q + 4 * n * d * kv + 2 * n * n * q + 4 * n * p * q + n * mlp
-        for n, p, mlp in zip(tokens, past or [0] * len(tokens), mlps, strict=True)
-    )
+    flops = 0
+    for layer, (n, p, mlp) in enumerate(zip(tokens, past or [0] * len(tokens), mlps, strict=True)):
+        if shape.recurrent is not None and not shape.attends(layer):
+            flops += shape.recurrent.flops(n) + n * mlp
+        else:
+            projected = 4 * n * d * q + 4 * n * d * kv + 2 * n * d * shape.gate_width
+            flops += projected + 2 * n * n * q + 4 * n * p * q + n * mlp
+    return flops
 
 
 def kv_bytes(shape: DecoderShape, tokens: Sequence[int], value_bytes: int, past: Sequence[int] | None = None) -> int:
     """Bytes of one sample's keys and values; ``tokens`` and ``past`` as in ``llm_flops``."""
-    return sum(2 * n * shape.kv_width * value_bytes for n in (*tokens, *(past or ())))
+    held = (n for count in (tokens, past or ()) for layer, n in enumerate(count) if shape.attends(layer))
+    return sum(2 * n * shape.kv_width * value_bytes for n in held)

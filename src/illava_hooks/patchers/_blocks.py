@@ -8,9 +8,10 @@ every patch shows its survivor, in picture order, so that stock joins them as ev
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from illava_hooks.engine.encoder import EncoderRun
@@ -23,6 +24,8 @@ from illava_hooks.engine.tooling import Picture
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features
+from illava_hooks.merge.plan import nearest_kept
+from illava_hooks.merge.segments import host_table
 from illava_hooks.patchers._towers import with_patch_numbers
 
 __all__ = ["BlockFeatures", "ExpandTower", "tile_pictures"]
@@ -44,15 +47,19 @@ class BlockFeatures:
             return method(*args, **kwargs)
         run: EncoderRun | None = None
         if self.session.active and not self.session.config.image.is_identity:
-            pixels = inspect.signature(method).bind(*args, **kwargs).arguments["pixel_values"]
-            traits, patches = self.rows(self.base)
-            run = EncoderRun(self.session, "image", traits, [patches] * len(pixels), len(pixels), pixels.device)
+            run = self.plan(inspect.signature(method).bind(*args, **kwargs).arguments)
 
         def note(output: Any) -> None:
             if run is not None:
                 run.records = [_record(run, tile) for tile in range(run.num_rows)]
 
         return run_features(self.session, method, args, kwargs, run, self.base.config, note)
+
+    def plan(self, call: Mapping[str, Any]) -> EncoderRun | None:
+        """The run of a call, by its arguments' names."""
+        pixels = call["pixel_values"]
+        traits, patches = self.rows(self.base)
+        return EncoderRun(self.session, "image", traits, [patches] * len(pixels), len(pixels), pixels.device)
 
 
 class ExpandTower(Hook):
@@ -73,12 +80,22 @@ def _record(run: EncoderRun, tile: int) -> VisualRecord:
     """What merged in one tile; each block is one of its tokens, in the order in which stock joins them."""
     kept_at: Tensor = run.final.kept_at[tile]
     keep, survivor_of = run.keep_mask(run.final)[tile], run.final.origins[tile][kept_at]
+    if run.padding is not None and run.padding.counts[tile].real and len(set(run.lengths[tile])) > 1:
+        keep, survivor_of = _without_padding(keep, survivor_of, run.padding.empty()[tile])
     record = VisualRecord("image", len(keep), keep, survivor_of, run.patch_counts(tile, tile + 1), run.layers)
     if run.session.config.track:
         tokens = selection(kept_at.cpu(), run.final.origins.shape[1])
         record.sources = token_sources(run, tile, tile + 1, tokens)
         record.vision = vision_tracks(run, tile, tile + 1)
     return record
+
+
+def _without_padding(keep: Tensor, survivor_of: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """Padding is the first to go: what is left of it in the encoder, whose rows are of one length, goes here."""
+    keep = keep & ~empty
+    return keep, torch.where(
+        empty, nearest_kept(keep[None], host_table([len(keep)], keep.device)[None])[0], survivor_of
+    )
 
 
 def tile_pictures(pixels: Tensor, patch: int) -> list[Picture]:

@@ -30,6 +30,7 @@ __all__ = [
     "NARROW_CLIP_CONFIG",
     "MergingCLIPEncoderLayer",
     "MergingSiglipEncoderLayer",
+    "PreNormLayer",
     "TowerFamily",
     "TowerFeatures",
     "check_feature_layer",
@@ -62,7 +63,7 @@ NARROW_CLIP_CONFIG: dict[str, Any] = {
 }
 
 
-class _PreNormLayer(MergingLayer):
+class PreNormLayer(MergingLayer):
     """In front of a stock layer of CLIP's kind: merges between attention and MLP."""
 
     def attend(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -79,11 +80,11 @@ class _PreNormLayer(MergingLayer):
         return out
 
 
-class MergingCLIPEncoderLayer(_PreNormLayer, CLIPEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
+class MergingCLIPEncoderLayer(PreNormLayer, CLIPEncoderLayer):  # type: ignore[no-untyped-call]  # by the base class
     """A CLIP layer that merges between attention and MLP."""
 
 
-class MergingSiglipEncoderLayer(_PreNormLayer, SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # likewise
+class MergingSiglipEncoderLayer(PreNormLayer, SiglipEncoderLayer):  # type: ignore[no-untyped-call]  # likewise
     """A SigLIP layer that merges between attention and MLP."""
 
 

@@ -17,14 +17,13 @@ from transformers.models.internvl.modeling_internvl import InternVLModel, Intern
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.counts import encoder_counts
-from illava_hooks.engine.encoder_layers import EncoderLayerHook, MergingLayer, TowerHook, change_layers
+from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_layers, handed_on
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
-from illava_hooks.engine.modules import inside
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
+from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.engine.transport import ENCODER_RUN, current_run
+from illava_hooks.engine.transport import current_run
 from illava_hooks.errors import UnsupportedModelError
 from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
 from illava_hooks.patchers._towers import num_used
@@ -74,15 +73,8 @@ class RunningInternVLVisionEncoder(InternVLVisionEncoder):
         if run is None or not isinstance(self, RunningInternVLVisionEncoder):
             return InternVLVisionEncoder.forward(self, hidden_states)
         for layer in self.layer:
-            # A layer that was put in behind patch takes no run; if it was to merge, the run finds out.
-            hidden_states = layer(hidden_states, **({ENCODER_RUN: run} if _listens(layer) else {}))
+            hidden_states = layer(hidden_states, **handed_on(layer, run))
         return BaseModelOutput(last_hidden_state=hidden_states)
-
-
-def _listens(layer: nn.Module) -> bool:
-    """Whether a layer, also inside of a wrapper, takes the run out of its arguments."""
-    hooks = (hook for part in inside(layer) for hook in part._forward_pre_hooks.values())
-    return any(isinstance(hook, EncoderLayerHook) for hook in hooks)
 
 
 MergingInternVLVisionLayer.__name__ = InternVLVisionLayer.__name__  # `_no_split_modules` goes by name
@@ -105,6 +97,7 @@ class InternVL(Family):
             "internvl3-8b": PublishedShape(3584, 18944, 28, 28, 4, "OpenGVLab/InternVL3-8B-hf"),
         }
     )
+    lmms_eval = LmmsEval(chat="chat.internvl_hf.InternVLHf")
 
     def tower(self, base: Any) -> Any:
         """InternVL's own."""

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from illava_hooks.errors import InputError
 
-__all__ = ["Media", "load_media"]
+__all__ = ["Media", "load_media", "to_rgb"]
 
 _MAX_IMAGES = 256
 _SUFFIXES = set(".apng .avif .bmp .gif .ico .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
@@ -116,17 +116,18 @@ def _read_picture(path: Path, num_frames: int | None = None) -> Media:
     Image.init()  # fills Image.OPEN; not every build of Pillow reads AVIF
     with path.open("rb") as file, Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN]) as picture:
         if num_frames is None or picture.format not in _ANIMATED or getattr(picture, "n_frames", 1) == 1:
-            return Media("image", (path.name,), (_to_rgb(picture),))
+            return Media("image", (path.name,), (to_rgb(picture),))
         times = [0.0]
         for frame in ImageSequence.Iterator(picture):
             frame.load()  # WebP tells the duration of a frame only once it is decoded
             times.append(times[-1] + (frame.info.get("duration") or 100) / 1000)
         chosen = _choose(times[:-1], num_frames)
-        images = [_to_rgb(frame) for index, frame in enumerate(ImageSequence.Iterator(picture)) if index in chosen]
+        images = [to_rgb(frame) for index, frame in enumerate(ImageSequence.Iterator(picture)) if index in chosen]
     return Media("video", (path.name,), tuple(images), tuple(times[index] for index in chosen))
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture upright, in eight bits, transparent parts white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.nan_to_num(np.asarray(picture, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -69,20 +69,25 @@ def merge_cost(model: Any, inputs: Mapping[str, Tensor], settings: dict[str, Any
         extra = sum(times[clock] for times in regions.plain)
         merging_s = sum(times[clock] for times in regions.spent) - extra
         token = text["input_ids"][:, -1:]
-        decoding = _decode_ratio(model, cache, twin, _as_many_keys(cache, model), token, steps)
+        # Where the language model is left alone its cache is an unpatched one's, whatever kinds of layers it has.
+        other = _as_many_keys(cache, model) if session.report.kv_bytes[1] else deepcopy(cache)
+        decoding = _decode_ratio(model, cache, twin, other, token, steps)
         return MergeCost(session.report, merging_s / (whole - extra), decoding)
     finally:
         unpatch(model)
 
 
 def _as_many_keys(cache: Any, model: Any) -> Any:
-    """An unpatched model's cache: equal in all layers, and in all with as many keys as a merged one."""
+    """An unpatched model's cache: as many keys as a merged one has, equally many in all layers that have some."""
     from transformers import DynamicCache
 
     layers: list[Any] = list(cache.layers)
-    length = round(statistics.mean(layer.keys.shape[-2] for layer in layers))
+    length = round(statistics.mean(layer.keys.shape[-2] for layer in layers if hasattr(layer, "keys")))
     found = DynamicCache(config=model.config.get_text_config())
     for index, layer in enumerate(layers):
+        if not hasattr(layer, "keys"):  # it carries a state along, whose size does not depend on the prompt
+            found.layers[index] = deepcopy(layer)
+            continue
         zeros = layer.keys.new_zeros(*layer.keys.shape[:2], length, layer.keys.shape[-1])
         found.update(zeros, zeros.clone(), index)
     return found
