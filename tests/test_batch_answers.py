@@ -17,7 +17,9 @@ from illava_hooks.integrations.batch import BatchAnswers
 from illava_hooks.tools.loading import build_inputs
 from illava_hooks.tools.media import load_media
 
-MODELS = {"tiny": "llava_onevision", "tiny-qwen2-vl": "qwen2_vl"}
+#: The embedded models: what commands call them, and their families.
+MODELS = dict(tiny.ALIASES)
+OTHER = list(MODELS)[1]
 SCENE, PAIR, CLIP = tiny.media("scene.png"), tiny.media("pair"), tiny.media("clip.gif")
 QUESTIONS = {"image": "how many circles are there ?", "video": "which way does the circle move ?"}
 
@@ -168,11 +170,11 @@ def test_what_fails_in_the_model_is_found_by_halves(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_merging_it_is_stock() -> None:
-    model, processor = tiny.load("qwen2_vl")
+    model, processor = tiny.load(MODELS[OTHER])
     inputs = build_inputs(processor, load_media(SCENE), QUESTIONS["image"])
     ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     expected = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    answers = BatchAnswers("tiny-qwen2-vl", merge=False, max_new_tokens=4)
+    answers = BatchAnswers(OTHER, merge=False, max_new_tokens=4)
     found = answers({"question": [QUESTIONS["image"]], "image": [str(SCENE)]})
     assert found["answer"] == [expected] and found["kept_tokens"] == [None]
     assert answers.load()[2] is None

@@ -127,7 +127,7 @@ def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("change", "words"),
     [
         ({"max_new_tokens": 5}, "max_new_tokens is 4 there and 5 now"),
-        ({"model": "tiny-qwen2-vl"}, "model is"),
+        ({"model": list(tiny.ALIASES)[1]}, "model is"),
         ({"vit_r": 8}, "settings is"),
         ({"frames": 3}, "frames is 32"),
         ({"questions": True}, "questions is"),
@@ -151,10 +151,10 @@ def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
     import shutil
 
     model = tmp_path / "model"
-    shutil.copytree(tiny.folder("llava_onevision"), model)
+    shutil.copytree(tiny.folder(tiny.NAMES[0]), model)
     questions, output = write_questions(tmp_path, 2), tmp_path / "out"
     BatchJob(questions, output, BatchAnswers(str(model), max_new_tokens=4)).run()
-    shutil.copytree(tiny.folder("qwen2_vl"), model, dirs_exist_ok=True)
+    shutil.copytree(tiny.folder(tiny.NAMES[1]), model, dirs_exist_ok=True)
     with pytest.raises(InputError, match="another job: model is"):
         BatchJob(questions, output, BatchAnswers(str(model), max_new_tokens=4)).run()
 

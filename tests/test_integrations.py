@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from families import families, family_of
-from harness_names import LMMS_EVAL
+from families._harness_names import LMMS_EVAL
 from helpers import assert_says
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError

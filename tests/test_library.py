@@ -62,7 +62,7 @@ ENGINE_FLOORS = {
     "cache": 3,
     "decoder": 3,
     "encoder": 3,
-    "counts": 2,
+    "padding": 2,
     "attention_tap": 2,
     "session": 2,
     "records": 2,
@@ -74,7 +74,8 @@ ENGINE_FLOORS = {
     "report": 1,
     "scoring_query": 1,
     "tooling": 1,
-    "traits": 1,
+    "counts": 1,
+    "traits": 0,
 }
 
 #: A file is one job that a reader can hold.

@@ -16,7 +16,7 @@ from families import families
 from helpers import assert_says, needs_ready_features
 from illava_hooks import METHODS, InputError, MergeConfigError, Method, patch, tiny
 from illava_hooks.cli import app
-from illava_hooks.demo.forms import describe
+from illava_hooks.demo.forms import FIELDS, describe
 from illava_hooks.integrations.arguments import split_arguments
 from illava_hooks.tools import bench
 from illava_hooks.tools.datasets import scene_items
@@ -114,8 +114,14 @@ class TestNaming:
         model, _ = tiny.load(FAMILY)
         with pytest.raises(MergeConfigError, match="method is 'own.py:mine'"):
             patch(model, method="own.py:mine")
-        words, possible = describe(model, "own.py:mine", "auto", ["", "", "", ""])
+        words, possible = describe(model, "own.py:mine", "auto", [""] * len(FIELDS))
         assert not possible and "method is 'own.py:mine'" in words
+        patch(model).config.save(file.parent / "settings.json")
+        settings = (file.parent / "settings.json").read_text()
+        assert '"illava"' in settings
+        (file.parent / "settings.json").write_text(settings.replace('"illava"', '"own.py:mine"'))
+        with pytest.raises(MergeConfigError, match="own.py:mine"):
+            patch(model, preset=str(file.parent / "settings.json"))
         assert not (file.parent / "ran").exists()
         find_method("own.py:mine")
         assert (file.parent / "ran").exists()
@@ -149,6 +155,14 @@ class TestCommands:
         option = "--methods" if command == "evaluate" else "--method"
         done = CliRunner().invoke(app, [*command.split(), option, "own.py:other"])
         assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "method is 'own.py:other'" in done.stderr
+
+    def test_batch(self, file: Path) -> None:
+        """Each process looks the file up for itself."""
+        file.write_text(CENTRE.replace("    return", "    open('scored', 'a').close()\n    return"))
+        line = {"image": str(tiny.media("scene.png")), "question": "how many circles are there ?"}
+        (file.parent / "rows.jsonl").write_text(json.dumps(line))
+        run("batch", "--input", "rows.jsonl", "--output", "answers", "--method", "own.py:mine")
+        assert (file.parent / "scored").exists()
 
     def test_arguments_of_a_harness(self, file: Path) -> None:
         settings, left = split_arguments({"pretrained": "x", "method": "own.py:mine"})

@@ -23,9 +23,10 @@ import test_report
 from decode_helpers import BOTH, IMAGE, IMAGES, TEXT
 from families import family_of
 from families.qwen3_vl import EXPERTS, Qwen3VL
-from helpers import PROMPTS, VISUAL, assert_same, assert_says, everything, prompt
+from helpers import PROMPTS, VISUAL, assert_same, assert_says, everything, needs_ready_features, prompt
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.patchers import qwen3_vl
+from illava_hooks.tools.bench import Workload, build_shape, build_workload, compare
 from reference_checks import RULES, SAMPLES, SETTINGS, check_forward
 from tiny_models import build, inputs_for, tiny_model
 
@@ -204,3 +205,18 @@ def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:
 def test_its_family_is_the_dense_one() -> None:
     assert family_of(tiny_model(NAME)).name == NAME
     assert qwen3_vl.FAMILY.limits(tiny_model(NAME)).family == NAME
+
+
+@needs_ready_features
+def test_bench_counts_the_experts_that_a_token_is_sent_to() -> None:
+    """And the router; the published shape is a mixture."""
+    model = build_shape("qwen3-vl-30b-a3b", narrow=True)
+    load = Workload(patches=256, text=20, new=2)
+    assert isinstance(model, Qwen3VLMoeForConditionalGeneration)
+    found = compare(model, load, {}, 1, warm_up=False)
+    tokens = int(build_workload(model, load)["input_ids"].shape[1])
+    width, heads, keys = 64, 2 * 32, 32
+    mlp = 6 * width * 32 * 2 + 2 * width * 4  # two of four experts, 32 wide
+    layer = 4 * tokens * width * (heads + keys) + 2 * tokens**2 * heads + tokens * mlp
+    assert found.report.llm_flops[1] == 10 * layer
+    assert found.report.llm_flops[0] < found.report.llm_flops[1] and found.cost.decoding > 0

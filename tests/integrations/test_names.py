@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness_names import LMMS_EVAL, OTHER_ENGINE, VLMEVALKIT
+from families._harness_names import LMMS_EVAL, OTHER_ENGINE, VLMEVALKIT
 
 LMMS_PYTHON, KIT_PYTHON = (os.environ.get(f"ILLAVA_{name}_PYTHON", "") for name in ("LMMS", "VLMEVAL"))
 HOW = "set ILLAVA_LMMS_PYTHON and ILLAVA_VLMEVAL_PYTHON: `make test-integrations` makes both environments"

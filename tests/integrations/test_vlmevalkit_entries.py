@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from families import families, family_of
-from harness_names import OTHER_ENGINE, VLMEVALKIT
+from families._harness_names import OTHER_ENGINE, VLMEVALKIT
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.integrations import vlmevalkit

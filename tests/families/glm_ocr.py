@@ -1,0 +1,28 @@
+"""GLM-OCR: GLM-4V's prompts and kinds of layers; MLPs of the tower have a width of their own, queries and keys norms.
+
+What the stock model wants, learned by running it: what GLM-4V wants.
+"""
+
+from __future__ import annotations
+
+from transformers import GlmOcrForConditionalGeneration
+
+from families.glm4v import Glm4V
+
+
+class GlmOcr(Glm4V):
+    """GLM-OCR."""
+
+    title = "GLM-OCR"
+    model_class = GlmOcrForConditionalGeneration
+    suites = {}
+    shapes = {}
+    stock_modules = ("glm_ocr.modeling_glm_ocr",)
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """One class."""
+        return ("glm_ocr",)
+
+
+FAMILY = GlmOcr()
