@@ -38,6 +38,7 @@ from illava_hooks.engine import family as engine_family
 from illava_hooks.engine import transport
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.finding import families as known_families
+from illava_hooks.engine.finding import find_family
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 #: Every `model_type` that the library knows.
@@ -97,9 +98,10 @@ def test_no_token_left_in_a_tile(family: str) -> None:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name in PRESETS])
 def test_preset_layers_that_the_model_lacks(family: str) -> None:
-    first = min(layer for layer in PRESETS[family]["image"].vit_layers if layer > 3)
+    model = tiny_model(family)
+    first = min(layer for layer in find_family(model).presets_of(model)["image"].vit_layers if layer > 3)
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model(family))
+        patch(model)
     assert_says(caught.value, f"^vit_layers contains {first}", "from the preset; give it yourself", r"0\.\.3")
 
 
@@ -131,7 +133,9 @@ def test_another_model() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sliding_windows(family: str) -> None:
     model = tiny_model(family)
-    model.config.text_config.layer_types = ["full_attention", "sliding_attention"] * 2
+    text = model.config.text_config
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * 4
+    text.layer_types = [kinds[0], "sliding_attention", *kinds[2:]]
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "use_sliding_window", "full attention", "load the model with")
