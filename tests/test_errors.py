@@ -133,7 +133,9 @@ def test_another_model() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sliding_windows(family: str) -> None:
     model = tiny_model(family)
-    model.config.text_config.layer_types = ["full_attention", "sliding_attention"] * 2
+    text = model.config.text_config
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * 4
+    text.layer_types = [kinds[0], "sliding_attention", *kinds[2:]]
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model, **GOOD)
     assert_says(caught.value, "use_sliding_window", "full attention", "load the model with")

@@ -13,7 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import QuantizedLayer
 
 from decode_helpers import IMAGE, KINDS, RAGGED, SETTINGS, TEXT, next_positions, patched, single
-from families import families_and
+from families import families, families_and
 from helpers import assert_differ, keyed
 from illava_hooks import merging, patch
 from illava_hooks.engine.compat import CACHE
@@ -60,7 +60,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("family", "kind"), families_and(KINDS))
+@pytest.mark.parametrize(("family", "kind"), families_and(KINDS, carries_state=False))
 def test_quantized_cache(family: str, kind: str, way: str, exact: dict[str, Any]) -> None:
     if way == "beams" and "reorder_cache" not in vars(QuantizedLayer):
         pytest.skip("stock: quantized caches of this release cannot be reordered")
@@ -79,7 +79,7 @@ def test_quantized_cache(family: str, kind: str, way: str, exact: dict[str, Any]
 @pytest.mark.skipif(
     not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="this release has no fp8 caches"
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(carries_state=False))
 def test_fp8_cache(family: str) -> None:
     """Really rounded: near, and not the same."""
     model = patched(family)
@@ -93,7 +93,7 @@ def test_fp8_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5], ids=["a prompt", "all folded in", "some behind"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(carries_state=False))
 def test_a_new_image_behind_a_quantized_cache(family: str, tokens: int, exact: dict[str, Any]) -> None:
     """Its tokens are ranked by the keys that the attention gets, whatever form the cache keeps them in."""
     model = patched(family)
