@@ -15,17 +15,19 @@ __all__ = ["draw_curves", "quality_table", "speed_table", "sweep_table"]
 def quality_table(rows: Sequence[Row]) -> list[str]:
     """Accuracy with its interval, loyalty and divergence; differences question by question."""
     lines = [
-        "| stage | kept | method | accuracy | 95 % interval | to `illava`, paired | `diverse` to it, paired "
-        "| loyalty | KL |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stage | kept | measured | method | questions | accuracy | 95 % interval | to `illava`, paired "
+        "| `diverse` to it, paired | loyalty | KL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     budgets = {(row.method, row.stage, row.kept): row for row in rows}
-    for row in sorted(rows, key=lambda r: (r.kept < 1, r.stage, -r.kept, -r.accuracy)):
+    for row in sorted(rows, key=lambda r: (r.kept < 1, r.stage, -r.kept, -(r.accuracy or 0))):
         illava, diverse = (budgets.get((method, row.stage, row.kept)) for method in ("illava", "diverse"))
-        first, last = row.accuracy_interval
+        first, last = row.accuracy_interval or (0, 0)
+        measured = "" if row.measured is None else f"{row.measured:.3f}"
         lines.append(
-            f"| {row.stage} | {row.kept:.3f} | {row.method} | {row.accuracy:.1%} | {first:.1%} to {last:.1%} "
-            f"| {lead(row, illava)} | {lead(diverse, row)} | {row.loyalty:.1%} | {row.divergence:.3f} |"
+            f"| {row.stage} | {row.kept:.3f} | {measured} | {row.method} | {row.questions} | {row.accuracy:.1%} "
+            f"| {first:.1%} to {last:.1%} | {lead(row, illava)} | {lead(diverse, row)} | {row.loyalty:.1%} "
+            f"| {row.divergence:.3f} |"
         )
     return lines
 

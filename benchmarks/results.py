@@ -4,7 +4,8 @@
     python benchmarks/results.py --measure         # runs the commands first, for all that is not there yet
     python benchmarks/results.py --commands        # prints the commands
 
-``evaluate`` does not repeat rows that are there; a speed is measured again once its file is deleted.
+What is there is measured again once its file is deleted. An ``evaluate`` that was broken off goes on with the rows
+that it left in ``build/results``.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from illava_hooks.tools.evaluate import read_rows
+from illava_hooks.tools.evaluate import read_header, read_rows
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
 
 DOCS = Path(__file__).parents[1] / "docs"
+BUILD = Path(__file__).parents[1] / "build" / "results"
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,17 @@ class Command:
         return f"{self.environment} illava-hooks {self.arguments}".strip()
 
     def run(self) -> None:
-        """Runs it, where something is missing."""
-        if self.is_bench and self.path.exists():
+        """Runs it, where its file is missing."""
+        if self.path.exists():
             return
+        BUILD.mkdir(parents=True, exist_ok=True)
         environment = os.environ | dict(part.split("=") for part in self.environment.split())
         tool = [sys.executable, "-m", "illava_hooks", *shlex.split(self.arguments)]
-        kept = subprocess.PIPE if self.is_bench else None
-        done = subprocess.run(tool, check=True, stdout=kept, cwd=DOCS.parent, env=environment)
+        done = subprocess.run(tool, check=True, stdout=subprocess.PIPE, cwd=BUILD, env=environment)
         if self.is_bench:
             self.path.write_bytes(done.stdout)
+        else:
+            shutil.move(BUILD / self.file, self.path)
 
 
 def benches() -> dict[str, Command]:
@@ -113,15 +119,24 @@ def evaluations() -> dict[str, Command]:
         published = f"--items scenes --questions 2000 --stages {choice} --methods illava,illava-reference"
         for table, asked in {**tables, "choices": published}.items():
             file = f"{model}-{table}.jsonl"
-            command = f"evaluate --model {model} {asked} --output docs/results/{file}"
+            command = f"evaluate --model {model} {asked} --output {file}"
             found[f"{model} {table}"] = Command(command, file)
     return found
+
+
+def measured_with(header: dict[str, Any] | None) -> str:
+    """What a file of rows says of its run."""
+    if header is None:
+        return "Rows of an earlier `evaluate`, which kept neither answers nor the measured fraction of all items."
+    versions, model = header["versions"], header["model"]
+    packages = " and ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
+    return f"Measured with {packages} on {model['device']}, {model['dtype']}."
 
 
 def table_of(command: Command) -> list[str]:
     """The table of what a command wrote."""
     if not command.is_bench:
-        return quality_table(read_rows(command.path))
+        return [*quality_table(read_rows(command.path)), "", measured_with(read_header(command.path))]
     found = json.loads(command.path.read_text())
     return sweep_table(found) if isinstance(found, list) else speed_table(found)
 

@@ -1,14 +1,20 @@
 """The pages of figures are what the commands under them gave."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import results
+import split
+from families import families, family_of
+from illava_hooks.cli import app
+from illava_hooks.tools.evaluate import read_header, read_rows
 
 BENCHMARKS = Path(results.__file__).parent
 
@@ -33,3 +39,72 @@ def test_the_page_of_results_is_what_was_measured(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "RESULTS.md").read_text() == page.read_text()
     for name in re.findall(r"\((results/.*?png)\)", page.read_text()):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_commands_of_the_page_measure_anew_in_a_fresh_clone() -> None:
+    """No row that comes with the repository lies where a printed command looks for rows."""
+    page = (results.DOCS / "RESULTS.md").read_text()
+    printed = re.findall(r"^`illava-hooks (evaluate .*)`$", page, re.MULTILINE)
+    assert printed == [str(command).removeprefix("illava-hooks ") for command in results.evaluations().values()]
+    for line in printed:
+        output = Path(shlex.split(line)[-1])
+        assert output.name == str(output) and not (BENCHMARKS.parent / output).exists()
+
+
+def test_rows_that_come_with_the_repository_are_reused_by_no_run(tmp_path: Path) -> None:
+    """By no run of other versions; those of earlier ones by none at all."""
+    command = results.evaluations()["tiny choices"]
+    file = tmp_path / command.file
+    shutil.copy(command.path, file)
+    if read_header(file) is not None:
+        file.write_text(file.read_text().replace('"code": "', '"code": "0', 1))
+    before = file.read_bytes()
+    line = command.arguments.replace("--questions 2000", "--questions 5").replace(command.file, str(file))
+    done = CliRunner().invoke(app, shlex.split(line))
+    assert done.exit_code == 2 and "delete it to measure anew" in done.stderr and done.stdout == ""
+    assert file.read_bytes() == before
+
+
+def test_a_table_is_measured_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    monkeypatch.setattr(results, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(results, "BUILD", tmp_path / "build")
+    arguments = "evaluate --items small-scenes --questions 5 --methods illava --kept 0.5 --output rows.jsonl"
+    command = results.Command(arguments, "rows.jsonl")
+    command.run()
+    header, rows = read_header(command.path), read_rows(command.path)
+    assert [row.method for row in rows] == ["none", "illava"] and header is not None
+    table = results.table_of(command)
+    assert f"| both | 0.500 | {rows[1].measured:.3f} | illava | 5 |" in "\n".join(table)
+    assert table[-1].startswith(f"Measured with torch {header['versions']['torch']} and transformers")
+    before = command.path.read_bytes()
+    command.run()
+    assert command.path.read_bytes() == before, "what is there stays"
+
+
+EMBEDDED = families(embedded=True)
+
+
+@pytest.mark.parametrize("row", [0.5, 0.3333, 0.1111])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_splits_are_compared_at_equal_flops(name: str, row: float) -> None:
+    """A later cut costs more at the same `keep`, so that it gets a smaller one, if any is as cheap."""
+    wanted = split.published_flops(name, row, split.SQUARE_ROOT)
+    later, earlier = (split.as_cheap(name, row, exponent) for exponent in (0.25, 0.75))
+    assert later is not None and earlier is not None and later < row < earlier
+    for keep, exponent in ((later, 0.25), (earlier, 0.75)):
+        assert split.published_flops(name, keep, exponent) == pytest.approx(wanted, abs=0.003)
+    assert split.as_cheap(name, 0.05, 0) is None, "all layers in front of the merge are as long as ever"
+
+
+@pytest.mark.parametrize("flags", [[], ["--equal-flops"]], ids=["equal keep", "equal FLOPs"])
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_table_of_splits(name: str, flags: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, rows = str(family_of(name).embedded), tmp_path / "rows.jsonl"
+    asked = ["--questions", "8", "--keep", "0.3333", "--exponents", "0.5,0.75", "--output", str(rows)]
+    split.main(["--model", model, *asked, *flags])
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    assert len(table) == 4 and len(rows.read_text().splitlines()) == 2
+    for cells in table[2:]:
+        assert float(cells[3]) == pytest.approx(float(cells[1]), abs=0.02)
+    assert (float(table[2][1]) == float(table[3][1])) == (not flags)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from helpers import TAKES_READY_FEATURES
 from illava_hooks.cli import app
+from illava_hooks.engine import finding
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,10 +32,23 @@ def commands() -> list[str]:
     return [line.split("  #")[0] for line in found if line.startswith("illava-hooks")]
 
 
+def write_files(folder: Path) -> list[str]:
+    """Writes the Python blocks of all pages that begin with a file's name, for the commands that take such a file."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "python"):
+            named = re.match(r"# (\w+\.py)\n", block)
+            if named:
+                assert found.setdefault(named[1], block) == block, f"{named[1]} is two files"
+                (folder / named[1]).write_text(block)
+    return list(found)
+
+
 @pytest.mark.parametrize("page", [page.name for page in PAGES if blocks(page, "python") and page.name != CLIENTS])
 def test_python(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after the other in one namespace; what they write is left nowhere."""
+    """The blocks of a page run in one namespace; what they write is left nowhere, what they register is forgotten."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finding, "_registered", {})
     names: dict[str, Any] = {"__name__": page}
     for number, block in enumerate(blocks(ROOT / "docs" / page, "python")):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
@@ -45,8 +59,24 @@ def test_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if " bench " in command and not TAKES_READY_FEATURES:
         pytest.skip("bench needs transformers 5.18")
     monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
     done = CliRunner().invoke(app, shlex.split(command)[1:])
     assert done.exit_code == 0, done.output
+
+
+def test_a_method_of_three_lines_is_measured_by_following_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert write_files(tmp_path) == ["mine.py"]
+    lines = [line for line in (tmp_path / "mine.py").read_text().splitlines()[1:] if line]
+    assert len(lines) <= 3
+    (command,) = [line for line in commands() if "mine.py:mine" in line]
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    rows = {line.split(" | ")[0]: line.split(" | ")[3:] for line in done.stdout.splitlines()[2:]}
+    assert list(rows) == ["| none", "| rows", "| illava", "| random"]
+    assert rows["| rows"] not in (rows["| illava"], rows["| random"]), "it is not one of the others"
 
 
 def test_settings_of_the_json_block_are_read(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from illava_hooks import METHODS, PRESETS, MergeReport, patch, session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.regions import listening
-from illava_hooks.errors import InputError
+from illava_hooks.errors import InputError, MergeConfigError
 from illava_hooks.tools.bench import (
     SHAPES,
     Comparison,
@@ -47,10 +47,21 @@ from illava_hooks.tools.evaluate import (
     run_items,
     sweep,
 )
+from illava_hooks.tools.progress import Progress
 
 FAMILIES = families(embedded=True)
 #: The smallest shape of each family.
 NARROW = {name: next(iter(family_of(name).shapes)) for name in families(shapes=True)}
+
+
+class Heard(Progress):
+    """Which rows run."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def step(self, what: str) -> None:
+        self.steps.append(what)
 
 
 class TestStatistics:
@@ -123,10 +134,9 @@ class TestSweep:
         stock, merged = rows
         assert stock.loyalty == 1 and stock.divergence == 0 and stock.accuracy == np.mean(stock.right)
         assert merged.divergence > 0 and merged.measured < 0.6
-        told: list[str] = []
-        again = sweep(model, processor, items, ["illava", "random"], **settings, advance=told.append)
-        assert told == ["unpatched", "random, both, 0.500"] and again[1] == merged
-        assert len(file.read_text().splitlines()) == 3
+        again = sweep(model, processor, items, ["illava", "random"], **settings, progress=(heard := Heard()))
+        assert heard.steps == ["unpatched", "random, both, 0.500"] and again[1] == merged
+        assert len(file.read_text().splitlines()) == 4, "a header and three rows"
 
     @pytest.mark.parametrize(
         ("asked", "told"),
@@ -139,10 +149,9 @@ class TestSweep:
     )
     def test_what_cannot_be_is_told_before_anything_runs(self, asked: Any, told: str) -> None:
         model, processor = tiny.load(FAMILIES[0])
-        ran: list[str] = []
-        with pytest.raises(InputError, match=told):
-            sweep(model, processor, scene_items(5), *asked, advance=ran.append)
-        assert ran == []
+        with pytest.raises((InputError, MergeConfigError), match=told):
+            sweep(model, processor, scene_items(5), *asked, progress=(heard := Heard()))
+        assert heard.steps == []
 
     def test_items_of_your_own(self, tmp_path: Path) -> None:
         for index, item in enumerate(scene_items(5)):
@@ -220,8 +229,41 @@ class TestBench:
             sizes[name] = model.num_parameters() / 1e9
         # Published sizes less the vocabularies: 152,000 words times the width, twice where they are not tied.
         assert sizes == pytest.approx(
-            {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}, rel=0.04
+            {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}
+            | {"gemma-3-4b": 3.63, "gemma-3-12b": 11.18},
+            rel=0.04,
         )
+
+    @needs_ready_features
+    def test_where_the_language_model_is_left_alone(self) -> None:
+        """Gemma 3: its cache is an unpatched one's, and what FLOPs allow is the encoder's share of the time."""
+        model = build_shape("gemma-3-4b", narrow=True)
+        found = comparison.compare(model, Workload(images=2, text=20, new=3), {}, 1, warm_up=False)
+        (plain,), (merged,) = found.plain, found.merged
+        report = found.report
+        assert plain.kv_bytes == merged.kv_bytes and report.llm_flops == report.kv_bytes == (0, 0)
+        assert len(report.visuals) == 2 and report.encoder_flops[0] < report.encoder_flops[1]
+        allowed = report.encoder_flops[0] / report.encoder_flops[1]
+        times = [stage.wall_s for stage in (plain.encoder, plain.projector, plain.language)]
+        assert found.ideal == pytest.approx((allowed * times[0] + times[1] + times[2]) / sum(times))
+        assert allowed < found.ideal < 1 and 0 < found.cost.share < 1 and found.cost.decoding > 0
+        assert flops_fit([found], merged=True) == 0
+        with pytest.raises(InputError, match="frames is 4, and Gemma 3 takes images only"):
+            build_workload(model, Workload(frames=4))
+
+    @needs_ready_features
+    def test_a_mixture_of_experts(self) -> None:
+        """FLOPs are those of the experts that a token is sent to, and of the router."""
+        model = build_shape("qwen3-vl-30b-a3b", narrow=True)
+        load = Workload(patches=256, text=20, new=2)
+        assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
+        found = comparison.compare(model, load, {}, 1, warm_up=False)
+        tokens = int(build_workload(model, load)["input_ids"].shape[1])
+        width, heads, keys = 64, 2 * 32, 32
+        mlp = 6 * width * 32 * 2 + 2 * width * 4  # two of four experts, 32 wide
+        layer = 4 * tokens * width * (heads + keys) + 2 * tokens**2 * heads + tokens * mlp
+        assert found.report.llm_flops[1] == 10 * layer
+        assert found.report.llm_flops[0] < found.report.llm_flops[1] and found.cost.decoding > 0
 
     @needs_ready_features
     @pytest.mark.parametrize("shape", NARROW.values())
@@ -352,6 +394,39 @@ class TestBench:
         assert body["report"]["visuals"][0]["prompt_tokens"] == 256 // family_of(family).patches_per_token
         # Only a fresh process has a peak that earlier runs did not leave room for.
         assert all(body[kind]["runs"][0]["encoder"]["peak_bytes"] > 0 for kind in ("unpatched", "merged"))
+
+    @needs_ready_features
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_model_with_few_words(self, family: str) -> None:
+        """The embedded models know some eighty words."""
+        arguments = f"bench --model {family_of(family).embedded} --patches 256 --rounds 1 --new-tokens 2".split()
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0 and "Worth it?" in result.stdout, result.output
+
+    @needs_ready_features
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("kind", ["images", "frames"])
+    @pytest.mark.parametrize("change", ["few words", "placeholder among the words", "brackets mean something"])
+    def test_words_are_those_of_the_model(self, family: str, kind: str, change: str) -> None:
+        model = tiny.load(family)[0]
+        size = model.get_input_embeddings().num_embeddings
+        if change == "few words":
+            size = max(model.config.image_token_id, model.config.video_token_id) + 3
+            model.resize_token_embeddings(size)
+        if change == "placeholder among the words":
+            model.config.image_token_id, model.config.video_token_id = 20, 21
+        if change == "brackets mean something":
+            model.config.image_token_id, model.config.video_token_id = 3, 4
+        load = (
+            Workload(images=2, patches=64, text=200) if kind == "images" else Workload(frames=2, patches=64, text=200)
+        )
+        inputs = build_workload(model, load)
+        ids, special = inputs["input_ids"], [model.config.image_token_id, model.config.video_token_id]
+        assert 0 <= ids.min() and ids.max() < size
+        visual = ids[torch.isin(ids, torch.tensor(special))]
+        assert len(visual.unique()) == 1, "text holds no placeholders"
+        assert len(visual) == ids.shape[1] - load.text - 2 * load.images, "nor do the words around a visual"
+        measure(model, inputs, new_tokens=1)
 
     @needs_ready_features
     @pytest.mark.parametrize("shape", [NARROW[n] for n in families(shapes=True, one_to_one=True, with_tiles=False)])

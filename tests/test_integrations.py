@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from families import families, family_of
+from harness_names import LMMS_EVAL
 from helpers import assert_says
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError
@@ -109,8 +110,8 @@ def lmms_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ours = "illava_hooks.integrations.lmms_eval.models"
     for parent in ("lmms_eval", "lmms_eval.models", "lmms_eval.models.chat", "lmms_eval.models.simple"):
         module(parent)
-    for harness in HARNESSES.values():
-        for place, name in harness.models.items():
+    for models in (*(harness.models for harness in HARNESSES.values()), *LMMS_EVAL.values()):
+        for place, name in models.items():
             module(f"lmms_eval.models.{place}", **{name: type(f"{place}.{name}", (Harness,), {})})
     module("lmms_eval.models.registry_v2", ModelManifest=lambda name, **paths: (name, paths))
     told: list[str] = []
@@ -127,11 +128,18 @@ class TestLmmsEval:
         from illava_hooks.integrations.lmms_eval import manifests
 
         found = dict(manifests())
-        assert set(found) == {f"{name}_illava" for name in HARNESSES}
-        for paths in found.values():
-            for path in paths.values():
+        known = {name: harness.models for name, harness in HARNESSES.items()} | LMMS_EVAL
+        assert set(found) == {f"{name}_illava" for name in known}
+        for family, models in known.items():
+            paths = found[f"{family}_illava"]
+            stock = set()
+            for kind, path in paths.items():
                 module, _, name = path.rpartition(".")
-                assert module == lmms_eval.__name__ and issubclass(getattr(lmms_eval, name), Harness)
+                made = getattr(lmms_eval, name)
+                assert module == lmms_eval.__name__ and issubclass(made, Harness)
+                stock.add(made.__bases__[-1].__name__)
+                assert made.__bases__[-1].__name__.startswith(kind.removesuffix("_class_path"))
+            assert stock == {f"{place}.{name}" for place, name in models.items()}
 
     @pytest.mark.parametrize(
         ("name", "family"), [(name, family) for family, harness in HARNESSES.items() for name in harness.ours]

@@ -18,6 +18,7 @@ from helpers import PROMPTS, VISUAL, assert_says, prompt
 from illava_hooks import METHODS, MergeConfigError, MergeReport, MergeSchedule, merging, patch, session_of
 from illava_hooks.config import split_keep
 from kind_helpers import CACHE
+from test_counts import RULES, check_counts, random_samples, with_quota
 from tiny_models import Inputs, Sample, inputs_for, tiny_model
 
 LAYERS: dict[str, Any] = {"vit_layers": [1, 2], "llm_layers": [1, 3]}
@@ -135,10 +136,19 @@ def test_the_check_notices_amounts_that_are_rounded_in_every_layer(monkeypatch: 
         return counts
 
     monkeypatch.setattr(MergeSchedule, "decoder_removed", by_ratio)
-    model = tiny_model("llava_onevision")
+    model = tiny_model(FAMILIES[0])
     patch(model, **LAYERS, keep=1 / 3)
     with pytest.raises(AssertionError):
         check_kept(run(model, prompt(model, "images")), 1 / 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_tell_what_enters_the_language_model(name: str, seed: int) -> None:
+    draw, model = random.Random(seed), tiny_model(name)
+    layers = draw.sample(family_of(name).merging_layers, 2)
+    patch(model, layers, llm_layers=[2], keep=draw.choice(KEEPS), method=with_quota(draw.choice(RULES)))
+    check_counts(model, random_samples(draw, name))
 
 
 # ---------------------------------------------------------------------------- where it is cut
@@ -300,9 +310,11 @@ def test_what_the_encoder_alone_cannot_reach_is_said_once(name: str, said: list[
     assert len(said) == bool(missed)
 
 
-def test_what_cannot_be_reached_is_said_in_one_family_at_least(said: list[str]) -> None:
-    """So that the tests before are about something."""
-    model = tiny_model("llava_onevision")
-    patch(model, [1, 2], llm_layers=[], keep=0.25)
-    run(model, inputs_for(model, [Sample(1, images=((60, 40),))]))
-    assert len(said) == 1 and said[0].startswith("keep is 0.25, and of some images another fraction is left")
+def test_what_cannot_be_reached_is_said_in_some_family(said: list[str]) -> None:
+    """So that the test before is about something."""
+    for name in families(one_to_one=False):
+        model = tiny_model(name)
+        patch(model, [1, 2], llm_layers=[], keep=0.25)
+        run(model, inputs_for(model, [Sample(1, images=((60, 40),))]))
+    assert said
+    assert all(line.startswith("keep is 0.25, and of some images another fraction is left") for line in said)

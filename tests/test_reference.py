@@ -75,9 +75,11 @@ def test_unmerged_reference_is_the_stock_model(family: str, case: str, dtype: to
     with torch.no_grad():
         stock = model(**inputs, output_hidden_states=True)
     ours = ref.reference_forward(model, inputs)
-    assert_close(ours.logits, stock.logits[0], STOCK_TOLERANCE[dtype])
-    assert_close(ours.hidden, stock.hidden_states[-1][0], STOCK_TOLERANCE[dtype])
-    assert ours.kv_lengths == [inputs["input_ids"].shape[1]] * len(family_of(family).attending(model))
+    known = family_of(family)
+    tolerance = STOCK_TOLERANCE[dtype] * (known.rounding if known.closest else 1)
+    assert_close(ours.logits, stock.logits[0], tolerance)
+    assert_close(ours.hidden, stock.hidden_states[-1][0], tolerance)
+    assert ours.kv_lengths == [inputs["input_ids"].shape[1]] * len(known.attending(model))
 
 
 @pytest.mark.parametrize(("family", "case"), families_and(SAMPLES, with_reference=True))

@@ -226,7 +226,7 @@ TEXTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
 
 def assert_refused(file: Path, words: tuple[str, ...]) -> None:
     """By `load` and by `patch`, in one line that names the file."""
-    model = tiny_model("llava_onevision")
+    model = tiny_model(FAMILIES[0])
     for read in (MergeConfig.load, lambda path: patch(model, preset=path)):
         with pytest.raises(MergeConfigError) as caught:
             read(file)
@@ -277,7 +277,7 @@ def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
         MergeConfig.load(tmp_path / name)
     assert_says(caught.value, "^path is ", r"ends in \.json")
     with pytest.raises(MergeConfigError) as caught:
-        patch(tiny_model("llava_onevision"), preset=name)
+        patch(tiny_model(FAMILIES[0]), preset=name)
     assert_says(caught.value, f"^preset is '{name}'", "'image', 'video', 'auto'", r"ends in \.json")
 
 

@@ -1,5 +1,7 @@
 """Merge redundant visual tokens in stock Hugging Face vision-language models, in one line, reversibly."""
 
+from typing import TYPE_CHECKING, Any
+
 from illava_hooks import tiny
 from illava_hooks.api import merging, patch, session_of, unpatch
 from illava_hooks.config import MergeConfig, MergeSchedule
@@ -19,6 +21,9 @@ from illava_hooks.merge.plan import SegmentPlan
 from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import ScoreInputs
 from illava_hooks.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from illava_hooks.tools.evaluate import evaluate
 
 __version__ = "0.1.0"
 
@@ -41,6 +46,7 @@ __all__ = [
     "SegmentPlan",
     "UnsupportedModelError",
     "__version__",
+    "evaluate",
     "merging",
     "patch",
     "register_family",
@@ -48,3 +54,17 @@ __all__ = [
     "tiny",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``evaluate`` comes when it is asked for: what only tools need is not imported by everybody."""
+    if name == "evaluate":
+        from illava_hooks.tools.evaluate import evaluate
+
+        return evaluate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+
+def __dir__() -> list[str]:
+    """Names that come later too."""
+    return sorted({*globals(), *__all__})

@@ -109,6 +109,7 @@ class Suite:
         video: Height and width of the frames, where they have sizes.
         vit_layers: The layers of the encoder that merge.
         vit_r: What each of them removes.
+        llm_layers: The layers of the decoder that merge.
         rows_are_visuals: Whether the tower's output has a row for each image or video.
         all_weights_train: Whether gradients reach every weight.
     """
@@ -122,6 +123,7 @@ class Suite:
     video: tuple[int, int] = (16, 16)
     vit_layers: tuple[int, ...] = (0, 1)
     vit_r: int | float = 0.25
+    llm_layers: tuple[int, ...] = (1,)
     rows_are_visuals: bool = True
     all_weights_train: bool = True
 

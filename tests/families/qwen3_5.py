@@ -57,6 +57,7 @@ class Qwen35(Qwen3VL):
     shapes = {"qwen3.5-0.8b": 0.60, "qwen3.5-9b": 7.38}
     rounding = 10
     carries_state = True
+    beams_mix_images = ">=5.18,<5.21"
     closest = 1e-5  # stock's delta rule works in float32, on chunks that begin where a row's padding does
     stock_modules = ("qwen3_5.modeling_qwen3_5", "qwen3_5_moe.modeling_qwen3_5_moe")
 

@@ -70,7 +70,7 @@ class Qwen3VL(Qwen2VL):
         "Qwen3VL": Suite(vision=FEW_BLOCKS, image=(24, 24)),
         "Qwen3VLMoe": Suite(Qwen3VLMoeForConditionalGeneration, FEW_BLOCKS, EXPERTS, image=(24, 24)),
     }
-    shapes = {"qwen3-vl-2b": 1.82, "qwen3-vl-4b": 4.05, "qwen3-vl-8b": 7.53}
+    shapes = {"qwen3-vl-2b": 1.82, "qwen3-vl-4b": 4.05, "qwen3-vl-8b": 7.53, "qwen3-vl-30b-a3b": 30.45}
     stock_modules = ("qwen3_vl.modeling_qwen3_vl", "qwen3_vl_moe.modeling_qwen3_vl_moe")
     lmms_eval = None
     vlmevalkit = None

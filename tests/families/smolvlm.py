@@ -59,6 +59,7 @@ class SmolVLM(Family):
     tiles_are_visuals = True
     back_ends = ("eager", "sdpa", "flex_attention")
     forward_counts_padding = True
+    beams_mix_images = "==5.18.*"
     seam = "inputs_merger" if hasattr(SmolVLMModel, "inputs_merger") else "get_placeholder_mask"
     tower_name = "vision_model"
     language_name = "text_model"

@@ -13,7 +13,8 @@ from transformers import Glm4vMoeForConditionalGeneration
 from families import family
 from families.glm4v import EXPERTS
 from families.qwen2_vl import patches_of
-from illava_hooks import Method, merging, patch, unpatch
+from helpers import assert_says
+from illava_hooks import Method, PatchStateError, UnsupportedModelError, merging, patch, unpatch
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers.glm4v import Glm4V
@@ -208,6 +209,29 @@ def test_the_mixture_of_experts_merges_and_is_stock_when_idle() -> None:
     assert session.report.kept_fraction < 0.5
     unpatch(model)
     assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("layers", [{"vit_layers": [1]}, {"llm_layers": [1]}], ids=str)
+def test_a_balancing_loss_is_refused_in_a_call_that_merges(layers: dict[str, Any]) -> None:
+    model = mixture()
+    inputs = inputs_for(model, [Sample(1, images=((24, 32),))])
+    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
+    stock = model(**asked)
+    patch(model, **{"vit_layers": [], "llm_layers": [], "vit_r": 0.5, "llm_ratio": 0.5, **layers})
+    with pytest.raises(PatchStateError) as caught:
+        model(**asked)
+    assert_says(caught.value, "^output_router_logits is True", r"use output_router_logits=False, or merging\(")
+    with merging(model, False):
+        assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+
+
+def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:
+    model = mixture()
+    model.config.text_config.output_router_logits = True
+    with pytest.raises(UnsupportedModelError) as caught:
+        patch(model, **SETTINGS)
+    assert_says(caught.value, "^text_config.output_router_logits is True", "set output_router_logits=False")
+    patch(model, [], 0, [], 1.0)
 
 
 @pytest.mark.parametrize("experts", [False, True])

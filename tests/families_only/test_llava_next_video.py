@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from decode_helpers import patched, single
-from families.llava_next_video import PATCHES
+from families.llava import PATCHES
 from helpers import assert_says, feature_outputs
 from illava_hooks import UnsupportedModelError, merging, patch, session_of
 from illava_hooks.engine.records import records_of

@@ -136,6 +136,9 @@ def test_compact_layout_needs_a_square() -> None:
     with pytest.raises(MergeConfigError) as caught:
         patch(tiny_model(NAME), [1], 4, [1], 0.5, method="illava-reference")
     assert_says(caught.value, "layout 'compact'", "leaves 60", "'aligned'", "49")
+    with pytest.raises(MergeConfigError) as caught:
+        patch(tiny_model(NAME), [1], llm_layers=[1], keep=0.5, method="illava-reference")
+    assert_says(caught.value, "layout 'compact'", "keep leaves 45", "'aligned'", "36")
 
 
 def test_tiles_are_clamped_where_a_method_can_give_only_half(caplog: pytest.LogCaptureFixture) -> None:

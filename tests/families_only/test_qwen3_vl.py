@@ -275,13 +275,14 @@ def test_pictures_are_what_the_stock_processors_made() -> None:
 
 @needs_ready_features
 def test_time_is_a_text_between_slices() -> None:
-    """The workload of a benchmark has every slice in brackets of its own, as the processor does."""
+    """The workload of a benchmark has every slice in brackets of its own behind its time, as the processor does."""
     model = tiny_model(NAME, text={"vocab_size": 1024})
     inputs = build_workload(model, Workload(frames=4, patches=16, text=4))
     ids = inputs["input_ids"][0].tolist()
     token = model.config.video_token_id
     assert ids.count(token) == 2 * 4
-    assert ids[2:8] == [3, token, token, token, token, 4] == ids[8:14]
+    time, slice_ids = [10] * 6, [3, token, token, token, token, 4]  # "<", "0", ".", "3", " seconds", ">"
+    assert ids[2:26] == 2 * [*time, *slice_ids]
     with torch.no_grad():
         model(**inputs)
 
@@ -289,6 +290,6 @@ def test_time_is_a_text_between_slices() -> None:
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("qwen3-vl")])
 def test_published_shapes_have_their_tower(name: str) -> None:
     vision = build_shape(name, device="meta").config.vision_config
-    large = name == "qwen3-vl-8b"
+    large = name in ("qwen3-vl-8b", "qwen3-vl-30b-a3b")
     assert vision.deepstack_visual_indexes == ([8, 16, 24] if large else [5, 11, 17])
     assert (vision.depth, vision.hidden_size) == ((27, 1152) if large else (24, 1024))

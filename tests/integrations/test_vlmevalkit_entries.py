@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from families import families, family_of
+from harness_names import OTHER_ENGINE, VLMEVALKIT
 from illava_hooks import MergeConfigError, UnsupportedModelError, patch, session_of, tiny
 from illava_hooks.errors import InputError
 from illava_hooks.integrations import vlmevalkit
@@ -35,11 +36,15 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     kit, config, run = ModuleType("vlmeval"), ModuleType("vlmeval.config"), ModuleType("vlmeval.run")
     found: dict[str, Any] = {"Some-API": object()}
     assert {family: set(names) for family, names in vlmevalkit.STOCK.items()} == {
-        family: set(kit.entries) for family, kit in KITS.items()
+        **{family: set(kit.entries) for family, kit in KITS.items()},
+        **{family: set(names) for family, names in VLMEVALKIT.items()},
     }
-    for family, known in KITS.items():
-        for name in (*known.others, *vlmevalkit.STOCK[family]):
+    for known in KITS.values():
+        for name in (*known.others, *known.entries):
             found[name] = partial(Loader, model_path=f"{known.hub}/{name}", **known.arguments)
+    for name in (name for names in VLMEVALKIT.values() for name in names):
+        engine = {"use_vllm": True} if name in OTHER_ENGINE else {}
+        found[name] = partial(Loader, model_path=f"somebody/{name}", temperature=0.7, **engine)
     started: list[list[str]] = []
     vars(config)["supported_VLM"] = found
     vars(run).update(main=lambda: started.append(sys.argv[1:]), started=started)
@@ -54,11 +59,13 @@ class TestRegistering:
         before = dict(entries)
         names = vlmevalkit.register()
         stocks = [name for family in vlmevalkit.STOCK.values() for name in family]
-        assert names == [f"{name}-iLLaVA" for name in stocks] and len(names) == 2 * len(KITS)
+        assert names == [f"{name}-iLLaVA" for name in stocks]
+        assert len(names) == 2 * len(KITS) + sum(map(len, VLMEVALKIT.values()))
         assert {name: entry for name, entry in entries.items() if name not in names} == before
         for stock, name in zip(stocks, names, strict=True):
             assert issubclass(entries[name].func, Loader) and entries[name].func is not Loader
-            assert entries[name].keywords == {**before[stock].keywords, "method": "illava", "preset": "auto"}
+            expected = {**before[stock].keywords, "method": "illava", "preset": "auto"}
+            assert entries[name].keywords == (expected | {"use_vllm": False} if stock in OTHER_ENGINE else expected)
 
     @pytest.mark.parametrize(("stock", "family"), [(kit.entries[0], family) for family, kit in KITS.items()])
     def test_an_entry_loads_a_merged_model(self, entries: dict[str, Any], stock: str, family: str) -> None:
@@ -68,6 +75,13 @@ class TestRegistering:
         assert loaded.arguments == {**KITS[family].arguments, "use_vllm": False}
         session = session_of(loaded.model)
         assert session is not None and session.config == patch(tiny.load(family)[0]).config
+
+    def test_another_engine_is_switched_off_unless_it_is_asked_for(self, entries: dict[str, Any]) -> None:
+        vlmevalkit.register()
+        name, path = f"{OTHER_ENGINE[0]}-iLLaVA", str(tiny.folder(FIRST))
+        assert session_of(entries[name](model_path=path).model) is not None
+        with pytest.raises(UnsupportedModelError, match="use_vllm is True; only the model of transformers"):
+            entries[name](model_path=path, use_vllm=True)
 
     def test_settings_of_an_entry_and_of_a_call(self, entries: dict[str, Any]) -> None:
         vlmevalkit.register(vit_layers="2-3", vit_r=0.25, llm_layers=[1], llm_ratio=0.5, method="nearest")
@@ -153,7 +167,8 @@ class TestTheCommand:
         ("line", "message"),
         [
             (["--add", "mine"], "write NAME=PATH"),
-            (["--method", "best"], "invalid choice: 'best'"),
+            (["--method", "best"], "method is 'best'"),
+            (["--method", "nowhere.py:mine"], "there is no file 'nowhere.py'"),
             (["--vit-r", "much"], "vit_r is 'much'"),
         ],
     )

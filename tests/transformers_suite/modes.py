@@ -5,16 +5,29 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from families import FAMILIES, Family, Suite, family
-from illava_hooks import MergeSession, PatchStateError, patch
+from families import FAMILIES, Family, Suite, _gemma3, family
+from illava_hooks import METHODS, MergeSession, PatchStateError, patch
 
-__all__ = ["CLASSES", "LEFT_OUT", "MODES", "SAMPLED", "SAMPLE_MODES", "merged", "patch_when_constructed"]
+__all__ = [
+    "CLASSES",
+    "IN_HALF",
+    "LEFT_OUT",
+    "MODES",
+    "RANDOM_SCORES",
+    "SAMPLED",
+    "SAMPLE_MODES",
+    "merged",
+    "patch_when_constructed",
+]
 
 #: What is tested, by the names of the test classes.
 CLASSES: dict[str, tuple[Family, Suite]] = {
-    name: (known, suite) for known in map(family, FAMILIES) for name, suite in known.suites.items()
+    name: (known, suite)
+    for known in (*map(family, FAMILIES), _gemma3.FAMILY)
+    for name, suite in vars(type(known)).get("suites", {}).items()  # a family's own, not those that it inherits
 }
 
 #: Those of families without an embedded model: unless ``--all`` is asked for, less is run on them.
@@ -23,9 +36,14 @@ SAMPLE_MODES = ("stock", "merging")
 #: Left out of a sample: loading, which no hook sees, and most of the 24 settings in which back-ends are compared.
 LEFT_OUT = re.compile(r"test_bc_torch_dtype|test_eager_matches_sdpa_inference_(?!09_|13_)|test_can_init_all_missing")
 
+#: Compares attention back-ends in half precision, in which they round so far apart that near ties between scores break
+#: otherwise and other tokens merge: there the scores are random ones, the same for every back-end.
+IN_HALF = re.compile(r"test_eager_matches_sdpa_inference_\d+_b?fp?16")
+RANDOM_SCORES = replace(METHODS["illava"], name="random scores", encoder_score="random", llm_score="random")
+
 
 def _layers(suite: Suite) -> dict[str, Any]:
-    return {"vit_layers": list(suite.vit_layers), "llm_layers": [1]}
+    return {"vit_layers": list(suite.vit_layers), "llm_layers": list(suite.llm_layers)}
 
 
 #: Settings of each run, as functions of a suite; None: the stock model.
@@ -39,7 +57,9 @@ MODES: dict[str, Callable[[Suite], dict[str, Any]] | None] = {
 }
 
 
-def patch_when_constructed(model_class: Any, settings: dict[str, Any], sessions: list[MergeSession]) -> None:
+def patch_when_constructed(
+    model_class: Any, settings: Callable[[], dict[str, Any]], sessions: list[MergeSession]
+) -> None:
     """Wraps a class's constructor for the life of the process.
 
     ``from_pretrained``, ``from_config`` and subclasses all come through it. A model with a head constructs the bare
@@ -47,7 +67,7 @@ def patch_when_constructed(model_class: Any, settings: dict[str, Any], sessions:
 
     Args:
         model_class: the class.
-        settings: arguments of ``patch``.
+        settings: gives the arguments of ``patch``.
         sessions: where the session of each patched model is put.
     """
     construct: Callable[..., None] = model_class.__init__
@@ -61,7 +81,7 @@ def patch_when_constructed(model_class: Any, settings: dict[str, Any], sessions:
         finally:
             _under_construction.pop()
         if outermost:
-            sessions.append(patch(self, **settings))
+            sessions.append(patch(self, **settings()))
 
     model_class.__init__ = constructed
 
@@ -72,6 +92,7 @@ _under_construction: list[Any] = []
 def merged(session: MergeSession) -> bool:
     """Whether a model ran a forward that removed tokens."""
     try:
-        return session.report.kept_fraction < 1
+        report = session.report
     except PatchStateError:
         return False
+    return report.kept_fraction < 1 or report.encoder_flops[0] < report.encoder_flops[1]

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from transformers_suite.expected import DIFFERENT
-from transformers_suite.modes import CLASSES, MODES, SAMPLE_MODES, SAMPLED
+from transformers_suite.modes import CLASSES, LEFT_OUT, MODES, SAMPLE_MODES, SAMPLED
 from transformers_suite.outcomes import Outcomes
 from transformers_suite.sdist import unpack
 
@@ -42,16 +42,13 @@ def main() -> int:
     parser.add_argument("--workers", default="2", help="processes that share the tests of a run")
     parser.add_argument("--all", action="store_true", help="all tests in all runs, also where a sample is enough")
     parser.add_argument("--only", nargs="+", choices=list(CLASSES), help="these; of others the last results stay")
-    parser.add_argument("--write", action="store_true", help=f"fill this version's table in {PAGE.name}; with --all")
+    parser.add_argument("--write", action="store_true", help=f"fill this version's table in {PAGE.name}")
     options = parser.parse_args()
-    if options.write and not options.all:
-        parser.error("--write wants --all")
     release, began = version("transformers"), time.monotonic()
     names, sampled = options.only or list(CLASSES), frozenset() if options.all else SAMPLED
     plan = {mode: [n for n in names if n not in sampled or mode in SAMPLE_MODES] for mode in MODES}
-    stored = {mode: run(mode, release, options.workers, chosen, bool(sampled)) for mode, chosen in plan.items()}
-    runs = {mode: {test: what for test, what in stored[mode].items() if class_of(test) in plan[mode]} for mode in plan}
-    lines = table(stored if options.write else runs, sampled)
+    runs = {mode: run(mode, release, options.workers, chosen, bool(sampled)) for mode, chosen in plan.items()}
+    lines = table({mode: kept(mode, release, names, runs[mode]) for mode in runs} if options.write else runs)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = f"{time.monotonic() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU"
     print(f"\ntransformers {release}, torch {version('torch')}: {took}", *lines, sep="\n")
@@ -73,17 +70,16 @@ def run(mode: str, release: str, workers: str, names: list[str], sample: bool) -
         sample: Whether a sample is enough on ``SAMPLED``.
 
     Returns:
-        The outcomes, and those of the last run of each other model.
+        The outcomes.
 
     Raises:
         SystemExit: pytest could not run.
     """
     tests = unpack(release, BUILD)
-    report, results = tests / f"{mode}-now.json", tests / f"{mode}.json"
-    others: Outcomes = json.loads(results.read_text()) if results.exists() else {}
-    if not names:
-        return others
+    report = tests / f"{mode}-now.json"
     report.unlink(missing_ok=True)
+    if not names:
+        return {}
     paths = [str(tests), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -103,10 +99,17 @@ def run(mode: str, release: str, workers: str, names: list[str], sample: bool) -
     if done.returncode not in (0, 1) or not report.exists():
         raise SystemExit(f"pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
     print(done.stdout.strip().rpartition("\n")[2], flush=True)
-    outcomes: Outcomes = {test: what for test, what in others.items() if class_of(test) not in names}
-    outcomes |= json.loads(report.read_text())
-    results.write_text(json.dumps(outcomes, indent=1, sort_keys=True))
+    outcomes: Outcomes = json.loads(report.read_text())
     return outcomes
+
+
+def kept(mode: str, release: str, names: list[str], outcomes: Outcomes) -> Outcomes:
+    """Outcomes of some models, and those of others that were kept last; keeps them all."""
+    results = BUILD / release / f"{mode}.json"
+    known: Outcomes = json.loads(results.read_text()) if results.exists() else {}
+    known = {test: what for test, what in known.items() if class_of(test) not in names} | outcomes
+    results.write_text(json.dumps(known, indent=1, sort_keys=True))
+    return known
 
 
 def class_of(test: str) -> str:
@@ -142,15 +145,16 @@ def count(outcomes: Outcomes, family: str, what: str) -> int:
     return sum(test["outcome"] == what for test in own)
 
 
-def table(runs: dict[str, Outcomes], sampled: frozenset[str]) -> list[str]:
+def table(runs: dict[str, Outcomes]) -> list[str]:
     """Counts of each run, and the failures with their reasons, in Markdown."""
     columns = ("passed", "failed", "skipped", "patched", "merged")
     lines = ["| family | run | passed | failed | skipped | models patched | models that merged |", "|---" * 7 + "|"]
     for family, title in FAMILIES.items():
         for mode, outcomes in runs.items():
             counts = [str(count(outcomes, family, what)) for what in columns]
-            if any(class_of(test) == family for test in outcomes):
-                name = f"{title} (a sample)" if family in sampled else title
+            own = [test.partition("::")[2] for test in outcomes if class_of(test) == family]
+            if own:
+                name = title if any(map(LEFT_OUT.match, own)) else f"{title} (a sample)"
                 lines.append(f"| {' | '.join([name, TITLES[mode], *counts])} |")
     failed: dict[str, list[str]] = {}
     for mode, outcomes in runs.items():

@@ -15,12 +15,22 @@ import pytest
 
 from families import Modality
 from illava_hooks import MergeSession
-from transformers_suite.modes import CLASSES, LEFT_OUT, MODES, SAMPLED, merged, patch_when_constructed
+from transformers_suite.modes import (
+    CLASSES,
+    IN_HALF,
+    LEFT_OUT,
+    MODES,
+    RANDOM_SCORES,
+    SAMPLED,
+    merged,
+    patch_when_constructed,
+)
 from transformers_suite.sdist import PACKAGE
 from transformers_suite.testers import Tester, packed
 
 common: Any = import_module(f"{PACKAGE}.test_modeling_common")
 SESSIONS: list[MergeSession] = []
+METHOD: dict[str, Any] = {}  # of the test that runs
 
 
 def new_tester(name: str) -> Tester:
@@ -34,7 +44,8 @@ LESS = SAMPLED if "HF_SUITE_SAMPLE" in os.environ else frozenset()
 if (settings := MODES[os.environ["HF_SUITE_MODE"]]) is not None:
     for name in NAMES:
         for model_class in new_tester(name).model_classes:
-            patch_when_constructed(model_class, settings(CLASSES[name][1]), SESSIONS)
+            given = settings(CLASSES[name][1])
+            patch_when_constructed(model_class, lambda given=given: {**given, **METHOD}, SESSIONS)
 
 
 class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ignore[misc]
@@ -74,8 +85,9 @@ class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ig
             super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
 
     @pytest.fixture(autouse=True)
-    def count(self, record_property: Callable[[str, object], None]) -> Iterator[None]:
-        """Notes how many models were patched, and how many of them merged."""
+    def count(self, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator[None]:
+        """Chooses the method; notes how many models were patched, and how many of them merged."""
+        METHOD["method"] = RANDOM_SCORES if IN_HALF.match(request.node.name) else "illava"
         SESSIONS.clear()
         yield
         record_property("patched", len(SESSIONS))

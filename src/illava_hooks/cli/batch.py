@@ -13,6 +13,7 @@ from illava_hooks.cli.options import (
     Device,
     Dtype,
     Frames,
+    Keep,
     LlmLayers,
     LlmRatio,
     MethodName,
@@ -42,7 +43,8 @@ def batch(
     vit_r: VitR = None,
     llm_layers: LlmLayers = None,
     llm_ratio: LlmRatio = None,
-    method: MethodName = "illava",
+    keep: Keep = None,
+    method: MethodName = None,
     preset: Preset = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
     frames: Frames = 32,
@@ -59,8 +61,9 @@ def batch(
     from illava_hooks.integrations.batch import BatchAnswers
     from illava_hooks.integrations.batch_job import BatchJob
 
-    numbers = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio)
-    settings = {} if no_merge else {**numbers, "method": method, "preset": preset}
+    settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
+    if method is not None:
+        settings["method"] = method  # by its name: each process looks it up for itself
     answers = BatchAnswers(
         model,
         merge=not no_merge,
@@ -69,7 +72,7 @@ def batch(
         frames=frames,
         device=device,
         dtype=dtype,
-        **settings,
+        **({} if no_merge else settings),
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:

@@ -71,8 +71,9 @@ def bench(
 ) -> None:
     """Measure prefill, decoding, memory and the cost of merging, without and with it in turn."""
     from illava_hooks.tools import bench as tool
-    from illava_hooks.tools.loading import find_device, find_dtype, load_model
+    from illava_hooks.tools.loading import find_device, find_dtype, load_model, quiet
 
+    quiet()
     if (shape is None) == (model is None):
         raise InputError("give one of --shape (random weights) and --model (a folder or a hub name)")
     check_target("--plot", plot)
@@ -129,14 +130,21 @@ def evaluate(
     items: Annotated[
         str, typer.Option(help="scenes, small-scenes, pairs, clips, easy-vqa, or a JSONL file.")
     ] = "scenes",
-    questions: Annotated[int, typer.Option(help="How many of them at most.")] = 2000,
-    methods: Annotated[str, typer.Option(help="Names, separated by commas; also uniform and downsample.")] = "",
+    questions: Annotated[
+        int | None, typer.Option(help="How many of them at most; by default 2,000, or all of a file.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Names or file.py:NAME, separated by commas; also uniform and downsample.")
+    ] = "",
     stages: Annotated[str, typer.Option(help="Of encoder, language, both.")] = "both",
     kept: Annotated[str, typer.Option(help="Fractions of visual tokens kept.")] = "0.5,0.3333,0.2222,0.1111",
     keep: Annotated[
         str | None, typer.Option(help="Fractions for patch(model, keep=...) instead of --stages and --kept: 1/2,1/3.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Rows as JSON lines; what is there is not run again.")] = None,
+    match: Annotated[str, typer.Option(help="How answers are compared: exact, relaxed or contains.")] = "exact",
+    output: Annotated[
+        Path | None, typer.Option(help="Rows and answers as JSON lines; an interrupted run goes on with them.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
     device: Device = "auto",
@@ -144,32 +152,27 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure accuracy, loyalty and divergence of methods at equal budgets."""
-    from illava_hooks.methods import METHODS
-    from illava_hooks.tools.datasets import load_items
-    from illava_hooks.tools.evaluate import CONTROLS, print_rows, sweep
+    from illava_hooks.tools.evaluate import evaluate as measure
+    from illava_hooks.tools.evaluate import print_rows
     from illava_hooks.tools.loading import load_model, parse_number, quiet
 
     quiet()
     check_target("--output", output)
     if keep is not None:
         stages, kept = _one_number(context, keep)
-    # The published layout needs a square number of survivors, which few budgets leave.
-    free = [name for name, method in METHODS.items() if method.layout == "aligned"]
-    names = [name for name in methods.split(",") if name] or [*dict.fromkeys([*free, *CONTROLS])]
     fractions = [float(parse_number(part, "--kept") or 0) for part in kept.split(",")]
-    asked = load_items(items, questions)
-    network, processor = load_model(model, device, dtype)
-    rows = sweep(
-        network,
-        processor,
-        asked,
-        names,
-        stages.split(","),
-        fractions,
-        output,
-        batch_size,
-        max_new_tokens,
-        advance=partial(print, file=sys.stderr),
+    names = [name for name in methods.split(",") if name]
+    rows = measure(
+        *load_model(model, device, dtype),
+        items,
+        names or None,
+        stages=stages.split(","),
+        kept=fractions,
+        questions=questions,
+        match=match,
+        output=output,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
     )
     print_rows(rows)
 

@@ -28,7 +28,9 @@ LlmRatio = Annotated[str | None, typer.Option(help="Fraction of visual tokens ke
 Keep = Annotated[
     str | None, typer.Option(help="One number for both: the fraction of visual tokens left in the end, 1/3.")
 ]
-MethodName = Annotated[str | None, typer.Option("--method", help="See `illava-hooks info`; illava by default.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="A name (see `illava-hooks info`) or file.py:NAME; illava by default.")
+]
 Preset = Annotated[
     str, typer.Option(help="image, video, auto or a file of settings: for the numbers that are not given.")
 ]
@@ -84,10 +86,12 @@ def merge_settings(
     """The settings as ``patch`` takes them; what needs no model is refused here, before one is loaded.
 
     Raises:
-        IllavaHooksError: a value is no number, ``--keep`` comes with amounts, or a file of settings cannot be read.
+        IllavaHooksError: a value is no number, ``--keep`` comes with amounts, there is no such method, or a file of
+            settings cannot be read.
     """
     from illava_hooks.config import check_preset
     from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
+    from illava_hooks.tools.methods import find_method
 
     for option, amount in (("--vit-r", vit_r), ("--llm-ratio", llm_ratio)):
         if keep is not None and amount is not None:
@@ -101,4 +105,5 @@ def merge_settings(
         "keep": parse_fraction(keep, "--keep"),
         "preset": preset,
     }
-    return settings if method is None else {**settings, "method": method}  # else a file of settings may say it
+    # Where none is given, a file of settings may say it.
+    return settings if method is None else {**settings, "method": find_method(method)}

@@ -270,11 +270,12 @@ def continue_call(
         embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])
         kwargs["inputs_embeds"] = embeds
     width, inside_generate = embeds.shape[1], current_generation() is not None
+    logical = cache_layer(cache, kinds.index("attention")).get_seq_length()
     made: dict[Any, tuple[Any, Ledger]] = {}
     masks: list[Any] = []
     for layer_idx, kind in enumerate(kinds):
         if kind == "recurrent":
-            masks.append(_recurrent_mask(kwargs.get("attention_mask"), embeds))
+            masks.append(_recurrent_mask(kwargs.get("attention_mask"), embeds, logical))
             continue
         layer: Any = cache_layer(cache, layer_idx)
         past, ledger = layer.num_keys(), layer.ledger
@@ -293,19 +294,23 @@ def continue_call(
     return kwargs
 
 
-def _recurrent_mask(attention_mask: Any, queries: Tensor) -> Any:
-    """Which of a call's tokens a recurrent layer reads, ``(B, N)``, or None for all: stock looks at the last columns.
+def _recurrent_mask(attention_mask: Any, queries: Tensor, past: Any) -> Any:
+    """Which of a call's tokens a recurrent layer reads, ``(B, N)``, or None for all.
 
     Args:
-        attention_mask: what a text model accepts.
+        attention_mask: what a text model accepts. One that is longer than the sequence says nothing by its end; of one
+            that is shorter, stock looks at the last columns.
         queries: ``(B, N, C)``, all tokens of the call.
+        past: tokens before the call.
     """
     if isinstance(attention_mask, dict):
         return attention_mask["linear_attention"]
     width = queries.shape[1]
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or width == 1:
         return None
-    return attention_mask[:, -width:]
+    end = torch.as_tensor(past + width, device=attention_mask.device).clamp_max(attention_mask.shape[1])
+    columns = (end - width + torch.arange(width, device=attention_mask.device)).clamp_min(0)
+    return attention_mask[:, columns]
 
 
 def _read(attention_mask: Any, layer: MergedLayer, past: Any, width: int, inside_generate: bool) -> None:

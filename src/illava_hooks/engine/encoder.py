@@ -19,7 +19,7 @@ from torch import Tensor
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.counts import SegmentCounts, encoder_counts, keeps_quota, shown_units
-from illava_hooks.engine.padding import Padding, Shares, padded_segments
+from illava_hooks.engine.padding import Padding, Shares, filled_up, padded_segments
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.regions import in_region
@@ -86,6 +86,7 @@ class EncoderRun:
         visible: Visible | None = None,
         padding: Padding | None = None,
         shrink: Shrink | None = None,
+        filled: bool = False,
     ) -> None:
         """Plans all counts.
 
@@ -99,12 +100,14 @@ class EncoderRun:
             visible: what the layout will show; None: everything.
             padding: which patches of rows of equal length show something; None: all.
             shrink: cuts a layer's keyword arguments down to the survivors; None: nothing in them belongs to tokens.
+            filled: whether rows of one width hold segments of unequal length: behind each of them lies padding up to
+                one unit more than the longest. It is a segment of its own, which nobody sees.
         """
         self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
-        self.visible, self.padding, self._shrink = visible, padding, shrink
+        self.visible, self.padding, self._shrink, self._filled = visible, padding, shrink, filled
         self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
         self.lengths = self._plan(lengths)
         #: Segments of what attends to each other, before, between and after the merges.
@@ -132,7 +135,8 @@ class EncoderRun:
                 f"vit_r is {wish} and removes nothing: this encoder gives up whole groups of {unit} patches; use "
                 f"{unit} or more, or a float"
             )
-        return [segment.units for segment in counts]
+        planned = [segment.units for segment in counts]
+        return filled_up(planned) if self._filled else planned
 
     def _plan_padded(self, padding: Padding, plain: SegmentCounts, num_patches: int) -> SegmentCounts:
         """The same for tiles with padding, of which all give up as many as the one that can give least."""

@@ -20,7 +20,7 @@ from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.merge.segments import Segments, host_table
 
-__all__ = ["Padding", "Shares", "TileCounts", "padded_segments"]
+__all__ = ["Padding", "Shares", "TileCounts", "filled_up", "padded_segments"]
 
 #: Kinds of units; those that merge, each with its like, come first.
 WHOLE, EMPTY, MIXED = range(3)
@@ -140,3 +140,16 @@ def padded_segments(
     lengths = [n for n, _ in counts]
     order = torch.argsort(number.flatten(), stable=True)[: sum(lengths)]
     return Segments.from_lengths(lengths, order), tuple(m for _, m in counts)
+
+
+def filled_up(planned: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Counts of segments and of the padding behind each: rows stay equally wide, and each keeps a unit of padding.
+
+    A longer segment gives up no less than a shorter one, so padding never grows.
+    """
+    widths = [max(column) + 1 for column in zip(*planned, strict=True)]
+    return [
+        counts
+        for units in planned
+        for counts in (units, tuple(width - n for width, n in zip(widths, units, strict=True)))
+    ]

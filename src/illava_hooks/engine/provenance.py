@@ -124,6 +124,18 @@ def selection(rows: Tensor, num_columns: int) -> Tensor:
     return sparse(torch.arange(len(rows)), rows.clamp_min(0), (rows >= 0).float(), (len(rows), num_columns))
 
 
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """Sparse matrices beside and below each other, zero elsewhere."""
+    rows, columns, values, height, width = [], [], [], 0, 0
+    for block in blocks:
+        index = block.indices()
+        rows.append(index[0] + height)
+        columns.append(index[1] + width)
+        values.append(block.values())
+        height, width = height + block.shape[0], width + block.shape[1]
+    return sparse(torch.cat(rows), torch.cat(columns), torch.cat(values), (height, width))
+
+
 def take_rows(matrix: Tensor, rows: Tensor) -> Tensor:
     """Selects rows of a sparse matrix."""
     return torch.index_select(matrix, 0, rows.cpu()).coalesce()

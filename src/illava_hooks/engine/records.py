@@ -105,5 +105,8 @@ def with_stock_keys(part: Any) -> Any:
     for name, value in part.items():
         if name != RECORDS:
             plain[name] = value  # in the order of stock: tuples have no names
+    for name, value in vars(part).items():
+        if name not in part and name not in vars(plain):
+            setattr(plain, name, value)  # Gemma 4's features in older releases are no entry, but an attribute
     setattr(plain, RECORDS, part[RECORDS])
     return plain

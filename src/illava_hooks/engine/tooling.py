@@ -44,6 +44,7 @@ class Workload:
         batch: samples.
         text: text tokens per sample.
         new: generated tokens.
+        words: ids that text is drawn from; those of the model's vocabulary that mean nothing special to it.
     """
 
     tiles: int = 3
@@ -53,11 +54,23 @@ class Workload:
     batch: int = 1
     text: int = 64
     new: int = 8
+    words: tuple[int, ...] = tuple(range(10, 1000))
 
-    def prompt(self, token: int, length: int, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Ids and mask: text, ``count`` visuals of ``length`` placeholders in brackets each, and text."""
-        visual = [3, *[token] * length, 4] * count
-        text = torch.randint(10, 1000, (self.batch, self.text), generator=generator)
+    def prompt(
+        self, token: int, length: int, count: int, generator: torch.Generator, time: int = 0
+    ) -> dict[str, Tensor]:
+        """Ids and mask: text, ``count`` visuals of ``length`` placeholders between two words each, and text.
+
+        Args:
+            token: the placeholder.
+            length: placeholders of a visual.
+            count: visuals of a sample.
+            generator: where random numbers come from.
+            time: text tokens in front of each visual, that tell the time of a frame.
+        """
+        first, last = self.words[0], self.words[-1]
+        visual = [*[first] * time, first, *[token] * length, last] * count
+        text = torch.tensor(self.words)[torch.randint(len(self.words), (self.batch, self.text), generator=generator)]
         before = self.text // 2
         row = torch.tensor(visual).expand(self.batch, -1)
         ids = torch.cat([text[:, :before], row, text[:, before:]], 1)
@@ -75,6 +88,9 @@ class PublishedShape:
         heads: query heads.
         kv_heads: key heads.
         source: the checkpoint whose configuration it is.
+        experts: of each layer in place of one MLP; 0: there are none.
+        chosen: experts that a token is sent to.
+        expert_mlp: MLP width of an expert.
     """
 
     hidden: int
@@ -83,6 +99,9 @@ class PublishedShape:
     heads: int
     kv_heads: int
     source: str
+    experts: int = 0
+    chosen: int = 0
+    expert_mlp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +109,11 @@ class LmmsEval:
     """The model classes of lmms-eval for a family, as module and class below ``lmms_eval.models``.
 
     Attributes:
-        simple: for tasks of text and pictures.
+        simple: for tasks of text and pictures; None: there is none.
         chat: for the model's chat format; None: there is none.
         names_device: whether the class's default device map is refused by now, so that one must be given.
     """
 
-    simple: str
+    simple: str | None = None
     chat: str | None = None
     names_device: bool = False

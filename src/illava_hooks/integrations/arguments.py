@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from illava_hooks.errors import MergeConfigError
+from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
+from illava_hooks.tools.methods import find_method
 
-__all__ = ["split_arguments"]
+__all__ = ["known_method", "split_arguments"]
 
 _LAYERS = ("vit_layers", "llm_layers")
 _AMOUNTS = ("vit_r", "llm_ratio")
@@ -29,7 +31,8 @@ def split_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     ``illava_llm_r`` is the fraction kept. Our own names leave to the preset what is not given.
 
     Args:
-        given: arguments by name; layers as ``5-6-7-8``, a single number or a list.
+        given: arguments by name; layers as ``5-6-7-8``, a single number or a list; a method as ``find_method`` takes
+            it.
 
     Returns:
         What ``patch`` takes, and all that is left, for the harness.
@@ -59,7 +62,14 @@ def split_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             settings[name] = parse_number(settings[name], name)
         elif isinstance(settings[name], str) and name == _KEEP:
             settings[name] = parse_fraction(settings[name], name)
+        elif name == "method":
+            settings[name] = known_method(settings[name])
     return settings, left
+
+
+def known_method(choice: str | Method) -> str | Method:
+    """A name in ``METHODS`` as it is, and the ``Method`` that anything else stands for (``find_method``)."""
+    return choice if isinstance(choice, str) and choice in METHODS else find_method(choice)
 
 
 def _translated(published: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from PIL import Image
 from illava_hooks.api import patch
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import InputError, PatchStateError
+from illava_hooks.integrations.arguments import known_method
 from illava_hooks.tools.loading import load_model, quiet
 from illava_hooks.tools.media import Media, load_media, to_rgb
 
@@ -92,7 +93,7 @@ class BatchAnswers:
             device: "auto" (CUDA where there is one), or a torch device.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), or a torch dtype's name.
             folder: what relative paths are relative to.
-            settings: arguments of ``patch``.
+            settings: arguments of ``patch``; a method also as ``file.py:NAME``.
 
         Raises:
             InputError: a number is not positive, or there are settings without merging.
@@ -123,7 +124,10 @@ class BatchAnswers:
             quiet()
             model, processor = load_model(self.model, self.device, self.dtype)
             processor.tokenizer.padding_side = "left"  # answers are appended on the right
-            session = patch(model, **self.settings) if self.merge else None
+            settings = dict(self.settings)
+            if "method" in settings:
+                settings["method"] = known_method(settings["method"])
+            session = patch(model, **settings) if self.merge else None
             self._loaded = model, processor, session
         return self._loaded
 

@@ -17,8 +17,8 @@ from illava_hooks.api import patch
 from illava_hooks.config import check_preset
 from illava_hooks.engine.finding import FromFamilies, families
 from illava_hooks.errors import IllavaHooksError, InputError, UnsupportedModelError
-from illava_hooks.integrations.arguments import split_arguments
-from illava_hooks.methods import DEFAULT_METHOD, METHODS, Method, resolve_method
+from illava_hooks.integrations.arguments import known_method, split_arguments
+from illava_hooks.methods import DEFAULT_METHOD, METHODS, Method
 
 __all__ = ["STOCK", "main", "register"]
 
@@ -27,6 +27,8 @@ STOCK: Mapping[str, tuple[str, ...]] = FromFamilies(
     lambda family: {family.name: family.vlmevalkit} if family.vlmevalkit else {}
 )
 _SUFFIX = "-iLLaVA"
+#: Arguments of the kit's classes that put another engine in place of transformers' model.
+_ENGINES = ("use_vllm", "use_lmdeploy")
 
 
 def register(
@@ -45,8 +47,9 @@ def register(
 ) -> list[str]:
     """Adds merged models to the kit's ``supported_VLM``; what is there under the same name is replaced.
 
-    An entry is the kit's own one, arguments included, but for its class, which patches the model that it loads. It
-    takes the settings of ``patch`` beside the arguments of the kit's class, also from a ``--config`` of the kit.
+    An entry is the kit's own one, arguments included, but for its class, which patches the model that it loads, and
+    for another engine such as vLLM, which is switched off. It takes the settings of ``patch`` beside the arguments of
+    the kit's class, also from a ``--config`` of the kit.
 
     Args:
         name: of the entry; by default all of ``STOCK`` with "-iLLaVA" behind their names. Without ``model_path`` the
@@ -58,7 +61,7 @@ def register(
         llm_layers: decoder layers.
         llm_ratio: fraction kept.
         keep: fraction left in the end, instead of ``vit_r`` and ``llm_ratio``.
-        method: a name in ``METHODS`` or a ``Method``.
+        method: a name in ``METHODS``, ``file.py:NAME`` or a ``Method``.
         preset: "image", "video", "auto" or a file of settings.
         arguments: of the kit's class, such as ``min_pixels``, instead of those of its entry.
 
@@ -71,7 +74,7 @@ def register(
             knows is refused when it is loaded.
     """
     entries = _entries()
-    resolve_method(method)
+    method = known_method(method)
     check_preset(preset)
     given = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio, "keep": keep}
     settings, _ = split_arguments({setting: value for setting, value in given.items() if value is not None})
@@ -92,7 +95,8 @@ def register(
                 f"name is {wanted!r}; give a name of the kit with {_SUFFIX!r} behind it, or model_path for a model of "
                 "your own"
             )
-        made[wanted] = partial(_merging(entry.func), *entry.args, **{**entry.keywords, **arguments})
+        stay = {engine: False for engine in _ENGINES if engine in entry.keywords}  # what merges is transformers' model
+        made[wanted] = partial(_merging(entry.func), *entry.args, **{**entry.keywords, **stay, **arguments})
     entries.update(made)
     return list(made)
 
@@ -114,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llm-layers", help="decoder layers, as 6-7-8")
     parser.add_argument("--llm-ratio", help="fraction of the visual tokens kept in each")
     parser.add_argument("--keep", help="one number instead of --vit-r and --llm-ratio: the fraction left, as 1/3")
-    parser.add_argument("--method", default=DEFAULT_METHOD, choices=list(METHODS))
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=f"one of {', '.join(METHODS)}, or file.py:NAME")
     parser.add_argument("--preset", default="auto", help="image, video, auto or a file, of what is not given")
     parser.add_argument(
         "--add", action="append", default=[], metavar="NAME=PATH", help="a model of your own: folder or hub name"
@@ -177,7 +181,7 @@ class _Merging:
 
     def __init__(self, *given: Any, **arguments: Any) -> None:
         settings, others = split_arguments(arguments)
-        for engine in ("use_vllm", "use_lmdeploy"):
+        for engine in _ENGINES:
             if others.get(engine):
                 raise UnsupportedModelError(
                     f"{engine} is {others[engine]!r}; only the model of transformers can merge; leave {engine} out"

@@ -65,10 +65,12 @@ class PackedFamily(Family):
     Attributes:
         merging_blocks: the merging class of each stock block.
         frames_apart: whether each temporal slice of a video has a place of its own in the prompt.
+        time_tokens: about how many tokens of text tell the time of such a slice.
     """
 
     merging_blocks: Mapping[type[nn.Module], type[MergingLayer]]
     frames_apart: bool = False
+    time_tokens: int = 0
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging blocks' classes, wraps the feature methods, hooks the tower."""
@@ -184,7 +186,8 @@ class PackedFamily(Family):
         modality: Modality = "video" if load.frames else "image"
         token = config.video_token_id if load.frames else config.image_token_id
         groups = slices if self.frames_apart else 1
-        inputs = load.prompt(token, slices * load.patches // 4 // groups, count * groups, generator)
+        time = self.time_tokens if load.frames else 0
+        inputs = load.prompt(token, slices * load.patches // 4 // groups, count * groups, generator, time)
         rows = load.batch * count * slices * load.patches
         inputs[PIXELS[modality]] = torch.randn(rows, channels, generator=generator)
         inputs[f"{modality}_grid_thw"] = torch.tensor([[slices, height, width]] * (load.batch * count))

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
@@ -21,13 +21,30 @@ from illava_hooks.engine.encoder_layers import TowerHook, change_layers
 from illava_hooks.engine.family import Family, ModelParts, Stage, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import Picture
+from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.errors import InputError, UnsupportedModelError
 from illava_hooks.patchers._blocks import BlockFeatures, ExpandTower, tile_pictures
 from illava_hooks.patchers._towers import MergingSiglipEncoderLayer
 
 __all__ = ["FAMILY", "Gemma3"]
+
+_TOWER: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 896,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_NARROW_TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 2,
+    "image_size": 224,
+}
 
 
 class Gemma3(Family):
@@ -42,6 +59,14 @@ class Gemma3(Family):
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": MergeSchedule((5, 6, 7, 8), 0.16, (), 1.0)})
     encoder_layer_types = (SiglipEncoderLayer,)
     other_tower = "vision_tower has {kind} layers; only SigLIP towers can be patched; use one"
+    shapes: Mapping[str, PublishedShape] = MappingProxyType(
+        {
+            "gemma-3-4b": PublishedShape(2560, 10240, 34, 8, 4, "google/gemma-3-4b-it"),
+            "gemma-3-12b": PublishedShape(3840, 15360, 48, 16, 8, "google/gemma-3-12b-it"),
+        }
+    )
+    lmms_eval = LmmsEval("simple.gemma3.Gemma3")
+    vlmevalkit = ("Gemma3-4B", "Gemma3-12B", "Gemma3-27B")
 
     def tower(self, base: Any) -> Any:
         """The SigLIP tower."""
@@ -102,6 +127,33 @@ class Gemma3(Family):
         """Pooling and projection."""
         projector: nn.Module = base.multi_modal_projector
         return projector
+
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
+        """Images of one tile each.
+
+        Raises:
+            InputError: a video is asked for.
+        """
+        if load.frames:
+            raise InputError(f"frames is {load.frames}, and {self.title} takes images only; use frames 0")
+        config, size = model.config, model.config.vision_config.image_size
+        inputs = load.prompt(config.image_token_id, config.mm_tokens_per_image, load.images, generator)
+        inputs["token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+        inputs["pixel_values"] = torch.randn(load.batch * load.images, 3, size, size, generator=generator)
+        return inputs
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """SigLIP, and heads of their own width in the decoder, of whose layers every sixth sees all."""
+        from transformers import Gemma3Config
+
+        return Gemma3Config(
+            vision_config=_TOWER | (_NARROW_TOWER if narrow else {}),
+            text_config={**text, "head_dim": 32 if narrow else 256, "sliding_window": 1024},
+            mm_tokens_per_image=16 if narrow else 256,
+            image_token_index=placeholders["image"],
+            boi_token_index=3,
+            eoi_token_index=4,
+        )
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         """Each tile, as the encoder sees it."""

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers.models.glm4v.modeling_glm4v import Glm4vVisionBlock
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeVisionBlock
 
-from illava_hooks.config import MergeSchedule, Modality
+from illava_hooks.config import MergeConfig, MergeSchedule, Modality
+from illava_hooks.engine.decoder import DecoderRun
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer
+from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
-from illava_hooks.engine.tooling import PublishedShape, Workload
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape, Workload
+from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
 __all__ = ["FAMILY", "Glm4V", "MergingGlm4vMoeVisionBlock", "MergingGlm4vVisionBlock"]
@@ -49,17 +52,29 @@ class Glm4V(PackedFamily):
 
     name = "glm4v"
     title = "GLM-4V"
-    model_types = ("glm4v", "glm4v_moe")
+    model_types: tuple[str, ...] = ("glm4v", "glm4v_moe")
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": _PRESET, "video": _PRESET})
-    encoder_layer_types = (Glm4vVisionBlock, Glm4vMoeVisionBlock)
+    encoder_layer_types: tuple[type[nn.Module], ...] = (Glm4vVisionBlock, Glm4vMoeVisionBlock)
     merging_blocks: Mapping[type[nn.Module], type[MergingLayer]] = MappingProxyType(
         {Glm4vVisionBlock: MergingGlm4vVisionBlock, Glm4vMoeVisionBlock: MergingGlm4vMoeVisionBlock}
     )
     other_tower = "visual has {kind} blocks; use a stock GLM-4V model"
     frames_apart = True
+    time_tokens = 1  # whole seconds
     shapes: Mapping[str, PublishedShape] = MappingProxyType(
         {"glm-4.1v-9b": PublishedShape(4096, 13696, 40, 32, 2, "zai-org/GLM-4.1V-9B-Thinking")}
     )
+    lmms_eval: LmmsEval | None = LmmsEval("simple.glm4v.GLM4V")
+    vlmevalkit: tuple[str, ...] = ("GLM4_1VThinking-9b",)
+
+    def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
+        """Refuses a balancing loss over experts, too."""
+        super().check(model, parts, config)
+        refuse_balancing_by_default(self.text_config(model), config)
+
+    def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
+        """Nothing else lies along the sequence; what routers saw of it is refused."""
+        refuse_balancing(kwargs)
 
     def expand_states(self, run: EncoderRun, out: Any) -> None:
         """Hidden states by patches; the last one, also among the others, by groups."""

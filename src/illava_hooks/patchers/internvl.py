@@ -21,7 +21,7 @@ from illava_hooks.engine.encoder_layers import MergingLayer, TowerHook, change_l
 from illava_hooks.engine.family import Family, ModelParts, changed_layers
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
+from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import current_run
 from illava_hooks.errors import UnsupportedModelError
@@ -97,6 +97,7 @@ class InternVL(Family):
             "internvl3-8b": PublishedShape(3584, 18944, 28, 28, 4, "OpenGVLab/InternVL3-8B-hf"),
         }
     )
+    lmms_eval = LmmsEval(chat="chat.internvl_hf.InternVLHf")
 
     def tower(self, base: Any) -> Any:
         """InternVL's own."""

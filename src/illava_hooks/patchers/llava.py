@@ -18,7 +18,7 @@ from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import Picture, PublishedShape, Workload
+from illava_hooks.engine.tooling import LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import in_features
 from illava_hooks.errors import InputError
@@ -53,6 +53,7 @@ class Llava(TowerFamily):
             "llava-1.5-13b": PublishedShape(5120, 13824, 40, 40, 40, "llava-hf/llava-1.5-13b-hf"),
         }
     )
+    lmms_eval = LmmsEval("simple.llava_hf.LlavaHf", "chat.llava_hf.LlavaHf", names_device=True)
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Changes the tower, wraps ``get_image_features``."""

@@ -9,7 +9,7 @@ from typing import Any
 from illava_hooks.config import MergeSchedule, Modality
 from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.patchers._anyres import AnyresFamily, AnyresFeatures
 from illava_hooks.patchers._towers import CLIP_CONFIG, NARROW_CLIP_CONFIG
 
@@ -33,6 +33,8 @@ class LlavaNext(AnyresFamily):
             "llava-next-mistral-7b": PublishedShape(4096, 14336, 32, 32, 8, "llava-hf/llava-v1.6-mistral-7b-hf"),
         }
     )
+    lmms_eval = LmmsEval("simple.llava_hf.LlavaHf", "chat.llava_hf.LlavaHf", names_device=True)
+    vlmevalkit = ("llava_next_vicuna_7b", "llava_next_mistral_7b")
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Changes the tower, wraps the feature method and the packing."""

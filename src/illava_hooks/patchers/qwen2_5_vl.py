@@ -27,7 +27,7 @@ from illava_hooks.engine.hookset import Hook
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.engine.transport import current_run
 from illava_hooks.errors import InputError, UnsupportedModelError
 from illava_hooks.merge.segments import scatter_back
@@ -76,6 +76,8 @@ class Qwen25VL(PackedFamily):
             "qwen2.5-vl-7b": PublishedShape(3584, 18944, 28, 28, 4, "Qwen/Qwen2.5-VL-7B-Instruct"),
         }
     )
+    lmms_eval = LmmsEval("simple.qwen2_5_vl.Qwen2_5_VL", "chat.qwen2_5_vl.Qwen2_5_VL")
+    vlmevalkit = ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-3B-Instruct")
 
     def check(self, model: Any, parts: ModelParts, config: MergeConfig) -> None:
         """Refuses merges where attention stays within windows, too."""

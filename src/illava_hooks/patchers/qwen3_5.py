@@ -23,7 +23,7 @@ from illava_hooks.engine.decoder import DecoderRun
 from illava_hooks.engine.encoder_layers import MergingLayer
 from illava_hooks.engine.family import LayerKind, ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape, RecurrentShape
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
 
@@ -81,6 +81,8 @@ class Qwen35(PackedFamily):
             "qwen3.5-9b": PublishedShape(4096, 12288, 32, 16, 4, "Qwen/Qwen3.5-9B"),
         }
     )
+    lmms_eval = LmmsEval("simple.qwen3_5.Qwen3_5", "chat.qwen3_5.Qwen3_5")
+    vlmevalkit = ("Qwen3.5-27B", "Qwen3.5-35B-A3B")
 
     # ------------------------------------------------------------------ what is possible
 
@@ -98,7 +100,8 @@ class Qwen35(PackedFamily):
 
     def layer_kinds(self, text: Any) -> Sequence[LayerKind]:
         """Gated delta nets are recurrent."""
-        return tuple("recurrent" if kind == "linear_attention" else "attention" for kind in text.layer_types)
+        kinds = text.layer_types[: text.num_hidden_layers]
+        return tuple("recurrent" if kind == "linear_attention" else "attention" for kind in kinds)
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
         """Nothing else lies along the sequence; what routers saw of it is refused."""

@@ -24,7 +24,7 @@ from illava_hooks.engine.encoder_layers import MergingLayer
 from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PublishedShape
+from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.merge.plan import MergePlan, apply_merge
 from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
 from illava_hooks.patchers._packed import MergingBlock, PackedFamily
@@ -50,7 +50,7 @@ _NARROW_TOWER: Mapping[str, Any] = MappingProxyType(
         "num_heads": 2,
     }
 )
-#: Wider decoders come with the large tower.
+#: Wider decoders, and those with experts, come with the large tower.
 _WIDEST_WITH_SMALL_TOWER = 2560
 
 
@@ -117,13 +117,19 @@ class Qwen3VL(PackedFamily):
     )
     other_tower = "visual has {kind} blocks; use a stock Qwen3-VL model"
     frames_apart = True
+    time_tokens = 6  # "<0.3 seconds>"
     shapes: Mapping[str, PublishedShape] = MappingProxyType(
         {
             "qwen3-vl-2b": PublishedShape(2048, 6144, 28, 16, 8, "Qwen/Qwen3-VL-2B-Instruct"),
             "qwen3-vl-4b": PublishedShape(2560, 9728, 36, 32, 8, "Qwen/Qwen3-VL-4B-Instruct"),
             "qwen3-vl-8b": PublishedShape(4096, 12288, 36, 32, 8, "Qwen/Qwen3-VL-8B-Instruct"),
+            "qwen3-vl-30b-a3b": PublishedShape(
+                2048, 6144, 48, 32, 4, "Qwen/Qwen3-VL-30B-A3B-Instruct", experts=128, chosen=8, expert_mlp=768
+            ),
         }
     )
+    lmms_eval = LmmsEval("simple.qwen3_vl.Qwen3_VL", "chat.qwen3_vl.Qwen3_VL")
+    vlmevalkit = ("Qwen3-VL-8B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-VL-2B-Instruct", "Qwen3-VL-30B-A3B-Instruct")
 
     # ------------------------------------------------------------------ what is possible
 
@@ -192,14 +198,16 @@ class Qwen3VL(PackedFamily):
         return replace(shape, mlp_flops=tuple(sparse if _routes(text, i) else dense for i in range(shape.depth)))
 
     def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
-        """The tower, heads of their own width, and interleaved M-RoPE in the decoder."""
-        from transformers import Qwen3VLConfig
+        """The tower, heads of their own width, and interleaved M-RoPE in the decoder, with experts or without."""
+        from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
         head, sections = (32, [8, 4, 4]) if narrow else (128, [24, 20, 20])
         rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
-        tower = _SMALL_TOWER if text["hidden_size"] <= _WIDEST_WITH_SMALL_TOWER else _LARGE_TOWER
+        sparse = "num_experts" in text
+        small = text["hidden_size"] <= _WIDEST_WITH_SMALL_TOWER and not sparse
+        tower = _SMALL_TOWER if small else _LARGE_TOWER
         vision = {**tower, **(_NARROW_TOWER if narrow else {}), "out_hidden_size": text["hidden_size"]}
-        return Qwen3VLConfig(
+        return (Qwen3VLMoeConfig if sparse else Qwen3VLConfig)(
             vision_config=vision,
             text_config={**text, "head_dim": head, "rope_parameters": rope},
             image_token_id=placeholders["image"],

@@ -139,6 +139,7 @@ class SmolVLM(Family):
     encoder_layer_types = tuple(_LAYERS)
     other_tower = "vision_model has {kind} layers; use a stock SmolVLM or Idefics3 model"
     shapes: Mapping[str, PublishedShape] = MappingProxyType(_SHAPES)
+    vlmevalkit = ("SmolVLM2", "SmolVLM2-500M", "SmolVLM2-256M")
 
     def tower(self, base: Any) -> Any:
         """The tower."""

@@ -1,10 +1,9 @@
-"""Questions with known answers: held-out scenes of the embedded models, and easy-VQA."""
+"""Questions about pictures: held-out scenes of the embedded models, easy-VQA, and items of one's own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from illava_hooks.errors import InputError
 from illava_hooks.tiny.questions import QUESTION_KINDS, ask_clip, ask_pair, ask_scene
 from illava_hooks.tiny.scenes import SMALL_CELL, Split, draw_clip, draw_scene
-from illava_hooks.tools.media import load_media
+from illava_hooks.tools.items import Item, make_item
 
 __all__ = ["SUITES", "Item", "clip_items", "easy_vqa_items", "load_items", "pair_items", "read_items", "scene_items"]
 
@@ -22,34 +21,16 @@ SIZES = ((64, 64), (64, 128), (128, 64), (128, 128))
 _SEEDS = {"train": 0, "validation": 10_000, "test": 20_000}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Item:
-    """One question about one prompt's pictures.
-
-    Attributes:
-        kind: what is asked for, such as "color".
-        pictures: RGB arrays (H, W, 3) of the prompt's images, or one array (F, H, W, 3) of a video's frames.
-        video: whether it is a video.
-        question: the text.
-        answer: one word.
-    """
-
-    kind: str
-    pictures: tuple[NDArray[np.uint8], ...]
-    video: bool
-    question: str
-    answer: str
-
-
 def scene_items(count: int, split: Split = "test", cell: int | None = None) -> list[Item]:
-    """Questions about single images, the same number of every kind, sizes in turn.
+    """Questions about single images, of every kind as many (or one more of the first kinds), sizes in turn.
 
     Args:
         count: of all questions.
         split: whose seeds and digits.
         cell: 16 for small things only, 32 for large ones only.
     """
-    wanted = {kind: count // len(QUESTION_KINDS) for kind in QUESTION_KINDS}
+    each, rest = divmod(count, len(QUESTION_KINDS))
+    wanted = {kind: each + (number < rest) for number, kind in enumerate(QUESTION_KINDS)}
     items: list[Item] = []
     for index, rng in _generators(split, 1):
         if not any(wanted.values()):
@@ -112,34 +93,32 @@ def read_items(file: Path, num_frames: int = 32) -> list[Item]:
     """Items of your own.
 
     Args:
-        file: JSON lines with ``image`` (a path, a list of paths or a folder) or ``video``, ``question``, ``answer``
-            and, if you like, ``kind``; paths are relative to the file, and may be absolute or lead out of its folder.
+        file: JSON lines with ``image`` (a path, a list of paths or a folder) or ``video`` (a path), ``question`` and,
+            if you like, ``answer`` (or a list of all that are right) and ``kind``; paths are relative to the file,
+            and may be absolute or lead out of its folder. Empty lines do not count.
         num_frames: frames taken of a video.
 
     Raises:
         InputError: the file, a line of it or a picture cannot be read.
     """
     try:
-        lines = file.read_text().splitlines()
+        data = file.read_bytes()
+        text = data.decode(json.detect_encoding(data))  # UTF-8 or UTF-16, with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"items {str(file)!r} cannot be read ({error}); give a file with JSON lines") from error
     items = []
-    for number, line in enumerate(lines, start=1):
+    # At line feeds only: JSON may hold the other line ends, such as U+2028, inside of a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{file.name}, line {number}"
         try:
             row = json.loads(line)
-            visual = row.get("image") or row["video"]
-            paths = [file.parent / path for path in ([visual] if isinstance(visual, str) else visual)]
-            question, answer, kind = str(row["question"]), str(row["answer"]), str(row.get("kind", file.stem))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{file.name}, line {number} is no item ({error!r}); write image or video, question and answer as JSON"
+                f"{where} is no item ({error}); write image or video, question and answer as JSON, one object a line"
             ) from error
-        found = [load_media(path, num_frames) for path in paths]
-        if found[0].kind == "video":
-            items.append(Item(kind, (found[0].frames,), True, question, answer))
-        else:
-            pictures = tuple(np.array(image) for media in found for image in media.images)
-            items.append(Item(kind, pictures, False, question, answer))
+        items.append(make_item(row, where, file.parent, file.stem, num_frames))
     if not items:
         raise InputError(f"items {str(file)!r} is empty; write one JSON object a line")
     return items
@@ -155,19 +134,20 @@ SUITES: dict[str, Callable[[int], list[Item]]] = {
 }
 
 
-def load_items(name: str, count: int) -> list[Item]:
+def load_items(name: str, count: int | None = None) -> list[Item]:
     """A suite by name, or the first items of a file with JSON lines.
+
+    Args:
+        name: a key of ``SUITES`` or a file.
+        count: how many at most; None: 2,000 of a suite, all of a file.
 
     Raises:
         InputError: there is no such suite and no such file.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise InputError(f"questions is {count}; give 1 or more")
     if name in SUITES:
-        found = SUITES[name](count)
-        if not found:
-            raise InputError(f"questions is {count}, too few for all kinds; give {len(QUESTION_KINDS)} or more")
-        return found
+        return SUITES[name](2000 if count is None else count)
     if not Path(name).exists():
         raise InputError(f"items is {name!r}; choose one of {list(SUITES)} or give a file with JSON lines")
     return read_items(Path(name))[:count]

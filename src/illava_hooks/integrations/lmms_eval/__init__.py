@@ -35,6 +35,9 @@ def manifests() -> list[Any]:
 def classes_of(family: Family) -> dict[str, str]:
     """The names of our classes for a family, by what they are for: "simple", and "chat" where the harness has that."""
     name = f"{type(family).__name__}Illava"
-    if family.lmms_eval is None:
+    harness = family.lmms_eval
+    if harness is None:
         return {}
-    return {"simple": name} if family.lmms_eval.chat is None else {"simple": f"{name}Simple", "chat": name}
+    if harness.simple is None or harness.chat is None:
+        return {"simple" if harness.chat is None else "chat": name}
+    return {"simple": f"{name}Simple", "chat": name}

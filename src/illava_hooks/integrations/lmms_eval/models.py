@@ -54,8 +54,8 @@ def __getattr__(name: str) -> type:
 
 def _merging(name: str, kind: str, harness: LmmsEval) -> type:
     """A class of the harness whose model merges."""
-    path = harness.chat if kind == "chat" and harness.chat is not None else harness.simple
-    module, _, stock = path.rpartition(".")
+    path = harness.chat if kind == "chat" else harness.simple
+    module, _, stock = (path or "").rpartition(".")
     bases = [_Merging, *([_OneDevice] if harness.names_device else [])]
     bases.append(getattr(import_module(f"lmms_eval.models.{module}"), stock))
     return type(name, tuple(bases), {"__module__": __name__, "__doc__": f"``{stock}``, whose model merges."})

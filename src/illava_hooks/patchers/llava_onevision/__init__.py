@@ -81,7 +81,8 @@ class LlavaOnevision(Family):
         if config.method.layout == "compact":
             for schedule in (config.image, config.video):
                 removed = sum(schedule.encoder_removed(tokens_per_tile(stock)))
-                require_square(tokens_per_tile(stock) - removed)
+                given = "vit_r" if schedule.keep is None else "keep"
+                require_square(tokens_per_tile(stock) - removed, given)
 
     def install(self, parts: ModelParts, session: MergeSession) -> None:
         """Swaps merging layers' classes and wraps the four methods of the vision stage."""

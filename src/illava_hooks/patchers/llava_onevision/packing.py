@@ -82,8 +82,12 @@ def _kept_of_frame(base: Any, config: MergeConfig, num_tokens: int, num_kept: in
     return math.ceil(pooled * num_kept / num_tokens)
 
 
-def require_square(num_tokens: int) -> int:
+def require_square(num_tokens: int, given: str = "vit_r") -> int:
     """The side of the square grid that ``num_tokens`` survivors of a tile form.
+
+    Args:
+        num_tokens: survivors of a tile.
+        given: the setting that left so many, for the message.
 
     Raises:
         MergeConfigError: they form none.
@@ -91,7 +95,7 @@ def require_square(num_tokens: int) -> int:
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
         raise MergeConfigError(
-            f"layout 'compact' needs a square number of tokens per tile, vit_r leaves {num_tokens}; use layout "
+            f"layout 'compact' needs a square number of tokens per tile, {given} leaves {num_tokens}; use layout "
             f"'aligned' or settings that leave {side * side}"
         )
     return side

@@ -13,7 +13,7 @@ from typing import Any
 from illava_hooks.api import patch, unpatch
 from illava_hooks.engine.report import MergeReport, VisualReport
 from illava_hooks.errors import InputError
-from illava_hooks.methods import METHODS
+from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
 from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.workload import Workload, build_workload
@@ -50,6 +50,27 @@ class Comparison:
     def report(self) -> MergeReport:
         """What the merged runs merged; they all do the same."""
         return self.cost.report
+
+    @property
+    def ideal(self) -> float:
+        """The share of the unpatched prefill that the FLOPs allow.
+
+        Where the language model is left alone its FLOPs are not counted: then it is the time of each stage that the
+        FLOPs of the encoder shorten.
+        """
+        report = self.report
+        if report.llm_flops[1]:
+            return report.flops[0] / report.flops[1]
+        encoder = statistics.median(run.encoder.wall_s for run in self.plain)
+        projector = statistics.median(run.projector.wall_s for run in self.plain)
+        language = statistics.median(run.language.wall_s for run in self.plain)
+        left = encoder * _share(report.encoder_flops) + projector * _share(report.projector_flops) + language
+        return left / (encoder + projector + language)
+
+
+def _share(flops: tuple[int, int]) -> float:
+    """Merged FLOPs of unmerged ones."""
+    return flops[0] / flops[1] if flops[1] else 1.0
 
 
 def compare(
@@ -117,7 +138,7 @@ def sweep(
         model: an unpatched model.
         axis: a key of ``SWEEPS``.
         load: what stays the same.
-        settings: arguments of ``patch``.
+        settings: arguments of ``patch``; the axis "methods" goes through a ``Method`` of one's own in them as well.
         rounds: runs of each kind.
         told: is told what runs next.
 
@@ -126,25 +147,32 @@ def sweep(
     """
     if axis not in SWEEPS:
         raise InputError(f"sweep is {axis!r}; choose one of {list(SWEEPS)}")
-    for number, value in enumerate(SWEEPS[axis]):
-        label = str(value) if axis == "methods" else f"{value} {axis}"
+    values: list[Any] = list(SWEEPS[axis])
+    own = settings.get("method")
+    if axis == "methods" and isinstance(own, Method) and own.name not in values:
+        values.append(own)
+    for number, value in enumerate(values):
+        label = getattr(value, "name", str(value)) if axis == "methods" else f"{value} {axis}"
         told(label)
         if axis == "methods":
             yield compare(model, load, {**settings, "method": value}, rounds, label, not number)
         else:
-            size: Any = value
-            yield compare(model, replace(load, **{axis: size}), settings, rounds, label, not number)
+            yield compare(model, replace(load, **{axis: value}), settings, rounds, label, not number)
 
 
 def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:
     """Largest relative distance of the measured prefills from one constant speed.
 
-    Time would follow the FLOPs exactly at one number of FLOPs per second for all workloads; CPU seconds on a CPU.
+    Where the language model is left alone, of what precedes it. Time would follow the FLOPs exactly at one number of
+    FLOPs per second for all workloads; CPU seconds on a CPU.
     """
     speeds = []
     for found in comparisons:
         runs = found.merged if merged else found.plain
-        seconds = statistics.median(run.cpu_s for run in runs) or statistics.median(run.prefill_s for run in runs)
+        rest = 0 if found.report.llm_flops[1] or not found.report.encoder_flops[1] else 1
+        seconds = statistics.median(run.cpu_s - rest * run.language.cpu_s for run in runs) or statistics.median(
+            run.prefill_s - rest * run.language.wall_s for run in runs
+        )
         speeds.append(found.report.flops[0 if merged else 1] / seconds)
     middle = statistics.median(speeds)
     return max(abs(middle / speed - 1) for speed in speeds)

@@ -69,7 +69,9 @@ def merge_cost(model: Any, inputs: Mapping[str, Tensor], settings: dict[str, Any
         extra = sum(times[clock] for times in regions.plain)
         merging_s = sum(times[clock] for times in regions.spent) - extra
         token = text["input_ids"][:, -1:]
-        decoding = _decode_ratio(model, cache, twin, _as_many_keys(cache, model), token, steps)
+        # Where the language model is left alone its cache is an unpatched one's, whatever kinds of layers it has.
+        other = _as_many_keys(cache, model) if session.report.kv_bytes[1] else deepcopy(cache)
+        decoding = _decode_ratio(model, cache, twin, other, token, steps)
         return MergeCost(session.report, merging_s / (whole - extra), decoding)
     finally:
         unpatch(model)

@@ -58,8 +58,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], file: Path) -> None:
                 alpha = 0.55 if shade == "unpatched" else 1.0
                 plot.bar(place + offset, height, 0.36, bottom, color=color, alpha=alpha, label=name)
                 bottom += height
-        merged, whole = found.report.flops
-        ideal = statistics.median(run.prefill_s for run in found.plain) * merged / whole
+        ideal = statistics.median(run.prefill_s for run in found.plain) * found.ideal
         plot.bar(place + 0.2, ideal, 0.36, fill=False, edgecolor="black", label="FLOPs allow" if place == 0 else None)
     plot.set_xticks(range(len(comparisons)), [found.label or "prefill" for found in comparisons])
     plot.set_ylabel("seconds (left: unpatched, right: merged)")

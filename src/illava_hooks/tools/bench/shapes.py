@@ -57,7 +57,13 @@ def build_shape(
 
 def _text(shape: PublishedShape, narrow: bool) -> dict[str, Any]:
     whole = not narrow
+    experts = {
+        "num_experts": shape.experts if whole else 4,
+        "num_experts_per_tok": shape.chosen if whole else 2,
+        "moe_intermediate_size": shape.expert_mlp if whole else 32,
+    }
     return {
+        **(experts if shape.experts else {}),
         "vocab_size": VOCABULARY,
         "hidden_size": shape.hidden if whole else 64,
         "intermediate_size": shape.mlp if whole else 128,

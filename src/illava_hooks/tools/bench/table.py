@@ -37,19 +37,19 @@ def summarize(runs: Sequence[Measurement]) -> dict[str, tuple[float, float, floa
     return table
 
 
-def _ideal(report: MergeReport) -> dict[str, float]:
+def _ideal(found: Comparison) -> dict[str, float]:
     """What the arithmetic allows, by row."""
+    report: MergeReport = found.report
     pairs = {
         "encoder": report.encoder_flops,
         "projector": report.projector_flops,
         "language model": report.llm_flops,
-        "prefill (time to first token)": report.flops,
         "encoder, CPU": report.encoder_flops,
         "language model, CPU": report.llm_flops,
-        "prefill, CPU": report.flops,
         "KV cache": report.kv_bytes,
     }
-    return {name: merged / whole for name, (merged, whole) in pairs.items() if whole}
+    rows = {name: merged / whole for name, (merged, whole) in pairs.items() if whole}
+    return rows | {name: found.ideal for name in ("prefill (time to first token)", "prefill, CPU")}
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
@@ -61,9 +61,9 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         "unpatched": {"median": {k: v[0] for k, v in before.items()}, "runs": [asdict(run) for run in plain]},
         "merged": {"median": {k: v[0] for k, v in after.items()}, "runs": [asdict(run) for run in merged]},
         "ratio": {k: after[k][0] / before[k][0] for k in before if before[k][0]},
-        "ideal": _ideal(report),
+        "ideal": _ideal(found),
         "flops": {"merged": report.flops[0], "unpatched": report.flops[1]},
-        "ideal_ratio": report.flops[0] / report.flops[1],
+        "ideal_ratio": found.ideal,
         "merge_share": found.cost.share,
         "decoding_at_equal_kv": found.cost.decoding,
         "report": asdict(report),
@@ -75,7 +75,7 @@ def print_table(found: Comparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    before, after, ideal = summarize(found.plain), summarize(found.merged), _ideal(found.report)
+    before, after, ideal = summarize(found.plain), summarize(found.merged), _ideal(found)
     table = Table("median (lowest to highest)", "unpatched", "merged", "ratio", "ideal")
     for name, (_, unit, factor) in _ROWS.items():
         if not any(before[name]) and not any(after[name]):
@@ -108,7 +108,7 @@ def print_sweep(comparisons: Sequence[Comparison]) -> None:
         slower = f"{after[each][0] / before[each][0]:.3f}" if before[each][0] else ""
         print(
             f"| {found.label} | {before[row][0]:.2f} s | {after[row][0]:.2f} s | {after[row][0] / before[row][0]:.3f} "
-            f"| {found.report.flops[0] / found.report.flops[1]:.3f} | {found.cost.share:.2%} | {slower} "
+            f"| {found.ideal:.3f} | {found.cost.share:.2%} | {slower} "
             f"| {after['KV cache'][0] / before['KV cache'][0]:.3f} |"
         )
     apart = " and ".join(f"{flops_fit(comparisons, merged):.0%}" for merged in (False, True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,15 @@ from PIL import Image
 
 from illava_hooks.config import MergeSchedule
 from illava_hooks.errors import InputError
-from illava_hooks.methods import METHODS, Method
-from illava_hooks.tools.datasets import Item
+from illava_hooks.tools.items import Item
 
-__all__ = ["CONTROLS", "KEEP", "STAGES", "budget_settings", "downsampled", "find_method"]
+__all__ = ["CONTROLS", "KEEP", "STAGES", "budget_settings", "downsampled"]
 
 STAGES = ("encoder", "language", "both")
 #: Instead of a stage: one number, ``patch(model, keep=...)``.
 KEEP = "keep"
 #: Methods that look at nothing; "downsample" shows the model smaller pictures instead of merging.
 CONTROLS = ("random", "uniform", "downsample")
-_UNIFORM = Method("uniform", "uniform", "uniform", merge="drop")
-
-
-def find_method(name: str) -> Method:
-    """A method of ``METHODS``, or a control but "downsample".
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    if name == "uniform":
-        return _UNIFORM
-    if name not in METHODS:
-        raise InputError(f"method is {name!r}; choose among {[*METHODS, 'uniform', 'downsample']}")
-    return METHODS[name]
 
 
 def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[str, Any]:
@@ -42,7 +28,8 @@ def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[st
 
     Args:
         schedule: whose layers merge.
-        stage: one of ``STAGES``, of which "both" gives each stage the square root; or ``KEEP``.
+        stage: one of ``STAGES``, of which "both" gives each stage the square root, or all to the one that merges at
+            all; or ``KEEP``.
         kept: the fraction, in (0, 1].
 
     Raises:
@@ -54,9 +41,13 @@ def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[st
         raise InputError(f"kept is {kept}; give a fraction in (0, 1]")
     if stage == KEEP:
         return {"keep": kept}
-    share = math.sqrt(kept) if stage == "both" else kept
-    encoder = stage != "language" and kept < 1
-    language = stage != "encoder" and kept < 1
+    layers = {"encoder": schedule.vit_layers, "language": schedule.llm_layers}
+    merging = [name for name in layers if layers[name] and stage in (name, "both")]
+    if not merging:
+        raise InputError(f"stage is {stage!r}, in which the preset of this model merges nowhere; choose another")
+    share = kept ** (1 / len(merging))
+    encoder = "encoder" in merging and kept < 1
+    language = "language" in merging and kept < 1
     return {
         "vit_layers": list(schedule.vit_layers) if encoder else [],
         "vit_r": 1 - share ** (1 / len(schedule.vit_layers)) if encoder else 0,
@@ -74,7 +65,7 @@ def downsampled(items: Sequence[Item], kept: float) -> list[Item]:
     smaller = []
     for item in items:
         pictures = tuple(_resize(picture, factor) for picture in item.pictures)
-        smaller.append(Item(item.kind, pictures, item.video, item.question, item.answer))
+        smaller.append(replace(item, pictures=pictures))
     return smaller
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model to items with known answers."""
+"""Answers of a model to items, and what it kept of their visual tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from illava_hooks.tools.datasets import Item
+from illava_hooks.api import session_of
+from illava_hooks.engine.report import MergeReport
+from illava_hooks.tools.evaluate.matching import MATCHES, is_right
+from illava_hooks.tools.items import Item
 
 __all__ = ["Outcome", "accuracy", "item_inputs", "predict", "run_items"]
 
@@ -22,10 +26,14 @@ class Outcome:
     Attributes:
         answers: what it said, one a item.
         log_probs: ``(n, V)`` float32, of its first word.
+        left: visual tokens behind the last merging layer, of all items together.
+        whole: how many there are without merging; 0 where nobody can tell.
     """
 
     answers: list[str]
     log_probs: NDArray[np.float32]
+    left: int = 0
+    whole: int = 0
 
     def divergence(self, other: Outcome) -> NDArray[np.float64]:
         """``KL(self || other)`` of the first word, in nats, ``(n,)``."""
@@ -57,11 +65,13 @@ def run_items(
         groups.setdefault((item.video, *(picture.shape for picture in item.pictures)), []).append(index)
     answers = [""] * len(items)
     log_probs: list[Any] = [None] * len(items)
+    left = whole = 0
+    session = session_of(model)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            inputs = item_inputs(processor, [items[index] for index in chosen]).to(model.device)
-            settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+            inputs = item_inputs(processor, [items[index] for index in chosen]).to(model.device, model.dtype)
+            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
             with torch.inference_mode():
                 done = model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
             new = done.sequences[:, inputs["input_ids"].shape[1] :]
@@ -69,8 +79,31 @@ def run_items(
             first = done.logits[0].float().log_softmax(-1).cpu().numpy()
             for index, text, row in zip(chosen, texts, first, strict=True):
                 answers[index], log_probs[index] = text.strip(), row
+            counts = _in_prompt(model, inputs["input_ids"]) if session is None else _kept(session.report)
+            left, whole = left + counts[0], whole + counts[1]
             advance(len(chosen))
-    return Outcome(answers, np.stack(log_probs))
+    return Outcome(answers, np.stack(log_probs), left, whole)
+
+
+def _kept(report: MergeReport) -> tuple[int, int]:
+    """Visual tokens of a batch behind the last merging layer, and without merging.
+
+    Where the language model is left alone they are the encoder's.
+    """
+    left = whole = 0
+    for visual in report.visuals:
+        merged = visual.left, visual.prompt_tokens
+        counts = merged if visual.language_tokens else (visual.vision_tokens[-1], visual.vision_tokens[0])
+        left, whole = left + counts[0], whole + counts[1]
+    return left, whole
+
+
+def _in_prompt(model: Any, ids: Tensor) -> tuple[int, int]:
+    """Placeholders of visual tokens in a batch, which an unpatched model all keeps."""
+    names = ("image_token_id", "video_token_id")
+    placeholders = [token for name in names if isinstance(token := getattr(model.config, name, None), int)]
+    count = int(torch.isin(ids, torch.tensor(placeholders, device=ids.device, dtype=ids.dtype)).sum())
+    return count, count
 
 
 def predict(model: Any, processor: Any, items: Sequence[Item], batch_size: int = 32, **settings: Any) -> list[str]:
@@ -88,14 +121,23 @@ def item_inputs(processor: Any, items: Sequence[Item]) -> Any:
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True))
     pictures: list[Any] = [list(item.pictures) for item in items]
     given = {"videos": [row[0] for row in pictures]} if kind == "video" else {"images": pictures}
-    return processor(text=texts, return_tensors="pt", padding=True, **given)
+    return processor(text=texts, return_tensors="pt", padding=True, padding_side="left", **given)
 
 
-def accuracy(items: Sequence[Item], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Right answers and questions, by kind and over all."""
+def accuracy(items: Sequence[Item], answers: Sequence[str], match: str = "exact") -> dict[str, tuple[int, int]]:
+    """Right answers and questions whose answer is known, by kind and over all.
+
+    Args:
+        items: what was asked.
+        answers: what was said.
+        match: a key of ``MATCHES``.
+    """
     table: dict[str, tuple[int, int]] = {}
     for item, given in zip(items, answers, strict=True):
+        hit = is_right(given, item.accepted, MATCHES[match])
+        if hit is None:
+            continue
         for kind in (item.kind, "all"):
             right, total = table.get(kind, (0, 0))
-            table[kind] = (right + (given == item.answer), total + 1)
+            table[kind] = (right + hit, total + 1)
     return table
