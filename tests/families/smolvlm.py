@@ -100,7 +100,7 @@ class SmolVLM(Family):
 
     def visual_features(self, output: Any) -> list[Tensor]:
         """Of every tile; newer releases put those of a sample together."""
-        return [tile for features in output.pooler_output for tile in features.split(TOKENS)]
+        return [tile for features in output.pooler_output for tile in features.reshape(-1, TOKENS, features.shape[-1])]
 
     def pixels_by_patch(self, pixels: Tensor, patch: int) -> Tensor:
         """Tiles, cut into patches."""
