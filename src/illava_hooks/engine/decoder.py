@@ -82,32 +82,30 @@ class TokenCounts:
 
 def plan_counts(
     config: MergeConfig,
-    modalities: Sequence[Modality],
+    visuals: Sequence[tuple[Modality, int]],
     sample_of: Sequence[int],
-    whole: Sequence[int],
     start: TokenCounts,
 ) -> list[TokenCounts]:
     """Counts before, between and after the merges of the listed decoder layers.
 
     Args:
         config: the settings.
-        modalities: of each image or video.
+        visuals: the modality of each image or video, and its tokens without merging.
         sample_of: the sample of each.
-        whole: tokens that each has without merging.
         start: counts at the entry.
     """
     removed: list[dict[int, int]] = []  # of each image or video, by layer
-    for modality, tokens, now in zip(modalities, whole, start.visual_lengths, strict=True):
+    for (modality, whole), now in zip(visuals, start.visual_lengths, strict=True):
         schedule = config.schedule(modality)
-        amounts = schedule.decoder_removed(now, tokens, config.method.max_removed)
+        amounts = schedule.decoder_removed(now, whole, config.method.max_removed)
         removed.append(dict(zip(schedule.llm_layers, amounts, strict=True)) if schedule.merges_in_llm else {})
     counts = [start]
     for layer in config.llm_layers:
-        visuals, lengths = list(counts[-1].visual_lengths), list(counts[-1].lengths)
+        left, lengths = list(counts[-1].visual_lengths), list(counts[-1].lengths)
         for index, by_layer in enumerate(removed):
-            visuals[index] -= by_layer.get(layer, 0)
+            left[index] -= by_layer.get(layer, 0)
             lengths[sample_of[index]] -= by_layer.get(layer, 0)
-        counts.append(TokenCounts(tuple(lengths), tuple(visuals)))
+        counts.append(TokenCounts(tuple(lengths), tuple(left)))
     return counts
 
 

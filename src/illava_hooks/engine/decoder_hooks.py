@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import Attention, AttentionTap, close_tap, open_tap
 from illava_hooks.engine.cache import (
     Ledger,
@@ -143,10 +142,9 @@ class TextModelHook(Hook):
 
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
         settings = forward.session.config
-        modalities: list[Modality] = [record.modality for record in prompt.records]
-        whole = [record.num_tokens for record in prompt.records]
-        counts = plan_counts(settings, modalities, prompt.sample_of, whole, prompt.counts)
-        forward.session.tell_missed(zip(modalities, counts[-1].visual_lengths, whole, strict=True))
+        visuals = [(record.modality, record.num_tokens) for record in prompt.records]
+        counts = plan_counts(settings, visuals, prompt.sample_of, prompt.counts)
+        forward.session.tell_missed(visuals, counts[-1].visual_lengths)
         score = find_score(settings.method.llm_score, self.family.published_llm_score)
         return DecoderRun(settings, score, counts, prompt.state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -121,13 +121,14 @@ class MergeSession:
             self._warned.add(message)
             logger.warning(message)
 
-    def tell_missed(self, visuals: Iterable[tuple[Modality, int, int]]) -> None:
+    def tell_missed(self, visuals: Sequence[tuple[Modality, int]], lengths: Sequence[int]) -> None:
         """Says once where what is left of an image or video is not the fraction that ``keep`` asks for.
 
         Args:
-            visuals: the modality of each, what is left of it, and what it has without merging.
+            visuals: the modality of each, and its tokens without merging.
+            lengths: what is left of each.
         """
-        for modality, left, whole in visuals:
+        for (modality, whole), left in zip(visuals, lengths, strict=True):
             keep = self.config.schedule(modality).keep
             if keep is not None and left and abs(left / whole - keep) > KEEP_WITHIN:
                 self.warn_once(

@@ -120,8 +120,8 @@ def finish_vision(session: MergeSession, encoder: EncoderShape, records: Sequenc
         VisualReport(record.modality, index, _patches(record, encoder.depth), record.num_tokens, ())
         for index, record in enumerate(records)
     )
-    patches = (visual.vision_tokens for visual in visuals)
-    session.tell_missed((record.modality, n[-1], n[0]) for record, n in zip(records, patches, strict=True))
+    whole = [(record.modality, visual.vision_tokens[0]) for record, visual in zip(records, visuals, strict=True)]
+    session.tell_missed(whole, [visual.vision_tokens[-1] for visual in visuals])
     report = MergeReport(visuals, (), (), encoder_work, projector_work, (0, 0), (0, 0))
     session.finish(report, vision_provenance(records) if session.config.track else None)
 
