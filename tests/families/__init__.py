@@ -165,8 +165,8 @@ class Family:
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
         carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
-            stock: its caches cannot be cropped, repeated or quantized, and a zero in a mask comes too late for what
-            was read.
+            stock: its caches cannot be cropped, repeated, quantized or batched continuously, and a zero in a mask
+            comes too late for what was read.
 
         axes: Rows of position ids for each token: 1, or 3 for time, height and width.
         keeps_positions: Whether the stock model keeps the positions of its last prompt, so that calls which go on
