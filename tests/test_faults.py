@@ -187,9 +187,9 @@ def test_a_cache_of_a_broken_call_can_be_reset(family: str, static: bool) -> Non
     cache.reset()
     if int(cache.get_seq_length()):
         pytest.skip("this release of transformers fills a DynamicCache with zeros instead of emptying it")
-    for layer in family_of(model).language(model).layers:
+    for index in family_of(model).attending(model):
         cache = empty()
-        handle = layer.self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
+        handle = family_of(model).language(model).layers[index].self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
         with pytest.raises(Failure):
             answer(model, {**inputs, CACHE: cache})
         handle.remove()

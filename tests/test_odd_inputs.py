@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from decode_helpers import IMAGE, IMAGES, TEXT, VIDEO, patched, single, steps
+from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, VIDEO, patched, single, steps
 from families import families, families_and, family, family_of
 from helpers import assert_differ, assert_says
 from illava_hooks import PatchStateError, merging, patch, session_of, tiny, unpatch
@@ -70,6 +70,14 @@ def test_holes_in_the_mask(family: str, hole: str) -> None:
     places = {"in an image": at[5:9], "in the text": torch.tensor([1, 2]), "at both ends of an image": at[[0, 1, -1]]}
     inputs["attention_mask"][0, places[hole]] = 0
     real = inputs["attention_mask"][0].bool()
+    if family_of(family).carries_state:
+        for settings in (IDLE, SETTINGS[family]):
+            patch(model, **settings)
+            with pytest.raises(PatchStateError, match="padding between real tokens.*merging\\(model, False\\)"):
+                logits(model, inputs)
+        with merging(model, False):
+            assert logits(model, inputs).isfinite().all()
+        return
     stock = logits(model, inputs)[0, real]
     patch(model, **IDLE)
     torch.testing.assert_close(logits(model, inputs)[0, real], stock, atol=2e-5, rtol=1e-5)

@@ -125,6 +125,7 @@ class TextModelHook(Hook):
             forward.query,
             real_tokens(mask, past.logical, embeds),
             _packed_candidates(kwargs.get("position_ids"), mask, cache),
+            allows_holes="recurrent" not in self.family.layer_kinds(config),
         )
         run = forward.run = self._plan(forward, prompt)
         # Survivors keep the positions that they have in the logical sequence: RoPE must not notice what is gone.

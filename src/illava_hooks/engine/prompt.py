@@ -78,7 +78,7 @@ class _Marks:
 
 
 def compact_prompt(
-    visuals: Visuals, query: ScoringQuery, real: Tensor, text_positions: Tensor | None
+    visuals: Visuals, query: ScoringQuery, real: Tensor, text_positions: Tensor | None, allows_holes: bool = True
 ) -> CompactPrompt:
     """Drops what the encoder merged away and all padding; one transfer to the host.
 
@@ -87,12 +87,20 @@ def compact_prompt(
         query: which token scores.
         real: ``(B, N)`` bool, False on padding.
         text_positions: ``(B, N)`` positions to be checked for packed sequences, or None.
+        allows_holes: whether padding between real tokens may be dropped; not in front of recurrent layers, whose
+            state stock fades there.
 
     Raises:
-        PatchStateError: the positions restart, as in packed training sequences; or nothing is real.
+        PatchStateError: the positions restart, as in packed training sequences; there are holes; or nothing is real.
     """
     records, marks = _mark(visuals, real)
     counted = _count(marks, real, text_positions, len(records))
+    if not allows_holes and counted["holes"][0]:
+        raise PatchStateError(
+            "attention_mask has padding between real tokens, which fades the state of recurrent layers (linear "
+            "attention) in the stock model and would not where tokens merge; pad in front of or behind a row, or use "
+            "merging(model, False)"
+        )
     _check(counted)
     counts = TokenCounts(tuple(counted["kept"]), tuple(counted["kept_of_visual"]))
     width = real.shape[1]
@@ -167,6 +175,7 @@ def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visua
         "kept_of_visual": kept_of.index_add(0, visual, marks.keep.flatten().to(torch.int64))[1:],
         "first_of_visual": first.scatter_reduce(0, visual, places, "amin")[1:],
         "restarts": _restarts(text_positions, real)[None],
+        "holes": _holes(real)[None],
         "moves": (marks.keep[:, :-1] & ~marks.keep[:, 1:]).any()[None].to(torch.int64),
     }
     # Side by side in one tensor: every transfer makes the host wait for all that the device still has to do.
@@ -191,6 +200,12 @@ def _last_visual(marks: _Marks) -> Tensor:
     """``(B,)`` int64, the column of the last visual token; -1 where there is none."""
     columns = torch.arange(marks.visual.shape[1], device=marks.visual.device)
     return torch.where(marks.visual >= 0, columns, -1).amax(1)
+
+
+def _holes(real: Tensor) -> Tensor:
+    """1 if there is padding between real tokens, else 0, without asking the device."""
+    begins = real & ~torch.nn.functional.pad(real[:, :-1], (1, 0))
+    return (begins.sum(1) > 1).any().to(torch.int64)
 
 
 def _restarts(positions: Tensor | None, real: Tensor) -> Tensor:
