@@ -69,6 +69,6 @@ def closest(features: Tensor, order: Tensor, lengths: list[int], splits: list[in
         for place in range(first, stop):
             rows = order[place + 1 if splits is None else stop : last].sort().values
             if len(rows):
-                cosine = unit[rows] @ unit[order[place]]
+                cosine = unit[first + rows] @ unit[first + order[place]]
                 best[place], match[place] = cosine.max(), rows[cosine.argmax()]
     return best, match

@@ -15,8 +15,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernel_oracles as oracle
-from illava_hooks.merge.kernels import blocks, most_similar, received_attention_varlen, row_lse_varlen, uses_triton
+from families import families_and_methods
+from helpers import MERGING, logits, prompt
+from illava_hooks import patch
+from illava_hooks.engine import attention_tap
+from illava_hooks.merge import rules, scores
+from illava_hooks.merge.kernels import blocks
+from illava_hooks.merge.kernels.devices import uses_triton
+from illava_hooks.merge.kernels.ops import most_similar, received_attention_varlen, row_lse_varlen
 from launches import launches_of
+from tiny_models import tiny_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SCALE = 0.3
@@ -155,8 +163,7 @@ class TestAttention:
 
 
 def random_order(lengths: list[int]) -> Tensor:
-    firsts = oracle.borders_of(lengths).tolist()
-    return torch.cat([torch.randperm(n) + first for n, first in zip(lengths, firsts, strict=False)])
+    return torch.cat([torch.randperm(n) for n in lengths])
 
 
 class TestSearch:
@@ -187,21 +194,44 @@ class TestSearch:
         self.check(features, random_order([10, 20]), [10, 20], splits)
 
     def test_room_between_segments(self) -> None:
-        features, order = torch.randn(30, 8), random_order([10, 20])
-        spaced = torch.full((40,), 7)
-        spaced[:10], spaced[20:] = order[:10], order[10:]
-        found, _ = most_similar(features, spaced, torch.tensor([0, 20]), torch.tensor([10, 40]), 20)
-        expected, _ = oracle.closest(features, order, [10, 20], None)
-        torch.testing.assert_close(found[[*range(10), *range(20, 40)]].double(), expected, atol=1e-6, rtol=1e-5)
-        assert (found[10:20] == -torch.inf).all()
+        features, order = torch.randn(40, 8), torch.full((40,), 7)
+        real = [*range(10), *range(20, 40)]
+        order[real] = random_order([10, 20])
+        found, match = most_similar(features, order, torch.tensor([0, 20]), torch.tensor([10, 40]), 20)
+        expected, _ = oracle.closest(features[real], order[real], [10, 20], None)
+        torch.testing.assert_close(found[real].double(), expected, atol=1e-6, rtol=1e-5)
+        assert (found[10:20] == -torch.inf).all() and (match[10:20] == 7).all()
 
     def test_the_oracle_sees_mistakes(self) -> None:
         features, order = torch.randn(30, 8), random_order([30])
         with pytest.raises(AssertionError):
-            self.check(features, order.flip(0)[order], [30], None)
             borders = oracle.borders_of([30]).long()
             wrong, _ = most_similar(features, order.flip(0), borders[:-1], borders[1:], 30)
             torch.testing.assert_close(wrong.double(), oracle.closest(features, order, [30], None)[0])
+
+
+class TestInAModel:
+    """What other devices compute is what a CPU computes, through both stages; here in blocks or in the interpreter."""
+
+    @pytest.mark.parametrize(
+        ("family", "method"), families_and_methods(["illava", "nearest", "diverse", "illava-reference"])
+    )
+    def test_gives_the_same(self, family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_model(family)
+        inputs = prompt(model, "ragged")
+        session = patch(model, **MERGING, method=method, track=True)
+        found, seen = [], []
+        for answer in (False, True):
+            for module in (scores, rules):
+                monkeypatch.setattr(module, "takes", lambda device, answer=answer: seen.append(answer) or answer)
+            monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
+            found.append((logits(model, inputs), session.provenance.merges))
+        assert True in seen and False in seen
+        torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
+        for step, merged in found[0][1].items():
+            for one, other in zip(merged.images, found[1][1][step].images, strict=True):
+                assert torch.equal(one.seats, other.seats)
+                torch.testing.assert_close(one.weights.to_dense(), other.weights.to_dense())
 
 
 @not_interpreted

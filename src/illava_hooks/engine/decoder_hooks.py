@@ -42,6 +42,7 @@ from illava_hooks.engine.trace import Finish
 from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scores import ScoreInputs
+from illava_hooks.merge.segments import counting
 from illava_hooks.methods import find_score
 
 __all__ = ["DecoderCall", "DecoderLayerHook", "Prefill", "RankingHook", "RestoreLengths", "TextModelHook"]
@@ -355,7 +356,7 @@ class _Ranking:
     def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
         state = self.run.stage(self.layer_idx).to(query.device)
         key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer
-        row = torch.arange(len(query), device=query.device)
+        row = counting(len(query), query.device)
         inputs = ScoreInputs(
             key=key,
             query=lambda: query,

@@ -7,18 +7,110 @@ different segments never meet in a merge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "buckets", "host_table", "right_align", "scatter_back"]
+#: Tables that are kept for later, of each kind.
+_REMEMBERED = 128
+
+P = ParamSpec("P")
+
+__all__ = [
+    "Segments",
+    "borders",
+    "buckets",
+    "counting",
+    "everybody",
+    "host_table",
+    "made_once",
+    "ones",
+    "right_align",
+    "scatter_back",
+]
+
+
+def made_once(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Remembers tables that follow from numbers of the host: a device is told each of them once.
+
+    Args:
+        make: makes a table on the host of hashable arguments; the last one is the device that it goes to. The copy
+            joins the device's queue and nobody waits.
+
+    Returns:
+        The same function. Its tables are shared: they must never be written to.
+    """
+
+    @lru_cache(maxsize=_REMEMBERED)
+    def remembered(stream: int, *args: Any) -> Tensor:
+        # One that is made in inference mode could not be saved for a backward pass later.
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args).to(args[-1], non_blocking=True)  # type: ignore[call-arg]
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device: Any = args[-1]
+        if torch.compiler.is_compiling() or _fakes():  # what is made here is no tensor that others could use
+            return make(*args).to(device)  # type: ignore[call-arg]
+        # Other streams do not wait for the copy.
+        return remembered(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, *args)
+
+    return made
+
+
+def _fakes() -> bool:
+    """Whether tensors are fake here: what is real is no good there, and the other way round."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    return torch._C._get_dispatch_mode(key) is not None
+
+
+@made_once
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def host_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device, ``(n,)`` int64; the copy joins the device's queue and nobody waits."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    """Numbers of the host on a device, ``(n,)`` int64, made once: never write to it."""
+    return _table(tuple(values), device)
+
+
+@made_once
+def counting(num: int, device: torch.device) -> Tensor:
+    """``(num,)`` int64: 0, 1, ...; never write to it."""
+    return torch.arange(num, device="cpu")
+
+
+@made_once
+def _ones(num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(num, dtype=dtype, device="cpu")
+
+
+def ones(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Ones, float32, of any shape without a launch; never write to it."""
+    return _ones(math.prod(shape), torch.float32, device).view(*shape)
+
+
+def everybody(shape: Sequence[int], device: torch.device) -> Tensor:
+    """True, of any shape without a launch; never write to it."""
+    return _ones(math.prod(shape), torch.bool, device).view(*shape)
+
+
+@made_once
+def starts(segments: int, length: int, device: torch.device) -> Tensor:
+    """``(segments, 1)`` int64, where each of equally long segments begins; never write to it."""
+    return torch.arange(segments, device="cpu")[:, None] * length
+
+
+def borders(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Borders of segments that lie one after the other, ``(S + 1,)`` int64: 0, ..., their sum."""
+    return host_table([0, *accumulate(lengths)], device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +121,13 @@ class Segments:
         rows: ``(S, L)`` int64, flat token row of each token; padding repeats the segment's first row.
         valid: ``(S, L)`` bool, False on padding; None when all segments are equally long.
         lengths: the length of each segment, known on the host.
+        dense: whether they are equally long, follow each other and fill all rows: nothing need be copied then.
     """
 
     rows: Tensor
     valid: Tensor | None
     lengths: tuple[int, ...]
+    dense: bool = False
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], order: Tensor) -> Segments:
@@ -47,7 +141,7 @@ class Segments:
         if min(lengths) == longest:
             return cls(order.view(len(lengths), longest), None, tuple(lengths))
         size = host_table(lengths, order.device)
-        column = torch.arange(longest, device=order.device)
+        column = counting(longest, order.device)
         valid = column < size[:, None]
         index = (size.cumsum(0) - size)[:, None] + torch.where(valid, column, 0)
         return cls(order[index], valid, tuple(lengths))
@@ -55,14 +149,24 @@ class Segments:
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments that lie one after the other and fill all rows."""
-        return cls.from_lengths(lengths, torch.arange(sum(lengths), device=device))
+        made = cls.from_lengths(lengths, counting(sum(lengths), device))
+        return replace(made, dense=made.valid is None)
 
     def take(self, flat: Tensor) -> Tensor:
         """Gathers ``(R, ...)`` rows into ``(S, L, ...)``."""
-        return flat[self.rows]
+        return flat.reshape(*self.rows.shape, *flat.shape[1:]) if self.dense else flat[self.rows]
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Flat rows of tokens ``(S, E)`` that are given by their number in the segment."""
+        if self.dense:
+            segments, length = self.rows.shape
+            return tokens if segments == 1 else tokens + starts(segments, length, tokens.device)
+        return self.rows.gather(1, tokens)
 
     def put(self, flat: Tensor, values: Tensor) -> Tensor:
         """Returns a copy of ``flat`` ``(R,)`` with the segments' ``values`` ``(S, L)`` written in."""
+        if self.dense:
+            return values.reshape(flat.shape)
         if self.valid is not None:
             # Padding repeats the first row: it must write what that row gets anyway.
             values = torch.where(self.valid, values, values[:, :1])
@@ -89,7 +193,7 @@ def right_align(keep_mask: Tensor, num_kept: int) -> Tensor:
         that are not kept, so ``keep_mask.gather(1, result)`` tells padding from tokens. Needs no transfer to
         the host.
     """
-    order = torch.argsort(keep_mask.to(torch.uint8), dim=-1, stable=True)
+    order = torch.argsort(keep_mask.view(torch.uint8), dim=-1, stable=True)
     return order[:, order.shape[1] - num_kept :]
 
 

@@ -1,13 +1,5 @@
-"""Scores and the search for alike tokens in a fixed number of launches: kernels where Triton is, else large blocks."""
+"""Scores and the search for alike tokens in a fixed number of launches: kernels where Triton is, else large blocks.
 
-from __future__ import annotations
-
-from illava_hooks.merge.kernels.ops import (
-    most_similar,
-    received_attention_varlen,
-    row_lse_varlen,
-    takes,
-    uses_triton,
-)
-
-__all__ = ["most_similar", "received_attention_varlen", "row_lse_varlen", "takes", "uses_triton"]
+``devices`` tells who goes through here, ``ops`` holds the functions. The latter registers operators with PyTorch,
+which takes a while: it is imported where it is used.
+"""

@@ -171,9 +171,9 @@ def search(
     inside = place < (ends - begins)[:, None]
     # Beyond a segment's end its first place stands in: what is written there twice is the same.
     places = begins[:, None] + torch.where(inside, place, 0)
-    rows = order[places]
+    rows = order[places]  # numbers inside the segment
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    table = torch.nn.functional.normalize(wide, dim=-1)[rows]
+    table = torch.nn.functional.normalize(wide, dim=-1)[rows + begins[:, None]]
     best = torch.full_like(rows, -torch.inf, dtype=torch.float32)
     match = rows.clone()
     asked = inside if splits is None else inside & (place < splits[:, None])

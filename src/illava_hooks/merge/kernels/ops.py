@@ -9,46 +9,18 @@ multiple), ``D`` head width, ``S`` segments, ``C`` width of features. Results ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from illava_hooks.merge.kernels import blocks
+from illava_hooks.merge.kernels.devices import uses_triton
 
-__all__ = ["most_similar", "received_attention_varlen", "row_lse_varlen", "takes", "uses_triton"]
+__all__ = ["most_similar", "received_attention_varlen", "row_lse_varlen"]
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def takes(device: torch.device) -> bool:
-    """Whether tensors of a device are better off here than in small blocks that fit a processor's cache."""
-    return device.type != "cpu" or uses_triton(device)
-
-
-def uses_triton(device: torch.device) -> bool:
-    """Whether kernels run on tensors of a device."""
-    if device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton() and _is_interpreted()
-    return device.type == "cuda" and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
-def _is_interpreted() -> bool:
-    """Whether Triton was imported as an interpreter: the variable is read once."""
-    import triton
-    import triton.language as tl
-
-    return not isinstance(tl.softmax, triton.JITFunction)
 
 
 def received_attention_varlen(
@@ -114,16 +86,16 @@ def most_similar(
 
     Args:
         features: ``(P, C)``, as they are: their lengths are divided by here.
-        order: ``(Q,)`` int64, rows of ``features``, segment after segment, perhaps with room between.
-        begins: ``(S,)`` int64, where in ``order`` each segment begins.
-        ends: ``(S,)`` int64, where it ends.
-        longest: tokens of the longest segment.
+        order: ``(P,)`` int64, the order of the tokens inside each segment: their numbers from its first one on.
+        begins: ``(S,)`` int64, the row where each segment begins, ascending from 0.
+        ends: ``(S,)`` int64, where it ends; what lies between two segments is nobody.
+        longest: rows of the longest segment, what lies behind it included.
         splits: ``(S,)`` int64 or None: the first so many places of a segment look for the most similar of its other
             places; None: each place looks for the most similar behind it.
 
     Returns:
-        ``(Q,)`` float32, the cosine; minus infinity where nobody is to be found, and in the room between. And ``(Q,)``
-        int64, the row of who was found, of equals the first; meaningful with ``splits`` only.
+        ``(P,)`` float32, the cosine; minus infinity where nobody is to be found, or asks. And ``(P,)`` int64, the
+        number of who was found, of equals the first, else the token's own; meaningful with ``splits`` only.
     """
     found: tuple[Tensor, Tensor] = _search(features, order, begins, splits, ends, longest)
     return found
@@ -228,10 +200,7 @@ def _search(
     if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
         from illava_hooks.merge.kernels import search_triton
 
-        lengths = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
-        # As in `normalize`: a token of zeros resembles nobody.
-        inverse = lengths.clamp_min_(1e-12).reciprocal_()
-        return search_triton.search(features, inverse, order, begins, splits, ends, longest)
+        return search_triton.search(features, order, begins, splits, ends, longest)
     return blocks.search(features, order, begins, splits, ends, longest)
 
 
