@@ -33,9 +33,14 @@ class LaunchCounter(TorchDispatchMode):
         name, returns = func._schema.name, func._schema.returns
         is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if any(t.device.type == self.device for t in results) and not is_view and name not in FREE:
-            self.launches[name] += OURS.get(name, 1)
+            self.launches[name] += self.own(func)
             self.largest = max([self.largest, *(t.numel() for t in results)])
         return out
+
+    @staticmethod
+    def own(func: Any) -> int:
+        """Launches behind an operation."""
+        return OURS.get(func._schema.name, 1)
 
     @property
     def total(self) -> int:

@@ -218,8 +218,8 @@ class DecoderRun:
             segments = Segments.from_lengths([n for n, _ in counts], order)
             # The query is read after the last layer: it must stay.
             table = segments.take(scores.scatter(1, state.query[:, None], torch.inf).flatten())
-            if segments.valid is not None:
-                table = table.masked_fill(~segments.valid, torch.inf)
+            if segments.padding is not None:
+                table = table.masked_fill(segments.padding, torch.inf)
             inputs = RuleInputs(
                 scores=table,
                 lengths=segments.lengths,

@@ -312,7 +312,10 @@ class DecoderLayerHook(Hook):
         state, num_logical = run.stage(self.layer_idx), prefill.embeds.shape[1]
         num_new, key = state.columns.shape[1], (run.merges_through(self.layer_idx), past, layer.ledger.history, device)
         if key not in prefill.ledgers:
-            columns = torch.where(state.columns < 0, -1, state.columns + prefill.past.logical).to(device)
+            columns, before = state.columns, prefill.past.logical
+            if before:
+                columns = (columns + before).masked_fill(columns < 0, -1)
+            columns = columns.to(device)
             lengths = run.counts[run.merges_through(self.layer_idx)].lengths
             valid = prefill.valid[self.layer_idx]
             prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)

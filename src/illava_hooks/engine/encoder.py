@@ -47,6 +47,7 @@ class EncoderState:
         token_size: ``(B, K)`` float32, how many original units each survivor stands for.
         sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
         windows: borders of the traits' windows among the survivors, once a layer has asked for them.
+        rope: the tables of all tokens that a layer was given, and what the survivors need of them.
     """
 
     origins: Tensor
@@ -54,6 +55,7 @@ class EncoderState:
     token_size: Tensor
     sources: Tensor | None = None
     windows: Tensor | None = None
+    rope: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,7 @@ class EncoderRun:
         segments, kept = self._merge_segments(merges)
         table = segments.take(scores)
         inputs = RuleInputs(
-            scores=table if segments.valid is None else table.masked_fill(~segments.valid, torch.inf),
+            scores=table if segments.padding is None else table.masked_fill(segments.padding, torch.inf),
             lengths=segments.lengths,
             num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
             hidden=lambda: segments.take(units.flatten(0, 1)),

@@ -93,17 +93,16 @@ def assemble(
     weights: Tensor,
     self_weights: Tensor,
     *,
-    single: bool = False,
+    holders: Tensor | None = None,
     sizes: Tensor | None = None,
 ) -> SegmentPlan:
     """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept.
 
-    With ``single`` each token that goes has one edge, of some weight; edges without weight lead from who stays.
-    ``sizes`` as in ``SegmentPlan``.
+    Where each token that goes has one edge, ``holders`` ``(S, E)`` says who holds it, and of edges that only fill up
+    the table that who stays holds itself. ``sizes`` as in ``SegmentPlan``.
     """
-    if single:
-        target = anchors if inputs.even else torch.where(weights > 0, anchors, absorbed)
-        survivor_of = inputs.slots(kept.shape[1]).expand_as(kept).scatter(1, absorbed, target)
+    if holders is not None:
+        survivor_of = inputs.slots(kept.shape[1]).expand_as(kept).scatter(1, absorbed, holders)
         return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of, sizes)
     survivor_of = nearest_kept(kept, None if len({*inputs.lengths}) == 1 else inputs.count(inputs.lengths))
     if absorbed.shape[1]:
@@ -132,14 +131,21 @@ def _lowest(inputs: RuleInputs, scores: Tensor | None = None) -> tuple[Tensor, T
     order = _ascending(inputs) if scores is None else torch.argsort(scores, dim=-1, stable=True)
     lowest, used = order[:, : max(inputs.num_removed)], _used(inputs)
     kept = everybody(order.shape, order.device)
-    return order, used, kept.scatter(1, lowest, False) if used is None else kept.scatter(1, lowest, ~used)
+    if used is None:
+        return order, None, kept.scatter(1, lowest, False)
+    return order, used, kept.scatter(1, lowest, _slots_in_use(inputs.num_removed, False, order.device))
 
 
 def _used(inputs: RuleInputs) -> Tensor | None:
     """``(S, R)`` bool, which of as many edges as the most that is removed a segment uses; None: all."""
-    if inputs.even:
-        return None
-    return inputs.slots(max(inputs.num_removed)) < inputs.count(inputs.num_removed)
+    return None if inputs.even else _slots_in_use(inputs.num_removed, True, inputs.scores.device)
+
+
+@made_once
+def _slots_in_use(counts: tuple[int, ...], used: bool, device: torch.device) -> Tensor:
+    """``(S, R)`` bool: ``used`` on the first so many slots of each segment, its opposite on the rest."""
+    slots = torch.arange(max(counts), device="cpu")
+    return (slots < torch.tensor(counts, device="cpu")[:, None]) == used
 
 
 def drop(inputs: RuleInputs) -> SegmentPlan:
@@ -159,7 +165,7 @@ def recycle(inputs: RuleInputs) -> SegmentPlan:
     """
     removed, device = inputs.num_removed, inputs.scores.device
     members = _ascending(inputs)[:, : max(removed) + 1]
-    in_use = None if inputs.even else inputs.slots(members.shape[1]) <= inputs.count(removed)
+    in_use = None if inputs.even else _slots_in_use(tuple(n + 1 for n in removed), True, device)
     last, seat = inputs.count(removed), members[:, -1:]
     if inputs.visible is not None:
         inside = inputs.visible.gather(1, members)
@@ -173,9 +179,10 @@ def recycle(inputs: RuleInputs) -> SegmentPlan:
     self_weights = ones(inputs.scores.shape, device).scatter(1, seat, 0.0)
     kept = everybody(inputs.scores.shape, device).scatter(1, members, False).scatter(1, seat, True)
     weights, mass = _shares(removed, device), inputs.token_size.gather(1, members)
+    anchors = seat.expand_as(members)
     together = (mass if in_use is None else mass * in_use).sum(1, keepdim=True)
     sizes = inputs.token_size.scatter(1, seat, together)
-    return assemble(inputs, kept, members, seat.expand_as(members), weights, self_weights, single=True, sizes=sizes)
+    return assemble(inputs, kept, members, anchors, weights, self_weights, holders=anchors, sizes=sizes)
 
 
 @made_once
@@ -284,8 +291,10 @@ def _fold(inputs: RuleInputs, features: Tensor, order: Tensor, kept: Tensor, use
     if takes(features.device):
         _, match = _search(inputs, features, order, inputs.count(inputs.num_removed))
         anchors = match[:, : absorbed.shape[1]]
-        if used is not None:  # edges that only fill up the table point at a survivor as well: the best of all
-            anchors = torch.where(used, anchors, order.gather(1, inputs.count(inputs.lengths) - 1))
+        if max(inputs.num_removed) > min(inputs.lengths):
+            # Edges that only fill up the table lead from padding as well, and must point at a survivor: the best one.
+            best = order.gather(1, inputs.count([n - 1 for n in inputs.lengths]))
+            anchors = torch.where(_slots_in_use(inputs.num_removed, True, order.device), anchors, best)
     else:
         inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
         anchors = best_match(features, absorbed, kept & inside)
@@ -371,7 +380,8 @@ def average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor,
     total = size.scatter_add(1, anchors, mass)
     # Unused edges stay inside the table: they point at a survivor and weigh nothing.
     weights = mass / total.gather(1, anchors)
-    return assemble(inputs, kept, absorbed, anchors, weights, size / total, single=True, sizes=total)
+    holders = anchors if used is None else torch.where(used, anchors, absorbed)
+    return assemble(inputs, kept, absorbed, anchors, weights, size / total, holders=holders, sizes=total)
 
 
 def mark(index: Tensor, used: Tensor | None, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, ParamSpec
@@ -72,13 +72,13 @@ def _fakes() -> bool:
 
 
 @made_once
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
+def _table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def host_table(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers of the host on a device, ``(n,)`` int64, made once: never write to it."""
-    return _table(tuple(values), device)
+    return _table(tuple(values), torch.int64, device)
 
 
 @made_once
@@ -108,9 +108,9 @@ def starts(segments: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(segments, device="cpu")[:, None] * length
 
 
-def borders(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Borders of segments that lie one after the other, ``(S + 1,)`` int64: 0, ..., their sum."""
-    return host_table([0, *accumulate(lengths)], device)
+def borders(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Borders of segments that lie one after the other, ``(S + 1,)``: 0, ..., their sum; never write to it."""
+    return _table((0, *accumulate(lengths)), dtype, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +122,14 @@ class Segments:
         valid: ``(S, L)`` bool, False on padding; None when all segments are equally long.
         lengths: the length of each segment, known on the host.
         dense: whether they are equally long, follow each other and fill all rows: nothing need be copied then.
+        packed_rows: whether they are of unequal length, follow each other and fill all rows.
     """
 
     rows: Tensor
     valid: Tensor | None
     lengths: tuple[int, ...]
     dense: bool = False
+    packed_rows: bool = False
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], order: Tensor) -> Segments:
@@ -140,21 +142,25 @@ class Segments:
         longest = max(lengths)
         if min(lengths) == longest:
             return cls(order.view(len(lengths), longest), None, tuple(lengths))
-        size = host_table(lengths, order.device)
-        column = counting(longest, order.device)
-        valid = column < size[:, None]
-        index = (size.cumsum(0) - size)[:, None] + torch.where(valid, column, 0)
-        return cls(order[index], valid, tuple(lengths))
+        found = tuple(lengths)
+        return cls(order[_index(found, order.device)], _valid(found, True, order.device), found)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments that lie one after the other and fill all rows."""
-        made = cls.from_lengths(lengths, counting(sum(lengths), device))
-        return replace(made, dense=made.valid is None)
+        found, total = tuple(lengths), sum(lengths)
+        if len({*found}) == 1:
+            return cls(counting(total, device).view(len(found), -1), None, found, dense=True)
+        return cls(_index(found, device), _valid(found, True, device), found, packed_rows=True)
 
     def take(self, flat: Tensor) -> Tensor:
         """Gathers ``(R, ...)`` rows into ``(S, L, ...)``."""
         return flat.reshape(*self.rows.shape, *flat.shape[1:]) if self.dense else flat[self.rows]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """``(S, L)`` bool, True on padding; None when all segments are equally long."""
+        return None if self.valid is None else _valid(self.lengths, False, self.rows.device)
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """Flat rows of tokens ``(S, E)`` that are given by their number in the segment."""
@@ -167,10 +173,37 @@ class Segments:
         """Returns a copy of ``flat`` ``(R,)`` with the segments' ``values`` ``(S, L)`` written in."""
         if self.dense:
             return values.reshape(flat.shape)
+        if self.packed_rows:
+            return values.flatten()[_slots(self.lengths, values.device)]
         if self.valid is not None:
             # Padding repeats the first row: it must write what that row gets anyway.
             values = torch.where(self.valid, values, values[:, :1])
         return flat.index_copy(0, self.rows.flatten(), values.flatten())
+
+
+def _padded(lengths: Sequence[int]) -> Tensor:
+    """``(S, L)`` int64 on the host: numbers 0, 1, ... of all tokens of segments that follow each other, else -1."""
+    sizes, column = torch.tensor(lengths, device="cpu"), torch.arange(max(lengths), device="cpu")
+    return torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, -1)
+
+
+@made_once
+def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(S, L)`` int64: the number of each token; padding repeats the segment's first."""
+    index = _padded(lengths)
+    return torch.where(index < 0, index[:, :1], index)
+
+
+@made_once
+def _valid(lengths: tuple[int, ...], valid: bool, device: torch.device) -> Tensor:
+    """``(S, L)`` bool, ``valid`` on tokens and its opposite on padding."""
+    return (_padded(lengths) >= 0) == valid
+
+
+@made_once
+def _slots(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(P,)`` int64: where each token stands among the ``S * L`` of the padded table."""
+    return (_padded(lengths).flatten() >= 0).nonzero()[:, 0]
 
 
 def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:
