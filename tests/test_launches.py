@@ -150,3 +150,26 @@ def test_the_counter_counts(family: str) -> None:
     handle.remove()
     assert ours.launches["illava::column_means"] == 2 * len(MERGING["vit_layers"])
     assert before["encoder", 1] > 20 and ours.launches["aten::add"] > 0
+
+
+DEEP: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"vision": {"depth": 32}, "text": {"num_hidden_layers": 28}},
+    "llava_onevision": {"vision": {"num_hidden_layers": 26}, "text": {"num_hidden_layers": 28}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", DEEP)
+def test_a_whole_prefill_has_a_budget(family: str, method: str) -> None:
+    """The depth of the published models, with their presets."""
+    model = tiny_model(family, **DEEP[family])
+    fraction = {"vit_r": 2} if family == "llava_onevision" else {}
+    patch(model, method=method, **fraction)
+    totals = []
+    for images in (ONE, ((128, 128),)):
+        ours, stock = counted(model, inputs_for(model, [Sample(1, images=images)]))
+        assert ours.launches["illava::column_means"] + ours.launches["illava::most_similar"] > 0
+        assert ours.total <= 1.15 * stock.total + 200, (ours.total, stock.total)
+        totals.append(ours.total - stock.total)
+    assert family == "llava_onevision" or len(set(totals)) == 1, totals

@@ -31,6 +31,7 @@ __all__ = [
     "everybody",
     "host_table",
     "made_once",
+    "numbered",
     "ones",
     "right_align",
     "scatter_back",
@@ -179,6 +180,13 @@ class Segments:
             # Padding repeats the first row: it must write what that row gets anyway.
             values = torch.where(self.valid, values, values[:, :1])
         return flat.index_copy(0, self.rows.flatten(), values.flatten())
+
+
+@made_once
+def numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(2, P)`` int64 for tokens of segments that follow each other: the segment's number, and its first token's."""
+    sizes = torch.tensor(lengths, device="cpu")
+    return torch.stack([torch.arange(len(lengths), device="cpu"), sizes.cumsum(0) - sizes]).repeat_interleave(sizes, 1)
 
 
 def _padded(lengths: Sequence[int]) -> Tensor:
