@@ -189,7 +189,8 @@ def test_a_cache_of_a_broken_call_can_be_reset(family: str, static: bool) -> Non
         pytest.skip("this release of transformers fills a DynamicCache with zeros instead of emptying it")
     for index in family_of(model).attending(model):
         cache = empty()
-        handle = family_of(model).language(model).layers[index].self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
+        layer = family_of(model).language(model).layers[index]
+        handle = layer.self_attn.v_proj.register_forward_pre_hook(RaiseOnce(Failure))
         with pytest.raises(Failure):
             answer(model, {**inputs, CACHE: cache})
         handle.remove()

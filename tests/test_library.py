@@ -332,7 +332,9 @@ class TestTheHouse:
         for module, path in modules_of(PACKAGE).items():
             if part_of(module) == "merge":
                 names = set(imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py"))
-                foreign = {name for name in names if name.split(".")[0] not in allowed}
+                # Triton is no dependency: what needs it is imported where it is there.
+                known = allowed | {"triton"} if ".kernels." in module else allowed
+                foreign = {name for name in names if name.split(".")[0] not in known}
                 assert all(name.startswith("illava_hooks.merge.") for name in foreign), (module, foreign)
 
     def test_the_reference_knows_nothing_of_the_library(self) -> None:
@@ -511,7 +513,9 @@ class TestImporting:
                 import illava_hooks
                 seconds = time.process_time() - start
                 heavy = ("av", "sklearn", "skimage", "accelerate", "peft", "transformers.models.")
-                print(json.dumps([seconds, [m for m in set(sys.modules) - before if m.startswith(heavy)]]))
+                kernels = [m for m in sys.modules if m.startswith("illava_hooks.merge.kernels.") and "triton" in m]
+                loaded = [m for m in set(sys.modules) - before if m.startswith(heavy)]
+                print(json.dumps([seconds, loaded + kernels]))
                 """
             )
             return seconds, heavy

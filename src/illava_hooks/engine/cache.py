@@ -93,10 +93,12 @@ class Ledger:
             num_logical: tokens of the call that they stand for.
             valid: ``(B, past + kept)`` bool, which keys are real; None: all.
         """
-        before = self.known_columns(past, len(columns), columns.device)
+        kept = columns.shape[1]
+        if past:
+            columns = torch.cat([self.known_columns(past, len(columns), columns.device), columns], 1)
         return Ledger(
-            num_merged=self.num_merged + num_logical - columns.shape[1],
-            columns=torch.cat([before, columns], 1),
+            num_merged=self.num_merged + num_logical - kept,
+            columns=columns,
             valid=valid,
             history=(*self.history, lengths),
             knows_mask=True,

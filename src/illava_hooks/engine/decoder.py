@@ -19,7 +19,7 @@ from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import Score, ScoreInputs
-from illava_hooks.merge.segments import Segments, host_table, scatter_back
+from illava_hooks.merge.segments import Segments, counting, everybody, host_table, scatter_back
 from illava_hooks.methods import checked_scores
 
 __all__ = ["DecoderRun", "PromptState", "TokenCounts", "plan_counts"]
@@ -76,8 +76,8 @@ class TokenCounts:
         """``(B, K)`` bool, False on padding; None when nothing is padded."""
         if min(self.lengths) == self.width:
             return None
-        first = self.width - host_table(self.lengths, device)
-        return torch.arange(self.width, device=device) >= first[:, None]
+        first = host_table([self.width - n for n in self.lengths], device)
+        return counting(self.width, device) >= first[:, None]
 
 
 def plan_counts(
@@ -211,7 +211,7 @@ class DecoderRun:
         before, after = self.counts[merges], self.counts[merges + 1]
         state = self.states[merges] = self.states[merges].to(hidden.device)
         valid = before.valid(hidden.device)
-        exists = torch.ones_like(state.visual, dtype=torch.bool) if valid is None else valid
+        exists = everybody(state.visual.shape, hidden.device) if valid is None else valid
         # Images that the encoder or a mask emptied make no segment: a rule is never asked about nothing.
         counts = [(n, m) for n, m in zip(before.visual_lengths, after.visual_lengths, strict=True) if n]
         if counts:
@@ -221,8 +221,8 @@ class DecoderRun:
             segments = Segments.from_lengths([n for n, _ in counts], order)
             # The query is read after the last layer: it must stay.
             table = segments.take(scores.scatter(1, state.query[:, None], torch.inf).flatten())
-            if segments.valid is not None:
-                table = table.masked_fill(~segments.valid, torch.inf)
+            if segments.padding is not None:
+                table = table.masked_fill(segments.padding, torch.inf)
             inputs = RuleInputs(
                 scores=table,
                 lengths=segments.lengths,
@@ -235,7 +235,7 @@ class DecoderRun:
         else:  # no visual token is left; stages are counted by plans, so there must be one
             segments = Segments(torch.zeros(1, 1, dtype=torch.int64, device=hidden.device), None, (1,))
             local = _nothing(hidden.device)
-        plan = build_plan(local, segments, exists, after.width)
+        plan = build_plan(local, segments, exists, after.width, full=min(after.lengths) == after.width)
         self.plans.append(plan)
         self.states.append(_after(plan, state, after))
 

@@ -41,6 +41,7 @@ from illava_hooks.engine.trace import Finish
 from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.scores import ScoreInputs
+from illava_hooks.merge.segments import counting
 from illava_hooks.methods import find_score
 
 __all__ = ["DecoderCall", "DecoderLayerHook", "Prefill", "RankingHook", "RestoreLengths", "TextModelHook"]
@@ -366,7 +367,10 @@ class DecoderLayerHook(Hook):
         state, num_logical = run.stage(self.layer_idx), prefill.embeds.shape[1]
         num_new, key = state.columns.shape[1], (run.merges_through(self.layer_idx), past, layer.ledger.history, device)
         if key not in prefill.ledgers:
-            columns = torch.where(state.columns < 0, -1, state.columns + prefill.past.logical).to(device)
+            columns, before = state.columns, prefill.past.logical
+            if before:
+                columns = (columns + before).masked_fill(columns < 0, -1)
+            columns = columns.to(device)
             lengths = run.counts[run.merges_through(self.layer_idx)].lengths
             valid = prefill.valid[self.layer_idx]
             prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)
@@ -410,7 +414,7 @@ class _Ranking:
     def _score(self, query: Tensor, key: Tensor, scale: float) -> None:
         state = self.run.stage(self.layer_idx).to(query.device)
         key = key[:, :, : self.past + query.shape[2]]  # a static cache gives its whole buffer
-        row = torch.arange(len(query), device=query.device)
+        row = counting(len(query), query.device)
         inputs = ScoreInputs(
             key=key,
             query=lambda: query,

@@ -28,8 +28,8 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import ScoreInputs, received_attention
-from illava_hooks.merge.segments import Segments, buckets, host_table, scatter_back
+from illava_hooks.merge.scores import ScoreInputs, packed_scores, received_attention
+from illava_hooks.merge.segments import Segments, buckets, counting, everybody, host_table, scatter_back, starts
 from illava_hooks.methods import checked_scores, find_score
 
 __all__ = ["EncoderRun", "EncoderState", "Visible", "unit_scores"]
@@ -48,6 +48,7 @@ class EncoderState:
         token_size: ``(B, K)`` float32, how many original units each survivor stands for.
         sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
         windows: borders of the traits' windows among the survivors, once a layer has asked for them.
+        rope: the tables of all tokens that a layer was given, and what the survivors need of them.
     """
 
     origins: Tensor
@@ -55,6 +56,7 @@ class EncoderState:
     token_size: Tensor
     sources: Tensor | None = None
     windows: Tensor | None = None
+    rope: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class EncoderRun:
         self.lengths = self._plan(lengths)
         #: Segments of what attends to each other, before, between and after the merges.
         self.segments = [Segments.packed([n[i] for n in self.lengths], device) for i in range(len(self.layers) + 1)]
-        origins = torch.arange(sum(n[0] for n in self.lengths) // num_rows, device=device).repeat(num_rows, 1)
+        origins = counting(sum(n[0] for n in self.lengths) // num_rows, device).expand(num_rows, -1)
         self.states = [EncoderState(origins, origins, torch.ones_like(origins, dtype=torch.float32))]
         self.plans: list[MergePlan] = []
         self.records: list[VisualRecord] = []
@@ -213,8 +215,10 @@ class EncoderRun:
         """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
         if not merges or not self.session.config.method.proportional:
             return None
-        sizes = self.states[merges].token_size.log().repeat_interleave(self.traits.patches_per_unit, dim=1)
-        return torch.nn.functional.pad(sizes, (self.traits.prefix, 0)).flatten()
+        sizes, unit, prefix = self.states[merges].token_size.log(), self.traits.patches_per_unit, self.traits.prefix
+        if unit > 1:
+            sizes = sizes.repeat_interleave(unit, dim=1)
+        return (torch.nn.functional.pad(sizes, (prefix, 0)) if prefix else sizes).flatten()
 
     def check_finished(self) -> None:
         """Every planned merge ran.
@@ -247,7 +251,7 @@ class EncoderRun:
         """``(B, K * u)`` int64: the place in the row of each surviving patch, for RoPE tables and scores."""
         unit = self.traits.patches_per_unit
         first = self.states[merges].origins[..., None] * unit
-        return (first + torch.arange(unit, device=first.device)).flatten(1)
+        return (first + counting(unit, first.device)).flatten(1)
 
     def patch_counts(self, first: int, last: int) -> tuple[tuple[int, ...], ...]:
         """Patches of the segments ``first .. last - 1`` before, between and after the merges."""
@@ -305,7 +309,7 @@ class EncoderRun:
         segments, kept = self._merge_segments(merges)
         table = segments.take(scores)
         inputs = RuleInputs(
-            scores=table if segments.valid is None else table.masked_fill(~segments.valid, torch.inf),
+            scores=table if segments.padding is None else table.masked_fill(segments.padding, torch.inf),
             lengths=segments.lengths,
             num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
             hidden=lambda: segments.take(units.flatten(0, 1)),
@@ -313,8 +317,8 @@ class EncoderRun:
             token_size=segments.take(state.token_size.flatten()),
             visible=None if self.visible is None else segments.take(_shown(self.visible, state).flatten()),
         )
-        exists = torch.ones_like(state.origins, dtype=torch.bool)
-        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows)
+        exists = everybody(state.origins.shape, state.origins.device)
+        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows, full=True)
         self.plans.append(plan)
         self.states.append(
             EncoderState(take_kept(state.origins, plan), plan.follow(state.kept_at), plan.grow(state.token_size))
@@ -333,7 +337,7 @@ class EncoderRun:
         if self.visible is None or not parts:
             return segments, after
         # Stable: within its part each survivor keeps its place.
-        number = 2 * torch.arange(self.num_rows, device=segments.rows.device)[:, None]
+        number = starts(self.num_rows, 2, segments.rows.device)
         order = torch.argsort((number + ~_shown(self.visible, self.states[merges])).flatten(), stable=True)
         lengths = [part[merges] for part in parts if part[0]]
         return Segments.from_lengths(lengths, order), tuple(part[merges + 1] for part in parts if part[0])
@@ -386,6 +390,10 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         flat = torch.cat([table.flatten() for table in tap.received])
         return run._without_prefix(flat).view(-1, unit).mean(-1)
     query, key = tap.heads()
+    rows = [n * unit + prefix for n in segments.lengths]
+    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes)) is not None:
+        patches = run._without_prefix(packed)
+        return patches if unit == 1 else patches.view(-1, unit).mean(-1)
     place, name = run.places(merges), run.session.config.method.name
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():

@@ -17,7 +17,7 @@ from illava_hooks.engine.decoder import PromptState, TokenCounts
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.segments import host_table, right_align
+from illava_hooks.merge.segments import counting, everybody, numbered, right_align
 
 __all__ = ["CompactPrompt", "Visuals", "compact_prompt"]
 
@@ -121,7 +121,7 @@ def compact_prompt(
 
 def _mark(visuals: Visuals, real: Tensor) -> tuple[list[VisualRecord], _Marks]:
     """All records, images first, and what each token is."""
-    everywhere = torch.arange(real.numel(), device=real.device).view_as(real)
+    everywhere = counting(real.numel(), real.device).view_as(real)
     text = torch.full_like(everywhere, -1)
     marks = _Marks(text, torch.zeros_like(text), everywhere, real)
     records: list[VisualRecord] = []
@@ -135,22 +135,18 @@ def _mark(visuals: Visuals, real: Tensor) -> tuple[list[VisualRecord], _Marks]:
 def _mark_modality(marks: _Marks, records: Sequence[VisualRecord], mask: Tensor, first_number: int) -> None:
     """Writes the images, or the videos, to the places of their placeholders."""
     device = mask.device
-    if not any(record.num_tokens for record in records):
+    lengths = tuple(record.num_tokens for record in records)
+    if not any(lengths):
         return  # pixels that are nothing but padding
-    lengths = host_table([record.num_tokens for record in records], device)
-    starts = lengths.cumsum(0) - lengths
     # Placeholders stand in the order of the features: the i-th of them is the i-th visual token.
     token = (mask.flatten().cumsum(0) - 1).clamp_min(0).view_as(mask)
-    number = torch.repeat_interleave(
-        torch.arange(len(records), device=device), lengths, output_size=sum(r.num_tokens for r in records)
-    )
-    start = starts[number]
+    number, start = numbered(lengths, device).unbind()
     kept, survivors = [], []
     for record in records:
-        place = torch.arange(record.num_tokens, device=device)
-        kept.append(torch.ones_like(place, dtype=torch.bool) if record.keep is None else record.keep.to(device))
+        place = counting(record.num_tokens, device)
+        kept.append(everybody(place.shape, device) if record.keep is None else record.keep.to(device))
         survivors.append(place if record.survivor_of is None else record.survivor_of.to(device))
-    flat_places = torch.argsort((~mask.flatten()).to(torch.uint8), stable=True)
+    flat_places = torch.argsort(mask.flatten().view(torch.uint8), stable=True, descending=True)
     survivor = flat_places[(torch.cat(survivors) + start)[token]]
     marks.visual = torch.where(mask, number[token] + first_number, marks.visual)
     marks.origin = torch.where(mask, token - start[token], marks.origin)
@@ -167,11 +163,11 @@ def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visua
     visual = (marks.visual + 1).flatten()  # 0 collects the text, and is left out
     kept_of = torch.zeros(num_visuals + 1, dtype=torch.int64, device=device)
     first = torch.full((num_visuals + 1,), batch * width, device=device)
-    places = torch.arange(batch * width, device=device)
+    places = counting(batch * width, device)
     tables = {
         "kept": marks.keep.sum(1),
         "real": real.sum(1),
-        "trailing_text": (real & (torch.arange(width, device=device) > _last_visual(marks)[:, None])).sum(1),
+        "trailing_text": (real & (counting(width, device) > _last_visual(marks)[:, None])).sum(1),
         "kept_of_visual": kept_of.index_add(0, visual, marks.keep.flatten().to(torch.int64))[1:],
         "first_of_visual": first.scatter_reduce(0, visual, places, "amin")[1:],
         "restarts": _restarts(text_positions, real)[None],
@@ -198,8 +194,8 @@ def _check(counted: dict[str, list[int]]) -> None:
 
 def _last_visual(marks: _Marks) -> Tensor:
     """``(B,)`` int64, the column of the last visual token; -1 where there is none."""
-    columns = torch.arange(marks.visual.shape[1], device=marks.visual.device)
-    return torch.where(marks.visual >= 0, columns, -1).amax(1)
+    columns = counting(marks.visual.shape[1], marks.visual.device)
+    return columns.expand_as(marks.visual).masked_fill(marks.visual < 0, -1).amax(1)
 
 
 def _holes(real: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.segments import Segments, right_align
+from illava_hooks.merge.segments import Segments, counting, made_once, ones, right_align, starts
 
 __all__ = ["MergePlan", "SegmentPlan", "apply_merge", "build_plan", "nearest_kept", "take_kept"]
 
@@ -30,6 +30,8 @@ class SegmentPlan:
         weights: ``(S, E)`` float32, 0 for edges that only fill up the table.
         self_weights: ``(S, L)`` float32, weight of a survivor in its own new value.
         survivor_of: ``(S, L)`` int64, the survivor that represents each token; itself for survivors.
+        sizes: ``(S, L)`` float32, how many original tokens each survivor stands for from now on (meaningless for
+            others); None: what the edges with weight add up to.
     """
 
     kept: Tensor
@@ -38,17 +40,31 @@ class SegmentPlan:
     weights: Tensor
     self_weights: Tensor
     survivor_of: Tensor
+    sizes: Tensor | None = None
 
 
-def nearest_kept(kept: Tensor, lengths: Tensor) -> Tensor:
-    """For each token the closest survivor by position, the earlier one on a tie: ``(S, L)`` int64."""
-    columns = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    usable = kept & (columns < lengths)
-    far = 2 * kept.shape[1]
-    before = torch.where(usable, columns, -far).cummax(-1).values
-    after = torch.where(usable, columns, far).flip(-1).cummin(-1).values.flip(-1)
-    closest = torch.where(columns - before <= after - columns, before, after)
-    return closest.clamp(0, kept.shape[1] - 1)
+def nearest_kept(kept: Tensor, lengths: Tensor | None) -> Tensor:
+    """For each token the closest survivor by position, the earlier one on a tie: ``(S, L)`` int64.
+
+    Args:
+        kept: ``(S, L)`` bool.
+        lengths: ``(S, 1)`` int64, tokens of each segment; None: ``L``.
+    """
+    segments, length = kept.shape
+    device = kept.device
+    columns = counting(length, device)
+    usable = kept if lengths is None else kept & (columns < lengths)
+    # Survivors in order, those that are none far behind; a token belongs to the next one beyond the middle of two.
+    survivors = columns.expand_as(kept).masked_fill(~usable, 4 * length).sort(-1).values
+    middles = survivors[:, :-1] + survivors[:, 1:]
+    closest = torch.searchsorted(middles, _doubled(segments, length, device))
+    return survivors.gather(1, closest).clamp_max(length - 1)
+
+
+@made_once
+def _doubled(segments: int, length: int, device: torch.device) -> Tensor:
+    """``(S, L)`` int64: 0, 2, 4, ..."""
+    return 2 * torch.arange(length, device="cpu").repeat(segments, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,10 @@ class MergePlan:
         anchors: ``(E,)`` int64, flat rows of the survivors that receive them.
         weights: ``(E,)`` float32; edges that only fill up a table have weight 0.
         self_weights: ``(B, N)`` float32, the weight with which a survivor enters its own new value.
+        new_columns: ``(B, N)`` int64, column among the survivors of each kept token (meaningless for others).
+        columns_of: ``(B, N)`` int64, column among the survivors of each token's survivor.
+        sizes: ``(B, N)`` float32, how many original tokens each survivor stands for from now on, or None: what the
+            edges add up to. Tokens outside of all segments stand for one.
     """
 
     keep_indices: Tensor
@@ -72,28 +92,29 @@ class MergePlan:
     anchors: Tensor
     weights: Tensor
     self_weights: Tensor
-
-    @property
-    def new_columns(self) -> Tensor:
-        """``(B, N)`` int64: column among the survivors of each kept token (meaningless for others)."""
-        rank = self.keep_mask.cumsum(-1)
-        return (rank - rank[:, -1:] - 1 + self.keep_indices.shape[1]).clamp_min(0)
+    new_columns: Tensor
+    columns_of: Tensor
+    sizes: Tensor | None = None
 
     def follow(self, kept_at: Tensor) -> Tensor:
         """Maps a table of columns before the merge, ``(B, M)``, to the columns after it."""
-        return self.new_columns.gather(1, self.survivor_of).gather(1, kept_at)
+        return self.columns_of.gather(1, kept_at)
 
     def grow(self, token_size: Tensor) -> Tensor:
         """How many original tokens each survivor stands for, ``(B, K)``, from the sizes before, ``(B, N)``.
 
         Edges of weight 0 only fill up a table, and some rules list an anchor among what it absorbs: neither adds.
         """
+        if self.sizes is not None:
+            return take_kept(self.sizes, self)
         sizes = token_size.flatten()
-        gained = torch.where((self.weights > 0) & (self.absorbed != self.anchors), sizes[self.absorbed], 0.0)
+        gained = sizes[self.absorbed] * ((self.weights > 0) & (self.absorbed != self.anchors))
         return take_kept(sizes.index_add(0, self.anchors, gained).view_as(token_size), self)
 
 
-def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_kept: int) -> MergePlan:
+def build_plan(
+    local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_kept: int, *, full: bool = False
+) -> MergePlan:
     """Turns decisions inside segments into a plan for the batch.
 
     Args:
@@ -101,27 +122,43 @@ def build_plan(local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_ke
         segments: where the segments lie among the ``B * N`` flat rows.
         keep_mask: ``(B, N)`` bool, tokens that exist (False on padding); tokens outside of all segments stay.
         num_kept: ``K``, planned on the host.
+        full: whether the host knows that each row keeps so many.
     """
-    shape = keep_mask.shape
+    shape, device = keep_mask.shape, keep_mask.device
     kept = segments.put(keep_mask.flatten(), local.kept).view(shape)
-    columns = torch.arange(shape[1], device=keep_mask.device).expand(shape).reshape(-1)
-    survivor_rows = segments.rows.gather(1, local.survivor_of)
-    ones = torch.ones(shape, dtype=torch.float32, device=keep_mask.device).flatten()
+    rank = kept.cumsum(-1)
+    if not full:  # shorter rows lie on the right
+        rank = rank + (num_kept - rank[:, -1:])
+    new_columns, survivor_of = (rank - 1).clamp_min_(0), _columns(segments, local.survivor_of, shape)
+    single = ones((shape.numel(),), device)
     return MergePlan(
         keep_indices=right_align(kept, num_kept),
         keep_mask=kept,
-        survivor_of=segments.put(columns, columns[survivor_rows]).view(shape),
-        absorbed=segments.rows.gather(1, local.absorbed).flatten(),
-        anchors=segments.rows.gather(1, local.anchors).flatten(),
+        survivor_of=survivor_of,
+        absorbed=segments.rows_of(local.absorbed).flatten(),
+        anchors=segments.rows_of(local.anchors).flatten(),
         weights=local.weights.flatten(),
-        self_weights=segments.put(ones, local.self_weights).view(shape),
+        self_weights=segments.put(single, local.self_weights).view(shape),
+        new_columns=new_columns,
+        columns_of=new_columns.gather(1, survivor_of),
+        sizes=None if local.sizes is None else segments.put(single, local.sizes).view(shape),
     )
+
+
+def _columns(segments: Segments, survivor_of: Tensor, shape: torch.Size) -> Tensor:
+    """``(B, N)`` int64, the column of each token's survivor, of numbers inside the segments ``(S, L)``."""
+    width, device = shape[1], survivor_of.device
+    if segments.dense and survivor_of.shape[1] == width:
+        return survivor_of
+    if shape[0] == 1:
+        return segments.put(counting(width, device), segments.rows_of(survivor_of)).view(shape)
+    columns = counting(width, device).expand(shape).reshape(-1)
+    return segments.put(columns, segments.rows_of(survivor_of) % width).view(shape)
 
 
 def take_kept(tokens: Tensor, plan: MergePlan) -> Tensor:
     """Selects the survivors of ``(B, N, ...)``: ``(B, K, ...)``. For positions, which are never averaged."""
-    rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
-    return tokens[rows, plan.keep_indices]
+    return tokens[counting(len(tokens), tokens.device)[:, None], plan.keep_indices]
 
 
 def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
@@ -133,10 +170,11 @@ def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
     kept = take_kept(tokens, plan)
     if plan.absorbed.numel() == 0:
         return kept
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    self_weights = take_kept(plan.self_weights[..., None], plan).to(wide)
-    edges = plan.weights.to(wide)[:, None] * tokens.flatten(0, 1)[plan.absorbed].to(wide)
-    row = torch.div(plan.anchors, tokens.shape[1], rounding_mode="floor")
-    target = row * kept.shape[1] + plan.new_columns.flatten()[plan.anchors]
-    merged = (kept.to(wide) * self_weights).flatten(0, 1).index_add(0, target, edges)
+    # Weights are float32, and products with them at least as wide.
+    edges = plan.weights[:, None] * tokens.flatten(0, 1)[plan.absorbed]
+    slots = plan.new_columns
+    if len(tokens) > 1:
+        slots = slots + starts(len(tokens), kept.shape[1], tokens.device)
+    own = kept * take_kept(plan.self_weights[..., None], plan)
+    merged = own.flatten(0, 1).index_add(0, slots.flatten()[plan.anchors], edges)
     return merged.view(kept.shape).to(tokens.dtype)

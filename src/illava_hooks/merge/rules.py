@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.plan import SegmentPlan, nearest_kept
-from illava_hooks.merge.segments import host_table
+from illava_hooks.merge.segments import counting, everybody, host_table, made_once, ones, starts
 
 __all__ = [
     "RULES",
@@ -68,7 +69,12 @@ class RuleInputs:
 
     def slots(self, num: int) -> Tensor:
         """``(1, num)`` int64: 0, 1, ..."""
-        return torch.arange(num, device=self.scores.device)[None]
+        return counting(num, self.scores.device)[None]
+
+    @property
+    def even(self) -> bool:
+        """Whether all segments have as many tokens and lose as many: tables have no padding then."""
+        return len({*self.lengths}) == 1 and len({*self.num_removed}) == 1
 
 
 class MergeRule(Protocol):
@@ -80,10 +86,25 @@ class MergeRule(Protocol):
 
 
 def assemble(
-    inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, weights: Tensor, self_weights: Tensor
+    inputs: RuleInputs,
+    kept: Tensor,
+    absorbed: Tensor,
+    anchors: Tensor,
+    weights: Tensor,
+    self_weights: Tensor,
+    *,
+    holders: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> SegmentPlan:
-    """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept."""
-    survivor_of = nearest_kept(kept, inputs.count(inputs.lengths))
+    """Completes a plan: tokens with an edge are held by their heaviest anchor, others by the nearest kept.
+
+    Where each token that goes has one edge, ``holders`` ``(S, E)`` says who holds it, and of edges that only fill up
+    the table that who stays holds itself. ``sizes`` as in ``SegmentPlan``.
+    """
+    if holders is not None:
+        survivor_of = inputs.slots(kept.shape[1]).expand_as(kept).scatter(1, absorbed, holders)
+        return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of, sizes)
+    survivor_of = nearest_kept(kept, None if len({*inputs.lengths}) == 1 else inputs.count(inputs.lengths))
     if absorbed.shape[1]:
         light_first = torch.argsort(weights, dim=-1, stable=True, descending=True).flip(-1)
         edge_from, edge_to = absorbed.gather(1, light_first), anchors.gather(1, light_first)
@@ -95,7 +116,7 @@ def assemble(
         )
         heaviest = edge_to.gather(1, (rank - 1).clamp_min(0))
         survivor_of = torch.where((rank > 0) & ~kept, heaviest, survivor_of)
-    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of)
+    return SegmentPlan(kept, absorbed, anchors, weights, self_weights, survivor_of, sizes)
 
 
 # ---------------------------------------------------------------------- the rules
@@ -105,24 +126,33 @@ def _ascending(inputs: RuleInputs) -> Tensor:
     return torch.argsort(inputs.scores, dim=-1, stable=True)
 
 
-def _lowest(inputs: RuleInputs, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Ascending order, the mask of edges in use ``(S, R)``, and who stays ``(S, L)``."""
+def _lowest(inputs: RuleInputs, scores: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ascending order, the mask of edges in use ``(S, R)`` (None: all), and who stays ``(S, L)``."""
     order = _ascending(inputs) if scores is None else torch.argsort(scores, dim=-1, stable=True)
-    used = inputs.slots(max(inputs.num_removed)) < inputs.count(inputs.num_removed)
-    return order, used, _rank(inputs, order) >= inputs.count(inputs.num_removed)
+    lowest, used = order[:, : max(inputs.num_removed)], _used(inputs)
+    kept = everybody(order.shape, order.device)
+    if used is None:
+        return order, None, kept.scatter(1, lowest, False)
+    return order, used, kept.scatter(1, lowest, _slots_in_use(inputs.num_removed, False, order.device))
 
 
-def _rank(inputs: RuleInputs, order: Tensor) -> Tensor:
-    """The place of each token in an order, ``(S, L)``."""
-    return torch.empty_like(order).scatter_(1, order, inputs.slots(order.shape[1]).expand_as(order))
+def _used(inputs: RuleInputs) -> Tensor | None:
+    """``(S, R)`` bool, which of as many edges as the most that is removed a segment uses; None: all."""
+    return None if inputs.even else _slots_in_use(inputs.num_removed, True, inputs.scores.device)
+
+
+@made_once
+def _slots_in_use(counts: tuple[int, ...], used: bool, device: torch.device) -> Tensor:
+    """``(S, R)`` bool: ``used`` on the first so many slots of each segment, its opposite on the rest."""
+    slots = torch.arange(max(counts), device="cpu")
+    return (slots < torch.tensor(counts, device="cpu")[:, None]) == used
 
 
 def drop(inputs: RuleInputs) -> SegmentPlan:
     """Loses the lowest-scored tokens (with the last query's attention as score: FastV, arXiv 2403.06764)."""
     order, _, kept = _lowest(inputs)
-    none = order[:, :0]
-    ones = torch.ones_like(inputs.scores)
-    return assemble(inputs, kept, none, none, ones[:, :0], ones)
+    none, own = order[:, :0], ones(kept.shape, kept.device)
+    return assemble(inputs, kept, none, none, own[:, :0], own)
 
 
 def recycle(inputs: RuleInputs) -> SegmentPlan:
@@ -133,23 +163,34 @@ def recycle(inputs: RuleInputs) -> SegmentPlan:
     largest weight, as in both published stages. If the layout will crop that seat away, the highest-ranked
     member inside takes its place.
     """
-    removed = inputs.count(inputs.num_removed)
-    order = _ascending(inputs)
-    members = order[:, : max(inputs.num_removed) + 1]
-    rank = inputs.slots(members.shape[1])
-    share = (removed + 1 - rank).clamp_min(0).to(torch.float32)
-    weights = share / ((removed + 1) * (removed + 2) // 2)
-    last = removed
+    removed, device = inputs.num_removed, inputs.scores.device
+    members = _ascending(inputs)[:, : max(removed) + 1]
+    in_use = None if inputs.even else _slots_in_use(tuple(n + 1 for n in removed), True, device)
+    last, seat = inputs.count(removed), members[:, -1:]
     if inputs.visible is not None:
-        inside = inputs.visible.gather(1, members) & (rank <= removed)
-        best = torch.where(inside, rank, -1).amax(1, keepdim=True)
-        last = torch.where(best < 0, removed, best)
-    seat = members.gather(1, last)
-    in_use = rank <= removed
-    members = torch.where(in_use, members, seat)
-    kept = torch.ones_like(inputs.scores, dtype=torch.bool).scatter(1, members, False).scatter(1, seat, True)
-    self_weights = torch.ones_like(inputs.scores).scatter(1, seat, 0.0)
-    return assemble(inputs, kept, members, seat.expand_as(members), weights, self_weights)
+        inside = inputs.visible.gather(1, members)
+        inside = inside if in_use is None else inside & in_use
+        # The highest rank inside; where nobody is, the last one of all.
+        best = (inside * inputs.slots(members.shape[1])).amax(1, keepdim=True)
+        last = torch.where(inside.any(1, keepdim=True), best, last)
+    if inputs.visible is not None or in_use is not None:
+        seat = members.gather(1, last)
+    members = members if in_use is None else torch.where(in_use, members, seat)
+    self_weights = ones(inputs.scores.shape, device).scatter(1, seat, 0.0)
+    kept = everybody(inputs.scores.shape, device).scatter(1, members, False).scatter(1, seat, True)
+    weights, mass = _shares(removed, device), inputs.token_size.gather(1, members)
+    anchors = seat.expand_as(members)
+    together = (mass if in_use is None else mass * in_use).sum(1, keepdim=True)
+    sizes = inputs.token_size.scatter(1, seat, together)
+    return assemble(inputs, kept, members, anchors, weights, self_weights, holders=anchors, sizes=sizes)
+
+
+@made_once
+def _shares(removed: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(S, R + 1)`` float32, the weight of each rank in the one token that the lowest become; 0 beyond."""
+    counts = torch.tensor(removed, device="cpu")[:, None]
+    share = (counts + 1 - torch.arange(max(removed) + 1, device="cpu")).clamp_min(0).to(torch.float32)
+    return share / ((counts + 1) * (counts + 2) // 2)
 
 
 def cluster(inputs: RuleInputs) -> SegmentPlan:
@@ -160,7 +201,7 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
     the mean of itself and that sum. Redundant tokens that nobody takes are lost.
     """
     order, _, kept = _lowest(inputs)
-    most = max(inputs.num_removed)
+    most, used = max(inputs.num_removed), inputs.count(inputs.num_removed)
     if most == 0:
         return drop(inputs)
     num_kept = [n - r for n, r in zip(inputs.lengths, inputs.num_removed, strict=True)]
@@ -173,7 +214,7 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
     anchors = order.gather(1, (inputs.count(inputs.num_removed) + slot).clamp_max(last_rank))
     anchor_used = slot < inputs.count(num_recycling)
     redundant = order[:, :most]
-    redundant_used = inputs.slots(most) < inputs.count(inputs.num_removed)
+    redundant_used = inputs.slots(most) < used
     similarity = torch.einsum("smc,src->smr", take_rows(hidden, anchors), take_rows(hidden, redundant))
     similarity = similarity.masked_fill(~redundant_used[:, None], -torch.inf)
     ranked, picked = torch.sort(similarity, dim=-1, descending=True, stable=True)
@@ -195,7 +236,7 @@ def cluster(inputs: RuleInputs) -> SegmentPlan:
 def nearest(inputs: RuleInputs) -> SegmentPlan:
     """Averages each redundant token into its most similar survivor (cosine of keys, weighted by token size)."""
     order, used, kept = _lowest(inputs)
-    return _fold(inputs, unit_vectors(inputs.keys()), kept, order[:, : used.shape[1]], used)
+    return _fold(inputs, _comparable(inputs.keys()), order, kept, used)
 
 
 def diverse(inputs: RuleInputs) -> SegmentPlan:
@@ -206,13 +247,16 @@ def diverse(inputs: RuleInputs) -> SegmentPlan:
     low all of them score: one parallel look at what farthest-point sampling finds one by one. Joined tokens are
     averaged, weighted by token size. Hidden states, not keys: rotary keys of like things in two places differ.
     """
-    states, order = unit_vectors(inputs.hidden()), _ascending(inputs)
-    inside = inputs.slots(order.shape[1]) < inputs.count(inputs.lengths)
-    closest = closest_above(take_rows(states, order), inside.gather(1, order))
-    novelty = torch.empty_like(closest).scatter_(1, order, 1 - closest)
-    novelty = torch.where(inputs.scores < torch.inf, novelty.nan_to_num(-torch.inf, torch.inf), torch.inf)
+    states, order = _comparable(inputs.hidden()), _ascending(inputs)
+    if takes(states.device):
+        closest, _ = _search(inputs, states, order)
+    else:
+        inside = inputs.slots(order.shape[1]) < inputs.count(inputs.lengths)
+        closest = closest_above(take_rows(states, order), inside.gather(1, order))
+    novelty = torch.empty_like(closest).scatter_(1, order, (1 - closest).nan_to_num_(-torch.inf, torch.inf))
+    novelty = novelty.masked_fill_(inputs.scores == torch.inf, torch.inf)
     order, used, kept = _lowest(inputs, novelty)
-    return _fold(inputs, states, kept, order[:, : used.shape[1]], used)
+    return _fold(inputs, states, order, kept, used)
 
 
 def bipartite(inputs: RuleInputs) -> SegmentPlan:
@@ -234,17 +278,46 @@ def bipartite(inputs: RuleInputs) -> SegmentPlan:
     free = inputs.scores[:, ::2] < torch.inf
     best = best.masked_fill(~free, -torch.inf)
     order = torch.argsort(best, dim=-1, descending=True, stable=True)[:, : max(inputs.num_removed)]
-    used = inputs.slots(order.shape[1]) < inputs.count(inputs.num_removed)
+    used = _used(inputs)
+    used = None if used is None else used[:, : order.shape[1]]
     absorbed = even_index.expand_as(best).gather(1, order)
     anchors = 2 * partner.gather(1, order) + 1
     return average(inputs, ~mark(absorbed, used, inputs.scores), absorbed, anchors, used)
 
 
-def _fold(inputs: RuleInputs, features: Tensor, kept: Tensor, absorbed: Tensor, used: Tensor) -> SegmentPlan:
-    """Averages the ``absorbed`` tokens into the survivors that resemble them most."""
-    inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
-    anchors = best_match(features, absorbed, kept & inside)
+def _fold(inputs: RuleInputs, features: Tensor, order: Tensor, kept: Tensor, used: Tensor | None) -> SegmentPlan:
+    """Averages the tokens that come first in an order into the survivors that resemble them most."""
+    absorbed = order[:, : max(inputs.num_removed)]
+    if takes(features.device):
+        _, match = _search(inputs, features, order, inputs.count(inputs.num_removed))
+        anchors = match[:, : absorbed.shape[1]]
+        if max(inputs.num_removed) > min(inputs.lengths):
+            # Edges that only fill up the table lead from padding as well, and must point at a survivor: the best one.
+            best = order.gather(1, inputs.count([n - 1 for n in inputs.lengths]))
+            anchors = torch.where(_slots_in_use(inputs.num_removed, True, order.device), anchors, best)
+    else:
+        inside = inputs.slots(kept.shape[1]) < inputs.count(inputs.lengths)
+        anchors = best_match(features, absorbed, kept & inside)
     return average(inputs, kept, absorbed, anchors, used)
+
+
+def _comparable(features: Tensor) -> Tensor:
+    """Features whose products are cosines; kernels divide by lengths themselves."""
+    return features if takes(features.device) else unit_vectors(features)
+
+
+def _search(
+    inputs: RuleInputs, features: Tensor, order: Tensor, splits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``kernels.ops.most_similar`` in padded segments: ``(S, L)`` cosines, and numbers in the segment."""
+    from illava_hooks.merge.kernels.ops import most_similar
+
+    segments, length = order.shape
+    begins = starts(segments, length, order.device)
+    ends = inputs.count([i * length + n for i, n in enumerate(inputs.lengths)])
+    cuts = None if splits is None else splits[:, 0]
+    best, match = most_similar(features.flatten(0, 1), order.flatten(), begins[:, 0], ends[:, 0], length, cuts)
+    return best.view_as(order), match.view_as(order)
 
 
 # ---------------------------------------------------------------------- what rules by similarity share
@@ -299,19 +372,23 @@ def best_match(features: Tensor, tokens: Tensor, allowed: Tensor) -> Tensor:
     return torch.cat(found, 1) if found else tokens
 
 
-def average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor) -> SegmentPlan:
-    """Size-weighted means of the anchors and what they absorb."""
+def average(inputs: RuleInputs, kept: Tensor, absorbed: Tensor, anchors: Tensor, used: Tensor | None) -> SegmentPlan:
+    """Size-weighted means of the anchors and what they absorb; each token is absorbed once."""
     size = inputs.token_size
-    mass = torch.where(used, size.gather(1, absorbed), 0.0)
+    mass = size.gather(1, absorbed)
+    mass = mass if used is None else mass * used
     total = size.scatter_add(1, anchors, mass)
     # Unused edges stay inside the table: they point at a survivor and weigh nothing.
-    return assemble(inputs, kept, absorbed, anchors, mass / total.gather(1, anchors), size / total)
+    weights = mass / total.gather(1, anchors)
+    holders = anchors if used is None else torch.where(used, anchors, absorbed)
+    return assemble(inputs, kept, absorbed, anchors, weights, size / total, holders=holders, sizes=total)
 
 
-def mark(index: Tensor, used: Tensor, like: Tensor) -> Tensor:
-    """``(S, L)`` bool, True at each ``index`` that is in use."""
+def mark(index: Tensor, used: Tensor | None, like: Tensor) -> Tensor:
+    """``(S, L)`` bool, True at each ``index`` that is in use; None: all are."""
     count = torch.zeros_like(like, dtype=torch.int64)
-    return count.scatter_add(1, index, used.to(torch.int64).expand_as(index)) > 0
+    hits = torch.ones_like(index) if used is None else used.to(torch.int64).expand_as(index)
+    return count.scatter_add(1, index, hits) > 0
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:

@@ -4,16 +4,21 @@ Shapes: ``S`` segments (or samples), ``H`` query heads, ``G`` key heads (``H`` i
 tokens that are scored, ``P >= N`` keys (with those of the cache), ``D`` head width. All results are float32.
 
 No attention map is ever held: the encoder score goes through the map in blocks of rows, or falls out of an attention
-that does; the language-model score needs the row of one query.
+that does; the language-model score needs the row of one query. On a CPU blocks are small enough for its cache; on
+other devices kernels take all segments in one launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from illava_hooks.merge.kernels.devices import takes
+from illava_hooks.merge.segments import borders
 
 __all__ = [
     "SCORES",
@@ -21,6 +26,7 @@ __all__ = [
     "ScoreInputs",
     "attend_and_receive",
     "last_query_attention",
+    "packed_scores",
     "query_lse",
     "random_scores",
     "received_attention",
@@ -71,6 +77,11 @@ def received_attention(inputs: ScoreInputs) -> Tensor:
     The exact column mean of the softmax (iLLaVA, arXiv 2412.06263), taken in blocks of rows.
     """
     (samples, num_tokens), num_keys = inputs.positions.shape, inputs.key.shape[2]
+    if takes(inputs.key.device):
+        from illava_hooks.merge.kernels.ops import received_attention_varlen
+
+        query, key, packing = _packed(inputs)
+        return received_attention_varlen(query, key, **packing).view(samples, num_keys)[:, -num_tokens:]
     num_heads = inputs.query().shape[1]
     columns = torch.zeros(samples * num_heads, 1, num_keys, dtype=torch.float32, device=inputs.key.device)
     for heads, _, logits in _logit_blocks(inputs):
@@ -87,11 +98,47 @@ def query_lse(inputs: ScoreInputs) -> Tensor:
     What the published Qwen2-VL code in fact ranks by, in both stages.
     """
     samples, num_tokens = inputs.positions.shape
+    if takes(inputs.key.device):
+        from illava_hooks.merge.kernels.ops import row_lse_varlen
+
+        query, key, packing = _packed(inputs)
+        return row_lse_varlen(query, key, **packing).mean(0).view(samples, num_tokens)
     num_heads = inputs.query().shape[1]
     scores = torch.empty(samples * num_heads, num_tokens, dtype=torch.float32, device=inputs.key.device)
     for heads, rows, logits in _logit_blocks(inputs):
         scores[heads, rows] = logits.logsumexp(-1)
     return scores.view(samples, num_heads, num_tokens).mean(1)
+
+
+def packed_scores(
+    score: Score, query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, bias: Tensor | None
+) -> Tensor | None:
+    """The scores of all segments at once where a kernel gives them; None: each length goes through ``score``.
+
+    Args:
+        score: the score.
+        query: ``(P, H, D)`` of the tokens of all segments, which see all of their segment.
+        key: ``(P, G, D)``.
+        lengths: tokens of each segment.
+        scale: factor of the attention logits.
+        bias: ``(P,)`` float32 added to the logits of each key, or None.
+
+    Returns:
+        ``(P,)`` float32, or None.
+    """
+    if score not in (received_attention, query_lse) or not takes(key.device):
+        return None
+    from illava_hooks.merge.kernels.ops import received_attention_varlen, row_lse_varlen
+
+    packing: dict[str, Any] = {
+        "cu_seqlens": borders(lengths, key.device),
+        "scale": scale,
+        "bias": bias,
+        "lengths": lengths,
+    }
+    if score is query_lse:
+        return row_lse_varlen(query, key, **packing).mean(0)
+    return received_attention_varlen(query, key, **packing)
 
 
 def last_query_attention(inputs: ScoreInputs) -> Tensor:
@@ -125,6 +172,20 @@ def random_scores(inputs: ScoreInputs) -> Tensor:
 def uniform(inputs: ScoreInputs) -> Tensor:
     """Spreads survivors evenly over the image: the golden-ratio sequence of places."""
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
+
+
+def _packed(inputs: ScoreInputs) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Queries ``(S * N, H, D)``, keys ``(S * P, G, D)``, and how they lie there."""
+    samples, num_tokens = inputs.positions.shape
+    query, key = (table.transpose(1, 2).flatten(0, 1) for table in (inputs.query(), inputs.key))
+    bias = inputs.key_bias
+    if inputs.key_valid is not None:
+        bias = torch.zeros_like(inputs.key_valid, dtype=torch.float32) if bias is None else bias
+        bias = bias.masked_fill(~inputs.key_valid, torch.finfo(torch.float32).min)
+    keys, queries = [inputs.key.shape[2]] * samples, [num_tokens] * samples
+    packing: dict[str, Any] = {"scale": inputs.scale, "bias": None if bias is None else bias.flatten()}
+    packing |= {"cu_seqlens": borders(keys, key.device), "lengths": keys, "causal": inputs.causal}
+    return query, key, packing | {"cu_seqlens_q": borders(queries, key.device), "lengths_q": queries}
 
 
 def _logit_blocks(inputs: ScoreInputs) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -7,18 +7,111 @@ different segments never meet in a merge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "buckets", "host_table", "right_align", "scatter_back"]
+#: Tables that are kept for later, of each kind.
+_REMEMBERED = 128
+
+P = ParamSpec("P")
+
+__all__ = [
+    "Segments",
+    "borders",
+    "buckets",
+    "counting",
+    "everybody",
+    "host_table",
+    "made_once",
+    "numbered",
+    "ones",
+    "right_align",
+    "scatter_back",
+]
+
+
+def made_once(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Remembers tables that follow from numbers of the host: a device is told each of them once.
+
+    Args:
+        make: makes a table on the host of hashable arguments; the last one is the device that it goes to. The copy
+            joins the device's queue and nobody waits.
+
+    Returns:
+        The same function. Its tables are shared: they must never be written to.
+    """
+
+    @lru_cache(maxsize=_REMEMBERED)
+    def remembered(stream: int, *args: Any) -> Tensor:
+        # One that is made in inference mode could not be saved for a backward pass later.
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args).to(args[-1], non_blocking=True)  # type: ignore[call-arg]
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device: Any = args[-1]
+        if torch.compiler.is_compiling() or _fakes():  # what is made here is no tensor that others could use
+            return make(*args).to(device)  # type: ignore[call-arg]
+        # Other streams do not wait for the copy.
+        return remembered(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, *args)
+
+    return made
+
+
+def _fakes() -> bool:
+    """Whether tensors are fake here: what is real is no good there, and the other way round."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    return torch._C._get_dispatch_mode(key) is not None
+
+
+@made_once
+def _table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def host_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers of the host on a device, ``(n,)`` int64; the copy joins the device's queue and nobody waits."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    """Numbers of the host on a device, ``(n,)`` int64, made once: never write to it."""
+    return _table(tuple(values), torch.int64, device)
+
+
+@made_once
+def counting(num: int, device: torch.device) -> Tensor:
+    """``(num,)`` int64: 0, 1, ...; never write to it."""
+    return torch.arange(num, device="cpu")
+
+
+@made_once
+def _ones(num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(num, dtype=dtype, device="cpu")
+
+
+def ones(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Ones, float32, of any shape without a launch; never write to it."""
+    return _ones(math.prod(shape), torch.float32, device).view(*shape)
+
+
+def everybody(shape: Sequence[int], device: torch.device) -> Tensor:
+    """True, of any shape without a launch; never write to it."""
+    return _ones(math.prod(shape), torch.bool, device).view(*shape)
+
+
+@made_once
+def starts(segments: int, length: int, device: torch.device) -> Tensor:
+    """``(segments, 1)`` int64, where each of equally long segments begins; never write to it."""
+    return torch.arange(segments, device="cpu")[:, None] * length
+
+
+def borders(lengths: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Borders of segments that lie one after the other, ``(S + 1,)``: 0, ..., their sum; never write to it."""
+    return _table((0, *accumulate(lengths)), dtype, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +122,15 @@ class Segments:
         rows: ``(S, L)`` int64, flat token row of each token; padding repeats the segment's first row.
         valid: ``(S, L)`` bool, False on padding; None when all segments are equally long.
         lengths: the length of each segment, known on the host.
+        dense: whether they are equally long, follow each other and fill all rows: nothing need be copied then.
+        packed_rows: whether they are of unequal length, follow each other and fill all rows.
     """
 
     rows: Tensor
     valid: Tensor | None
     lengths: tuple[int, ...]
+    dense: bool = False
+    packed_rows: bool = False
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], order: Tensor) -> Segments:
@@ -46,27 +143,75 @@ class Segments:
         longest = max(lengths)
         if min(lengths) == longest:
             return cls(order.view(len(lengths), longest), None, tuple(lengths))
-        size = host_table(lengths, order.device)
-        column = torch.arange(longest, device=order.device)
-        valid = column < size[:, None]
-        index = (size.cumsum(0) - size)[:, None] + torch.where(valid, column, 0)
-        return cls(order[index], valid, tuple(lengths))
+        found = tuple(lengths)
+        return cls(order[_index(found, order.device)], _valid(found, True, order.device), found)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
         """Segments that lie one after the other and fill all rows."""
-        return cls.from_lengths(lengths, torch.arange(sum(lengths), device=device))
+        found, total = tuple(lengths), sum(lengths)
+        if len({*found}) == 1:
+            return cls(counting(total, device).view(len(found), -1), None, found, dense=True)
+        return cls(_index(found, device), _valid(found, True, device), found, packed_rows=True)
 
     def take(self, flat: Tensor) -> Tensor:
         """Gathers ``(R, ...)`` rows into ``(S, L, ...)``."""
-        return flat[self.rows]
+        return flat.reshape(*self.rows.shape, *flat.shape[1:]) if self.dense else flat[self.rows]
+
+    @property
+    def padding(self) -> Tensor | None:
+        """``(S, L)`` bool, True on padding; None when all segments are equally long."""
+        return None if self.valid is None else _valid(self.lengths, False, self.rows.device)
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Flat rows of tokens ``(S, E)`` that are given by their number in the segment."""
+        if self.dense:
+            segments, length = self.rows.shape
+            return tokens if segments == 1 else tokens + starts(segments, length, tokens.device)
+        return self.rows.gather(1, tokens)
 
     def put(self, flat: Tensor, values: Tensor) -> Tensor:
         """Returns a copy of ``flat`` ``(R,)`` with the segments' ``values`` ``(S, L)`` written in."""
+        if self.dense:
+            return values.reshape(flat.shape)
+        if self.packed_rows:
+            return values.flatten()[_slots(self.lengths, values.device)]
         if self.valid is not None:
             # Padding repeats the first row: it must write what that row gets anyway.
             values = torch.where(self.valid, values, values[:, :1])
         return flat.index_copy(0, self.rows.flatten(), values.flatten())
+
+
+@made_once
+def numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(2, P)`` int64 for tokens of segments that follow each other: the segment's number, and its first token's."""
+    sizes = torch.tensor(lengths, device="cpu")
+    return torch.stack([torch.arange(len(lengths), device="cpu"), sizes.cumsum(0) - sizes]).repeat_interleave(sizes, 1)
+
+
+def _padded(lengths: Sequence[int]) -> Tensor:
+    """``(S, L)`` int64 on the host: numbers 0, 1, ... of all tokens of segments that follow each other, else -1."""
+    sizes, column = torch.tensor(lengths, device="cpu"), torch.arange(max(lengths), device="cpu")
+    return torch.where(column < sizes[:, None], (sizes.cumsum(0) - sizes)[:, None] + column, -1)
+
+
+@made_once
+def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(S, L)`` int64: the number of each token; padding repeats the segment's first."""
+    index = _padded(lengths)
+    return torch.where(index < 0, index[:, :1], index)
+
+
+@made_once
+def _valid(lengths: tuple[int, ...], valid: bool, device: torch.device) -> Tensor:
+    """``(S, L)`` bool, ``valid`` on tokens and its opposite on padding."""
+    return (_padded(lengths) >= 0) == valid
+
+
+@made_once
+def _slots(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(P,)`` int64: where each token stands among the ``S * L`` of the padded table."""
+    return (_padded(lengths).flatten() >= 0).nonzero()[:, 0]
 
 
 def buckets(lengths: Sequence[int]) -> dict[int, list[int]]:
@@ -89,7 +234,7 @@ def right_align(keep_mask: Tensor, num_kept: int) -> Tensor:
         that are not kept, so ``keep_mask.gather(1, result)`` tells padding from tokens. Needs no transfer to
         the host.
     """
-    order = torch.argsort(keep_mask.to(torch.uint8), dim=-1, stable=True)
+    order = torch.argsort(keep_mask.view(torch.uint8), dim=-1, stable=True)
     return order[:, order.shape[1] - num_kept :]
 
 

@@ -36,6 +36,7 @@ from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, current_run, in_features, running_forward
 from illava_hooks.errors import InputError
+from illava_hooks.merge.segments import borders as packed_borders
 from illava_hooks.patchers._windows import window_pairs
 
 __all__ = ["ExpandTower", "FeatureMethods", "MergingBlock", "PackedFamily", "StartTower"]
@@ -94,16 +95,17 @@ class PackedFamily(Family):
     def shrink(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
         """The keyword arguments of a block, cut down to the survivors of a packed row: RoPE tables and borders."""
         tables = kwargs["position_embeddings"]
-        origins = run.patch_origins(merges)[0].to(tables[0].device)
-        borders = self.borders(kwargs, run, merges)
-        return {**kwargs, "position_embeddings": tuple(table[origins] for table in tables), **borders}
+        state, borders = run.states[merges], self.borders(kwargs, run, merges)
+        if state.rope is None or state.rope[0] is not tables:  # all layers between two merges are given the same
+            origins = run.patch_origins(merges)[0].to(tables[0].device)
+            state.rope = tables, tuple(table[origins] for table in tables)
+        return {**kwargs, "position_embeddings": state.rope[1], **borders}
 
     def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
         """Who attends to whom among the survivors: what is left of each segment, which the host knows."""
         lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
-        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         device = kwargs["position_embeddings"][0].device
-        return {"cu_seqlens": borders.to(device, non_blocking=True), "max_seqlen": max(lengths)}
+        return {"cu_seqlens": packed_borders(lengths, device, torch.int32), "max_seqlen": max(lengths)}
 
     def lay_out(self, run: EncoderRun, tower: Any, grids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The tower's keyword arguments for a run; a family whose tower permutes its row tells the run of it here.

@@ -1,0 +1,54 @@
+"""How Triton kernels of this package are launched: a short list of tile sizes, tried once for each kind of shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+__all__ = ["launcher", "width_parts"]
+
+#: Tile of the side that a program keeps, step on the side that it goes through, warps, stages.
+_CONFIGS = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 4, 3), (32, 64, 4, 2))
+_LARGE = 1024
+#: Beyond, longer segments are tuned as this one.
+_LONGEST_CLASS = 4096
+
+
+def launcher(kernel: Any, keys: list[str], **fixed: int) -> Callable[..., None]:
+    """A launcher of a kernel, which adds ``longest``, ``length_class``, ``TILE``, ``STEP`` and ``WIDEN``.
+
+    Args:
+        kernel: of ``triton.jit``.
+        keys: arguments that the best tile sizes depend on.
+        **fixed: further sizes, the same in every configuration.
+
+    Returns:
+        A function of the grid, the longest segment, the other arguments in order, and constants by name.
+    """
+    tuned = kernel
+    if isinstance(kernel, triton.JITFunction):
+        configs = [
+            triton.Config({"TILE": tile, "STEP": step, **fixed}, num_warps=warps, num_stages=stages)
+            for tile, step, warps, stages in _CONFIGS
+        ]
+        tuned = triton.autotune(configs, key=keys)(kernel)
+
+    def launch(grid: Callable[[dict[str, int]], tuple[int, int]], longest: int, *given: Any, **constants: Any) -> None:
+        length_class = min(_LONGEST_CLASS, triton.next_power_of_2(max(1, longest)))
+        interpreted = tuned is kernel
+        if interpreted:  # there is nothing to time, and a tile costs nearly the same whatever its size
+            tile = 128 if longest < _LARGE else _LARGE
+            constants |= {"TILE": tile, "STEP": tile, **{name: 16 * size for name, size in fixed.items()}}
+        # The interpreter's products do not know bfloat16; float32 holds the same numbers.
+        tuned[grid](*given, longest, length_class, WIDEN=interpreted, **constants)
+
+    return launch
+
+
+def width_parts(width: int) -> dict[str, int]:
+    """A head width as one or two powers of two that a product takes: 72 is 64 + 16, of which the rest is masked."""
+    first = max(16, triton.next_power_of_2(width + 1) // 2)
+    rest = width - first
+    return {"D": width, "D1": first, "D2": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}

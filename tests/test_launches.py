@@ -1,0 +1,175 @@
+"""A launch budget: what a merging layer and a whole prefill tell a device to do, against stock.
+
+Counted on a CPU whose tensors go the way of other devices: each operation that computes or copies is a launch. A
+device that waits for its next launch wins nothing by having fewer tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families import FAMILIES, family_of
+from helpers import MERGING
+from illava_hooks import merging, patch
+from illava_hooks.engine import attention_tap
+from illava_hooks.merge import rules, scores
+from launches import LaunchCounter
+from tiny_models import Sample, inputs_for, tiny_model
+
+#: Launches that a merging layer may add: where all segments are equally long and lose as many, and where they are not.
+BUDGET = {"illava": (40, 50), "nearest": (42, 52), "fastv": (45, 55), "diverse": (50, 60)}
+#: The layer in front of one that merges in the language model ranks for it.
+RANKING = 12
+METHODS = tuple(BUDGET)
+
+
+class LayerCounter(LaunchCounter):
+    """Launches by layer. Our own operators are counted and not computed: at these sizes blocks would take minutes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__("cpu")
+        self.layers: dict[tuple[str, int], Counter[str]] = {}
+        self.handles: list[Any] = []
+        stages = {"encoder": family_of(model).encoder_layers(model), "decoder": model.model.language_model.layers}
+        for stage, layers in stages.items():
+            for index, layer in enumerate(layers):
+                self.watch(layer, (stage, index))
+
+    def watch(self, layer: nn.Module, name: tuple[str, int]) -> None:
+        # Our own pre-hooks were there first; this one must run before them.
+        def enter(*_: Any) -> None:
+            self.before = self.launches.copy()
+
+        def leave(*_: Any) -> None:
+            self.layers[name] = self.launches - self.before
+
+        self.handles.append(layer.register_forward_pre_hook(enter, prepend=True))
+        self.handles.append(layer.register_forward_hook(leave))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.name.startswith("illava::"):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.launches[func._schema.name] += self.own(func)
+        if func._schema.name == "illava::most_similar":
+            return torch.zeros_like(args[1], dtype=torch.float32), args[1].clone()
+        rows = args[1] if func._schema.name == "illava::column_means" else args[0]
+        return torch.zeros(args[0].shape[1], len(rows))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and rules go the way of other devices, and no attention is answered in blocks of a CPU's cache."""
+    for module in (scores, rules):
+        monkeypatch.setattr(module, "takes", lambda device: True)
+    monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
+
+
+def counted(model: Any, inputs: dict[str, Tensor]) -> tuple[LayerCounter, LayerCounter]:
+    """A merging prefill and stock's; tables that are made once are there already."""
+    with torch.no_grad():
+        model(**inputs)
+        with LayerCounter(model) as ours:
+            model(**inputs)
+        with merging(model, False), LayerCounter(model) as stock:
+            model(**inputs)
+    return ours, stock
+
+
+def added(ours: LayerCounter, stock: LayerCounter) -> dict[tuple[str, int], int]:
+    """Launches that each layer adds, but for what stock's attention does for each segment."""
+    return {name: ours.layers[name].total() - stock.layers[name].total() for name in stock.layers}
+
+
+ONE = ((64, 64),)
+MANY = {"one": ONE, "five": ONE * 5, "twelve": ONE * 12, "ragged": ((64, 64), (48, 30), (100, 100))}
+
+
+@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merging_layer_has_a_budget(family: str, method: str, kind: str) -> None:
+    model = tiny_model(family)
+    patch(model, **MERGING, method=method)
+    more = added(*counted(model, inputs_for(model, [Sample(1, images=MANY[kind])])))
+    budget = BUDGET[method][kind == "ragged"]
+    for (stage, index), launches in more.items():
+        if index in MERGING["vit_layers" if stage == "encoder" else "llm_layers"]:
+            assert 0 < launches <= budget, (stage, index, launches)
+        elif stage == "decoder" and index + 1 in MERGING["llm_layers"]:
+            assert launches <= RANKING, (stage, index, launches)
+        else:
+            assert launches <= 8, (stage, index, launches)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_and_tokens_do_not_count(family: str, method: str) -> None:
+    model = tiny_model(family)
+    patch(model, **MERGING, method=method)
+    found = []
+    for images in (ONE * 2, ONE * 3, ONE * 12, ((128, 128),) * 2):
+        more = added(*counted(model, inputs_for(model, [Sample(1, images=images)])))
+        # A back-end that takes all segments at once hands heads on in one piece; SDPA goes through them one by one.
+        found.append({name: launches for name, launches in more.items()})
+    assert found[1:] == found[:-1], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["illava", "diverse"])
+def test_from_256_to_16384_patches(method: str) -> None:
+    model = tiny_model("qwen2_vl")
+    patch(model, **MERGING, method=method)
+    found = []
+    for side in (64, 512):
+        samples = [Sample(1, images=((side, side),))]
+        assert family_of(model).segments(model, samples) == [[side * side // 16]]
+        found.append(added(*counted(model, inputs_for(model, samples))))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_counter_counts(family: str) -> None:
+    """The tests above could fail: a layer that does more is seen, and a kernel counts as its launches."""
+    model = tiny_model(family)
+    patch(model, **MERGING)
+    inputs = inputs_for(model, [Sample(1, images=ONE)])
+    layer = family_of(model).encoder_layers(model)[1]
+    before = added(*counted(model, inputs))
+    handle = layer.register_forward_hook(lambda module, args, out: None if not torch.is_tensor(out) else out + 0)
+    ours, _ = counted(model, inputs)
+    handle.remove()
+    assert ours.launches["illava::column_means"] == 2 * len(MERGING["vit_layers"])
+    assert before["encoder", 1] > 20 and ours.launches["aten::add"] > 0
+
+
+DEEP: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"vision": {"depth": 32}, "text": {"num_hidden_layers": 28}},
+    "llava_onevision": {"vision": {"num_hidden_layers": 26}, "text": {"num_hidden_layers": 28}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", DEEP)
+def test_a_whole_prefill_has_a_budget(family: str, method: str) -> None:
+    """The depth of the published models, with their presets."""
+    model = tiny_model(family, **DEEP[family])
+    fraction = {"vit_r": 2} if family == "llava_onevision" else {}
+    patch(model, method=method, **fraction)
+    totals = []
+    for images in (ONE, ((128, 128),)):
+        ours, stock = counted(model, inputs_for(model, [Sample(1, images=images)]))
+        assert ours.launches["illava::column_means"] + ours.launches["illava::most_similar"] > 0
+        assert ours.total <= 1.15 * stock.total + 200, (ours.total, stock.total)
+        totals.append(ours.total - stock.total)
+    assert family == "llava_onevision" or len(set(totals)) == 1, totals
