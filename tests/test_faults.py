@@ -121,7 +121,7 @@ INSIDE = [
     "engine.decoder.scatter_back",
     "engine.decoder.checked_scores",
     "engine.decoder_hooks.compact_prompt",
-    "engine.decoder_hooks._prefill_masks",
+    "engine.decoder_hooks.masks_of_prefill",
     "engine.decoder_hooks.cache_layer",
     "engine.trace.kv_bytes",
     "engine.model_hooks.named_arguments",

@@ -61,6 +61,7 @@ ENGINE_FLOORS = {
     "prompt": 4,
     "cache": 3,
     "decoder": 3,
+    "decoder_masks": 4,
     "encoder": 3,
     "padding": 2,
     "attention_tap": 2,

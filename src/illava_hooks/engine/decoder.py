@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from illava_hooks.merge.scores import Score, ScoreInputs
 from illava_hooks.merge.segments import Segments, counting, everybody, host_table, scatter_back
 from illava_hooks.methods import checked_scores
 
-__all__ = ["DecoderRun", "PromptState", "TokenCounts", "plan_counts"]
+__all__ = ["DecoderRun", "LayerKind", "PromptState", "TokenCounts", "plan_counts"]
+
+#: What a decoder layer mixes tokens by: keys of all of them, or a state that one token hands to the next.
+LayerKind = Literal["attention", "recurrent"]
 
 
 @dataclass(slots=True)

@@ -17,21 +17,18 @@ from transformers import DynamicCache
 from illava_hooks.engine.attention_tap import Attention, AttentionTap, close_tap, open_tap
 from illava_hooks.engine.cache import (
     Ledger,
-    MergedLayer,
     Past,
     cache_layer,
     check_layers,
-    key_length,
-    layer_mask,
     logical_mask,
     past_of,
-    read_mask,
     real_tokens,
     touches,
 )
 from illava_hooks.engine.compat import CACHE, as_given, cache_of, compose_tables
-from illava_hooks.engine.decoder import DecoderRun, plan_counts
-from illava_hooks.engine.family import Family, LayerKind
+from illava_hooks.engine.decoder import DecoderRun, LayerKind, plan_counts
+from illava_hooks.engine.decoder_masks import masks_of_call, masks_of_prefill
+from illava_hooks.engine.family import Family
 from illava_hooks.engine.hookset import Hook
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
@@ -135,7 +132,7 @@ class TextModelHook(Hook):
         kwargs["position_ids"] = positions.gather(-1, columns.expand(*positions.shape[:-1], -1))
         kwargs["attention_mask"] = _ready_made(compact)
         self.family.compact(kwargs, columns, run)
-        masks, valid = _prefill_masks(self.family.layer_kinds(config), config, run, compact, cache, past, mask)
+        masks, valid = masks_of_prefill(self.family.layer_kinds(config), config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
         kwargs[DECODER_CALL] = DecoderCall(
             masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening(), {})
@@ -198,127 +195,21 @@ def _packed_candidates(given: Tensor | None, mask: Tensor | None, cache: Any) ->
     return given
 
 
-def _prefill_masks(
-    kinds: Sequence[LayerKind],
-    config: Any,
-    run: DecoderRun,
-    embeds: Tensor,
-    cache: Any,
-    past: Past,
-    mask: Tensor | None,
-) -> tuple[list[Any], list[Tensor | None]]:
-    """For each decoder layer its mask, and which of its keys are real; shared where stage and past are the same."""
-    made: dict[tuple[Any, ...], tuple[Any, Tensor | None]] = {}
-    masks: list[Any] = []
-    valid: list[Tensor | None] = []
-    for layer_idx, kind in enumerate(kinds):
-        merges, held = run.merges_through(layer_idx), past.keys[layer_idx]
-        if kind == "recurrent":
-            masks.append(_padding(run, merges, past, embeds.device))
-            valid.append(None)
-            continue
-        layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
-        key = merges, held, layer.ledger.history if isinstance(layer, MergedLayer) else ()
-        if key not in made:
-            new = run.counts[merges].valid(embeds.device)
-            queries = embeds[:, : run.counts[merges].width]
-            keys = _with_past(layer if held == 0 else cache_layer(cache, layer_idx), held, new, mask, queries)
-            made[key] = layer_mask(config, queries, layer, held, keys), keys
-        masks.append(made[key][0])
-        valid.append(made[key][1])
-    return masks, valid
-
-
-def _padding(run: DecoderRun, merges: int, past: Past, device: torch.device) -> Tensor | None:
-    """``(B, K)`` bool, which columns a recurrent layer reads; None: all.
-
-    Padding in front of a whole sequence leaves an empty state empty.
-
-    Raises:
-        PatchStateError: it would fade a state that is not empty.
-    """
-    valid = run.counts[merges].valid(device)
-    if valid is not None and past.logical:
-        raise PatchStateError(
-            f"{CACHE} holds tokens, and the rows of this call keep different numbers of new ones, "
-            f"{list(run.counts[merges].lengths)}: padding between would fade the state of recurrent layers (linear "
-            "attention); give one row at a time, or use merging(model, False)"
-        )
-    return valid
-
-
-def _with_past(layer: Any, past: int, new: Tensor | None, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-    """``(B, past + K)`` bool, which keys are real: past ones by the call's mask, new ones as planned; None: all."""
-    if not past:
-        return new
-    device, (batch, width) = queries.device, queries.shape[:2]
-    before = layer.ledger.validity(past, device) if mask is None else layer.ledger.read(mask.to(device), past)
-    if before is None and new is None:
-        return None
-    before = torch.ones(batch, past, dtype=torch.bool, device=device) if before is None else before
-    new = torch.ones(batch, width, dtype=torch.bool, device=device) if new is None else new
-    return torch.cat([before, new], 1)
-
-
 def continue_call(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Sequence[LayerKind]
 ) -> dict[str, Any]:
     """A call that merges nothing on a cache that holds merged tokens: every layer needs a mask of its own length."""
-    cache, config = cache_of(kwargs), module.config
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = module.embed_tokens(kwargs.pop("input_ids", None) if not args else args[0])
         kwargs["inputs_embeds"] = embeds
-    width, inside_generate = embeds.shape[1], current_generation() is not None
-    logical = cache_layer(cache, kinds.index("attention")).get_seq_length()
-    made: dict[Any, tuple[Any, Ledger]] = {}
-    masks: list[Any] = []
-    for layer_idx, kind in enumerate(kinds):
-        if kind == "recurrent":
-            masks.append(_recurrent_mask(kwargs.get("attention_mask"), embeds, logical))
-            continue
-        layer: Any = cache_layer(cache, layer_idx)
-        past, ledger = layer.num_keys(), layer.ledger
-        key = ledger.history, ledger.num_merged, None if isinstance(past, Tensor) else past
-        if key not in made:
-            # In `generate` masks only grow by real tokens once the first is known; elsewhere each is read anew.
-            if not (inside_generate and ledger.knows_mask):
-                _read(kwargs.get("attention_mask"), layer, past, width, inside_generate)
-            valid = layer.ledger.validity(key_length(layer, past, width), embeds.device)
-            made[key] = layer_mask(config, embeds, layer, past, valid), layer.ledger
-        mask, layer.ledger = made[key]
-        masks.append(mask)
+    # In `generate` masks only grow by real tokens once the first is known; elsewhere each is read anew.
+    grows = current_generation() is not None
+    masks = masks_of_call(kinds, module.config, cache_of(kwargs), embeds, kwargs.get("attention_mask"), grows)
     # The text model would ask the first layer only, and find a mask that is wrong for all behind a merge.
     kwargs["attention_mask"] = _ready_made(embeds)
     kwargs[DECODER_CALL] = DecoderCall(masks)
     return kwargs
-
-
-def _recurrent_mask(attention_mask: Any, queries: Tensor, past: Any) -> Any:
-    """Which of a call's tokens a recurrent layer reads, ``(B, N)``, or None for all.
-
-    Args:
-        attention_mask: what a text model accepts. One that is longer than the sequence says nothing by its end; of one
-            that is shorter, stock looks at the last columns.
-        queries: ``(B, N, C)``, all tokens of the call.
-        past: tokens before the call.
-    """
-    if isinstance(attention_mask, dict):
-        return attention_mask["linear_attention"]
-    width = queries.shape[1]
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or width == 1:
-        return None
-    end = torch.as_tensor(past + width, device=attention_mask.device).clamp_max(attention_mask.shape[1])
-    columns = (end - width + torch.arange(width, device=attention_mask.device)).clamp_min(0)
-    return attention_mask[:, columns]
-
-
-def _read(attention_mask: Any, layer: MergedLayer, past: Any, width: int, inside_generate: bool) -> None:
-    """Notes what a mask says of the keys of a layer."""
-    mask = logical_mask(attention_mask, prepared=True)
-    if mask is not None:
-        known = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        read_mask(layer, mask, past, width, may_ask=known or inside_generate)
 
 
 class DecoderLayerHook(Hook):

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality, ModelLimits
 from illava_hooks.engine.compat import CACHE
+from illava_hooks.engine.decoder import LayerKind
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.report import DecoderShape, EncoderShape
 from illava_hooks.engine.session import MergeSession
@@ -28,9 +29,6 @@ from illava_hooks.errors import UnsupportedModelError
 __all__ = ["Family", "LayerKind", "ModelParts", "Stage", "changed_layers", "schedules_of"]
 
 Stage = Literal["vision", "language"]
-
-#: What a decoder layer mixes tokens by: keys of all of them, or a state that one token hands to the next.
-LayerKind = Literal["attention", "recurrent"]
 
 
 @dataclass(frozen=True, slots=True)

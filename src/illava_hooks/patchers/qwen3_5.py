@@ -19,9 +19,9 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionBlock
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionBlock
 
 from illava_hooks.config import MergeConfig, MergeSchedule, Modality
-from illava_hooks.engine.decoder import DecoderRun
+from illava_hooks.engine.decoder import DecoderRun, LayerKind
 from illava_hooks.engine.encoder_layers import MergingLayer
-from illava_hooks.engine.family import LayerKind, ModelParts
+from illava_hooks.engine.family import ModelParts
 from illava_hooks.engine.report import DecoderShape, EncoderShape, RecurrentShape
 from illava_hooks.engine.tooling import LmmsEval, PublishedShape
 from illava_hooks.patchers._experts import refuse_balancing, refuse_balancing_by_default
