@@ -93,12 +93,10 @@ class Ledger:
             num_logical: tokens of the call that they stand for.
             valid: ``(B, past + kept)`` bool, which keys are real; None: all.
         """
-        kept = columns.shape[1]
-        if past:
-            columns = torch.cat([self.known_columns(past, len(columns), columns.device), columns], 1)
+        before = [self.known_columns(past, len(columns), columns.device)] if past else []
         return Ledger(
-            num_merged=self.num_merged + num_logical - kept,
-            columns=columns,
+            num_merged=self.num_merged + num_logical - columns.shape[1],
+            columns=torch.cat([*before, columns], 1) if past else columns,
             valid=valid,
             history=(*self.history, lengths),
             knows_mask=True,
