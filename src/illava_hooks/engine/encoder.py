@@ -9,7 +9,6 @@ class token); they are split off before anything here looks at it. ``S`` segment
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.counts import SegmentCounts, encoder_counts, keeps_quota, shown_units
+from illava_hooks.engine.encoder_state import EncoderState, Visible
 from illava_hooks.engine.padding import Padding, Shares, filled_up, padded_segments
 from illava_hooks.engine.provenance import merge_matrix, product
 from illava_hooks.engine.records import VisualRecord
@@ -32,44 +32,10 @@ from illava_hooks.merge.scores import ScoreInputs, packed_scores, received_atten
 from illava_hooks.merge.segments import Segments, buckets, counting, everybody, host_table, scatter_back, starts
 from illava_hooks.methods import checked_scores, find_score
 
-__all__ = ["EncoderRun", "EncoderState", "Visible", "unit_scores"]
+__all__ = ["EncoderRun", "unit_scores"]
 
 #: A family's way to cut a layer's keyword arguments down to the survivors after so many merges.
 Shrink = Callable[[dict[str, Any], "EncoderRun", int], dict[str, Any]]
-
-
-@dataclass(slots=True)
-class EncoderState:
-    """The survivors between two merges.
-
-    Attributes:
-        origins: ``(B, K)`` int64, the unit of the row where each survivor stood before any merge.
-        kept_at: ``(B, M)`` int64, the survivor that stands for each original unit.
-        token_size: ``(B, K)`` float32, how many original units each survivor stands for.
-        sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
-        windows: borders of the traits' windows among the survivors, once a layer has asked for them.
-        rope: the tables of all tokens that a layer was given, and what the survivors need of them.
-    """
-
-    origins: Tensor
-    kept_at: Tensor
-    token_size: Tensor
-    sources: Tensor | None = None
-    windows: Tensor | None = None
-    rope: tuple[Any, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Visible:
-    """What the layout will show of each tile; the rest is cropped away behind the encoder.
-
-    Attributes:
-        mask: ``(B, M)`` bool.
-        counts: shown units of each tile, on the host.
-    """
-
-    mask: Tensor
-    counts: tuple[int, ...]
 
 
 class EncoderRun:
@@ -315,7 +281,7 @@ class EncoderRun:
             hidden=lambda: segments.take(units.flatten(0, 1)),
             keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
             token_size=segments.take(state.token_size.flatten()),
-            visible=None if self.visible is None else segments.take(_shown(self.visible, state).flatten()),
+            visible=None if self.visible is None else segments.take(self.visible.survivors(state).flatten()),
         )
         exists = everybody(state.origins.shape, state.origins.device)
         plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows, full=True)
@@ -338,7 +304,7 @@ class EncoderRun:
             return segments, after
         # Stable: within its part each survivor keeps its place.
         number = starts(self.num_rows, 2, segments.rows.device)
-        order = torch.argsort((number + ~_shown(self.visible, self.states[merges])).flatten(), stable=True)
+        order = torch.argsort((number + ~self.visible.survivors(self.states[merges])).flatten(), stable=True)
         lengths = [part[merges] for part in parts if part[0]]
         return Segments.from_lengths(lengths, order), tuple(part[merges + 1] for part in parts if part[0])
 
@@ -367,11 +333,6 @@ class EncoderRun:
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
         return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
-
-
-def _shown(visible: Visible, state: EncoderState) -> Tensor:
-    """``(B, K)`` bool, which survivors stand where the layout shows them."""
-    return visible.mask.gather(1, state.origins)
 
 
 def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:

@@ -19,7 +19,8 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.counts import encoder_counts
-from illava_hooks.engine.encoder import EncoderRun, Visible
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_state import Visible
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.tooling import Picture, Workload
 from illava_hooks.engine.traits import EncoderTraits

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from illava_hooks.engine.compat import pixels_of_videos
-from illava_hooks.engine.encoder import EncoderRun, Visible
+from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import expand_output, run_features
+from illava_hooks.engine.encoder_state import Visible
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import current_run, in_features
