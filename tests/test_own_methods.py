@@ -193,7 +193,7 @@ class TestObjects:
             [Method("downsample")],
             ["fastv", Method("fastv", merge="nearest")],
         ],
-        ids=str,
+        ids=["two of one's own", "one of ours", "none", "a control", "ours beside it"],
     )
     def test_two_of_one_name_are_refused(self, methods: list[Any]) -> None:
         model, processor = tiny.load(FAMILY)
