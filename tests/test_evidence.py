@@ -268,10 +268,11 @@ class TestBench:
         model = build_shape(shape, narrow=True)
         inputs = build_workload(model, Workload(tiles=3, patches=256, text=20))
         seen: list[tuple[bool, int, int]] = []
-        stock = type(model).forward
+        stock, attending = type(model).forward, family_of(model).attending(model)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            keys = sum(layer.keys.shape[-2] for layer in kwargs[CACHE].layers if layer.is_initialized)
+            holding = [kwargs[CACHE].layers[index] for index in attending]
+            keys = sum(layer.keys.shape[-2] for layer in holding if layer.is_initialized)
             if kwargs["input_ids"].shape[1] == 1:
                 seen.append((session_of(self) is not None, keys, self.lm_head.weight.data_ptr()))
             return stock(self, *args, **kwargs)
@@ -279,7 +280,7 @@ class TestBench:
         monkeypatch.setattr(type(model), "forward", forward)
         cost = merge_cost(model, inputs, {}, steps=3)
         assert [merged for merged, _, _ in seen] == [True, False] * 3, "in turn, one of them unpatched"
-        layers = model.config.text_config.num_hidden_layers
+        layers = len(attending)
         for (_, ours, weight), (_, theirs, twin) in zip(seen[::2], seen[1::2], strict=True):
             assert abs(ours - theirs) <= layers / 2 and weight == twin
         width = cost.report.kv_bytes[0] / seen[0][1]

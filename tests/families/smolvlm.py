@@ -63,7 +63,7 @@ class SmolVLM(Family):
     seam = "inputs_merger" if hasattr(SmolVLMModel, "inputs_merger") else "get_placeholder_mask"
     tower_name = "vision_model"
     language_name = "text_model"
-    shapes = {"smolvlm-256m": 0.19, "smolvlm-500m": 0.41, "smolvlm-2.2b": 2.03, "idefics3-8b": 7.4}
+    shapes = {"smolvlm-256m": 0.20, "smolvlm-500m": 0.41, "smolvlm-2.2b": 2.03, "idefics3-8b": 7.4}
     stock_modules = ("smolvlm.modeling_smolvlm", "idefics3.modeling_idefics3", "llama.modeling_llama")
 
     @property

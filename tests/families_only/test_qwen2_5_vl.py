@@ -69,8 +69,8 @@ class Plans:
         self.made: list[MergePlan] = []
         inner = encoder.build_plan
 
-        def build_plan(*args: Any) -> MergePlan:
-            self.made.append(inner(*args))
+        def build_plan(*args: Any, **kwargs: Any) -> MergePlan:
+            self.made.append(inner(*args, **kwargs))
             return self.made[-1]
 
         monkeypatch.setattr(encoder, "build_plan", build_plan)

@@ -41,7 +41,7 @@ from helpers import (
     prompt,
 )
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
-from illava_hooks.engine import decoder_hooks, encoder
+from illava_hooks.engine import decoder_masks, encoder
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.proof import check_scores
 from illava_hooks.merge.plan import take_kept
@@ -204,7 +204,7 @@ def test_both_stages_against_the_reference(order: str, batch: str, rule: str, si
 @pytest.mark.usefixtures("exact")
 def test_padding_that_recurrent_layers_read_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of other lengths have copies of tokens in front, which a state would take in."""
-    monkeypatch.setattr(decoder_hooks, "_padding", lambda *args: None)
+    monkeypatch.setattr(decoder_masks, "_padding", lambda *args: None)
     with pytest.raises(AssertionError, match="not close"):
         check_order("published", "images", "drop")
 
@@ -217,7 +217,7 @@ def test_padding_as_in_front_of_the_first_merge_is_noticed(monkeypatch: pytest.M
         valid = run.counts[0].valid(device)
         return valid[:, -run.counts[merges].width :] if valid is not None else None
 
-    monkeypatch.setattr(decoder_hooks, "_padding", first)
+    monkeypatch.setattr(decoder_masks, "_padding", first)
     with pytest.raises(AssertionError, match="not close"):
         check_order("published", "images", "drop")
 
@@ -347,7 +347,7 @@ def test_a_batch_is_its_samples(order: str, side: Any) -> None:
 def test_padding_that_recurrent_layers_read_parts_a_batch_from_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = hybrid("published", dtype=torch.float64)
     patch(model, **settings_of("published"))
-    monkeypatch.setattr(decoder_hooks, "_padding", lambda *args: None)
+    monkeypatch.setattr(decoder_masks, "_padding", lambda *args: None)
     assert apart(model, [IMAGES, TEXT, IMAGE], "left") > 1e-3
 
 
@@ -553,13 +553,13 @@ def test_foreign_blocks() -> None:
 
 @needs_ready_features
 def test_time_is_a_text_between_slices() -> None:
-    """The workload of a benchmark has every slice in brackets of its own, as the processor does."""
+    """The workload of a benchmark has every slice in brackets of its own behind its time, as the processor does."""
     model = tiny_model(NAME, text={"vocab_size": 1024})
     inputs = build_workload(model, Workload(frames=4, patches=16, text=4))
     ids = inputs["input_ids"][0].tolist()
     token = model.config.video_token_id
     assert ids.count(token) == 2 * 4
-    assert ids[2:8] == [3, token, token, token, token, 4] == ids[8:14]
+    assert [each == token for each in ids] == [False] * 2 + 2 * ([False] * 7 + [True] * 4 + [False]) + [False] * 2
     with torch.no_grad():
         model(**inputs)
 

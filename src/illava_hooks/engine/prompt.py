@@ -94,8 +94,8 @@ def compact_prompt(
         PatchStateError: the positions restart, as in packed training sequences; there are holes; or nothing is real.
     """
     records, marks = _mark(visuals, real)
-    counted = _count(marks, real, text_positions, len(records))
-    if not allows_holes and counted["holes"][0]:
+    counted = _count(marks, real, text_positions, len(records), allows_holes)
+    if counted["holes"][0]:
         raise PatchStateError(
             "attention_mask has padding between real tokens, which fades the state of recurrent layers (linear "
             "attention) in the stock model and would not where tokens merge; pad in front of or behind a row, or use "
@@ -157,7 +157,9 @@ def _mark_modality(marks: _Marks, records: Sequence[VisualRecord], mask: Tensor,
 # ---------------------------------------------------------------------- what the host must know
 
 
-def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visuals: int) -> dict[str, list[int]]:
+def _count(
+    marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visuals: int, allows_holes: bool
+) -> dict[str, list[int]]:
     """Everything that the host must know, by name, in one transfer."""
     device, (batch, width) = real.device, real.shape
     visual = (marks.visual + 1).flatten()  # 0 collects the text, and is left out
@@ -171,7 +173,7 @@ def _count(marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visua
         "kept_of_visual": kept_of.index_add(0, visual, marks.keep.flatten().to(torch.int64))[1:],
         "first_of_visual": first.scatter_reduce(0, visual, places, "amin")[1:],
         "restarts": _restarts(text_positions, real)[None],
-        "holes": _holes(real)[None],
+        "holes": counting(1, device) if allows_holes else _holes(real)[None],
         "moves": (marks.keep[:, :-1] & ~marks.keep[:, 1:]).any()[None].to(torch.int64),
     }
     # Side by side in one tensor: every transfer makes the host wait for all that the device still has to do.

@@ -75,6 +75,7 @@ class Qwen35(PackedFamily):
     )
     other_tower = "visual has {kind} blocks; use a stock Qwen3.5 model"
     frames_apart = True
+    time_tokens = 6  # "<", "0", ".", "3", " seconds", ">", as in Qwen3-VL
     shapes: Mapping[str, PublishedShape] = MappingProxyType(
         {
             "qwen3.5-0.8b": PublishedShape(1024, 3584, 24, 8, 2, "Qwen/Qwen3.5-0.8B"),
