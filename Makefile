@@ -21,7 +21,7 @@ test-families: $(SETUP)  ## the same, with tests of the engine on every family; 
 	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
-	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations
+	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
