@@ -54,8 +54,14 @@ def trap(tmp_path: Path) -> Path:
     return file
 
 
+#: The one exception: a method's file that the user's own command or program names (`test_own_methods.py` shows that
+#: nothing else can name one).
+RUNS_A_NAMED_FILE = {"tools/methods.py": ("exec", "compile")}
+
+
 @pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
 def test_no_code_that_runs_what_it_reads(file: Path) -> None:
+    wanted = RUNS_A_NAMED_FILE.get(file.relative_to(SOURCE).as_posix(), ())
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name.split(".")[0] for alias in node.names}
@@ -63,6 +69,8 @@ def test_no_code_that_runs_what_it_reads(file: Path) -> None:
             assert not names & UNPICKLERS, ast.unparse(node)
         if isinstance(node, ast.Call):
             called, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called in wanted:
+                continue
             assert called not in RUNS_WHAT_IT_READS and called not in ("torch.load", "np.load", "os.system"), called
             assert "allow_pickle" not in given and given.get("shell") != "True"
             if called.endswith(".from_pretrained") and "tools" in file.parts:  # others load what is embedded
