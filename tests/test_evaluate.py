@@ -233,7 +233,7 @@ class TestFiles:
         (read,) = read_rows(file)
         assert read.right == [True] * 3 and read.measured is None and read.answers == []
         before = file.read_bytes()
-        with pytest.raises(InputError, match="says not what its rows were measured with"):
+        with pytest.raises(InputError, match="does not say what its rows were measured with"):
             measured(*run, file)
         assert file.read_bytes() == before
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -91,10 +92,12 @@ def compact_prompt(
             state stock fades there.
 
     Raises:
-        PatchStateError: the positions restart, as in packed training sequences; there are holes; or nothing is real.
+        PatchStateError: the positions restart, as in packed training sequences; there are holes; an image lies in two
+            rows; or nothing is real.
     """
     records, marks = _mark(visuals, real)
-    counted = _count(marks, real, text_positions, len(records), allows_holes)
+    counted = _count(visuals, marks, real, text_positions, allows_holes)
+    _check_rows(visuals, counted["placeholders"])
     if counted["holes"][0]:
         raise PatchStateError(
             "attention_mask has padding between real tokens, which fades the state of recurrent layers (linear "
@@ -158,10 +161,11 @@ def _mark_modality(marks: _Marks, records: Sequence[VisualRecord], mask: Tensor,
 
 
 def _count(
-    marks: _Marks, real: Tensor, text_positions: Tensor | None, num_visuals: int, allows_holes: bool
+    visuals: Visuals, marks: _Marks, real: Tensor, text_positions: Tensor | None, allows_holes: bool
 ) -> dict[str, list[int]]:
     """Everything that the host must know, by name, in one transfer."""
     device, (batch, width) = real.device, real.shape
+    num_visuals = sum(map(len, visuals.records.values()))
     visual = (marks.visual + 1).flatten()  # 0 collects the text, and is left out
     kept_of = torch.zeros(num_visuals + 1, dtype=torch.int64, device=device)
     first = torch.full((num_visuals + 1,), batch * width, device=device)
@@ -172,6 +176,7 @@ def _count(
         "trailing_text": (real & (counting(width, device) > _last_visual(marks)[:, None])).sum(1),
         "kept_of_visual": kept_of.index_add(0, visual, marks.keep.flatten().to(torch.int64))[1:],
         "first_of_visual": first.scatter_reduce(0, visual, places, "amin")[1:],
+        "placeholders": torch.cat([mask.sum(1).to(device) for _, mask in sorted(visuals.placeholders.items())]),
         "restarts": _restarts(text_positions, real)[None],
         "holes": counting(1, device) if allows_holes else _holes(real)[None],
         "moves": (marks.keep[:, :-1] & ~marks.keep[:, 1:]).any()[None].to(torch.int64),
@@ -192,6 +197,19 @@ def _check(counted: dict[str, list[int]]) -> None:
             "attention_mask marks every token of every row as padding; give 1 to real tokens, or use "
             "merging(model, False)"
         )
+
+
+def _check_rows(visuals: Visuals, placeholders: Sequence[int]) -> None:
+    """Raises where an image begins in one row and ends in another: then features are not in the order of the rows."""
+    rows = iter(placeholders)
+    for modality in sorted(visuals.placeholders):
+        ends = {0, *accumulate(record.num_tokens for record in visuals.records[modality])}
+        if not ends.issuperset(accumulate(islice(rows, len(visuals.placeholders[modality])))):
+            raise PatchStateError(
+                f"features of one {modality} begin in one row of the batch and end in another: releases of transformers "
+                "that repeat the images of a prompt one by one for beams and return sequences mix them so; use "
+                "num_beams=1 and num_return_sequences=1, or merging(model, False)"
+            )
 
 
 def _last_visual(marks: _Marks) -> Tensor:

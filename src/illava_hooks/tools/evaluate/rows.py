@@ -105,8 +105,8 @@ class RowFile:
         theirs = read_header(file)
         if theirs is None:
             raise InputError(
-                f"{str(file)!r} says not what its rows were measured with (an earlier version wrote it); give another "
-                "file, or delete it to measure anew"
+                f"{str(file)!r} does not say what its rows were measured with (an earlier version wrote it); give "
+                "another file, or delete it to measure anew"
             )
         other = differences(mine, theirs)
         if other:
