@@ -206,8 +206,8 @@ def _check_rows(visuals: Visuals, placeholders: Sequence[int]) -> None:
         ends = {0, *accumulate(record.num_tokens for record in visuals.records[modality])}
         if not ends.issuperset(accumulate(islice(rows, len(visuals.placeholders[modality])))):
             raise PatchStateError(
-                f"features of one {modality} begin in one row of the batch and end in another: releases of transformers "
-                "that repeat the images of a prompt one by one for beams and return sequences mix them so; use "
+                f"features of one {modality} begin in one row of the batch and end in another: releases of "
+                "transformers that repeat the images of a prompt one by one for beams and return sequences mix them so; use "
                 "num_beams=1 and num_return_sequences=1, or merging(model, False)"
             )
 
