@@ -207,8 +207,8 @@ def _check_rows(visuals: Visuals, placeholders: Sequence[int]) -> None:
         if not ends.issuperset(accumulate(islice(rows, len(visuals.placeholders[modality])))):
             raise PatchStateError(
                 f"features of one {modality} begin in one row of the batch and end in another: releases of "
-                "transformers that repeat the images of a prompt one by one for beams and return sequences mix them so; use "
-                "num_beams=1 and num_return_sequences=1, or merging(model, False)"
+                "transformers that repeat the images of a prompt one by one for beams and return sequences mix them "
+                "so; use num_beams=1 and num_return_sequences=1, or merging(model, False)"
             )
 
 
