@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, VIDEO, patched, single, steps
+from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, VIDEO, patched, single, steps, stock_keeps_images_apart
 from families import families, families_and, family, family_of
 from helpers import assert_differ, assert_says
 from illava_hooks import PatchStateError, merging, patch, session_of, tiny, unpatch
 from illava_hooks.cli import app
+from illava_hooks.engine.prompt import Visuals, compact_prompt
+from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import MergeReport
+from illava_hooks.engine.scoring_query import ScoringQuery
 from tiny_models import FAMILIES, IMAGE_ID, VIDEO_ID, Inputs, Sample, inputs_for, tiny_model
 
 #: Settings that send everything through the machinery of both stages and remove nothing.
@@ -87,6 +91,42 @@ def test_holes_in_the_mask(family: str, hole: str) -> None:
     assert merged.logits[0, real].isfinite().all() and merged.logits.shape[1] == len(real)
     first, *_, last = report_of(model).sequence_tokens
     assert last < first <= (int(real.sum()),)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_that_lie_in_two_rows_are_refused(family: str, settings: dict[str, Any]) -> None:
+    """Where stock mixes the images of a prompt among its sequences and sizes tell; elsewhere they are answered."""
+    model = patched(family)
+    inputs = single(model, Sample(7, images=((48, 30), (64, 64), (80, 30))))
+    with torch.no_grad():
+        model(**inputs)
+    sizes = {visual.prompt_tokens for visual in report_of(model).visuals}
+    told = len(sizes) > 1 and not stock_keeps_images_apart(family)
+    refused = pytest.raises(PatchStateError, match="begin in one row of the batch and end in another.*num_beams=1")
+    with refused if told else nullcontext():
+        model.generate(**inputs, max_new_tokens=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths", "fits"),
+    [
+        ([4, 3], [4, 3], True),
+        ([4, 3], [2, 2, 3], True),
+        ([0, 7], [3, 4], True),
+        ([4, 3], [3, 4], False),
+        ([4, 3], [7], False),
+        ([2, 5], [3, 2, 2], False),
+    ],
+)
+def test_rows_and_images(rows: list[int], lengths: list[int], fits: bool) -> None:
+    ids = torch.zeros(2, 9, dtype=torch.bool)
+    for row, count in enumerate(rows):
+        ids[row, 1 : 1 + count] = True
+    visuals = Visuals({"image": [VisualRecord("image", n) for n in lengths]}, {"image": ids})
+    with nullcontext() if fits else pytest.raises(PatchStateError, match="end in another"):
+        found = compact_prompt(visuals, ScoringQuery(), torch.ones_like(ids), None)
+        assert found.counts.lengths == (9, 9)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
