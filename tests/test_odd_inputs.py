@@ -124,9 +124,8 @@ def test_rows_and_images(rows: list[int], lengths: list[int], fits: bool) -> Non
     for row, count in enumerate(rows):
         ids[row, 1 : 1 + count] = True
     visuals = Visuals({"image": [VisualRecord("image", n) for n in lengths]}, {"image": ids})
-    with nullcontext() if fits else pytest.raises(PatchStateError, match="end in another"):
-        found = compact_prompt(visuals, ScoringQuery(), torch.ones_like(ids), None)
-        assert found.counts.lengths == (9, 9)
+    found = compact_prompt(visuals, ScoringQuery(), torch.ones_like(ids), None)
+    assert found.counts.lengths == (9, 9) and found.mixed == (None if fits else "image")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -126,6 +126,7 @@ class TextModelHook(Hook):
             allows_holes="recurrent" not in self.family.layer_kinds(config),
         )
         run = forward.run = self._plan(forward, prompt)
+        _refuse_mixed(prompt, run)
         # Survivors keep the positions that they have in the logical sequence: RoPE must not notice what is gone.
         columns, positions = prompt.columns, self._positions(kwargs.get("position_ids"), past.logical, embeds)
         compact = kwargs["inputs_embeds"] = embeds.gather(1, columns[..., None].expand(-1, -1, embeds.shape[-1]))
@@ -154,6 +155,16 @@ class TextModelHook(Hook):
             given = torch.arange(past, past + width, device=embeds.device)[None]
         positions = self.family.text_positions(given)
         return positions.expand(*positions.shape[:-2], batch, width).to(embeds.device)
+
+
+def _refuse_mixed(prompt: CompactPrompt, run: DecoderRun) -> None:
+    """Raises ``PatchStateError`` where tokens of one image lie in two rows, and some of the prompt's are to merge."""
+    if prompt.mixed is not None and run.counts[-1].lengths != prompt.prompt_lengths:
+        raise PatchStateError(
+            f"features of one {prompt.mixed} begin in one row of the batch and end in another: releases of "
+            "transformers that repeat the images of a prompt one by one for beams and return sequences mix them so; "
+            "use num_beams=1 and num_return_sequences=1, or merging(model, False)"
+        )
 
 
 def _check_layers_are_patched(module: Any) -> None:

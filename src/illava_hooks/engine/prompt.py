@@ -49,6 +49,7 @@ class CompactPrompt:
         trailing_text: real text tokens behind the last visual one, the least over the samples.
         moves: whether some token stands elsewhere than in the logical sequence, seen from the right.
         state: the compact sequence, without RoPE tables.
+        mixed: the modality of which something begins in one row and ends in another; None: nothing does.
     """
 
     records: list[VisualRecord]
@@ -59,6 +60,7 @@ class CompactPrompt:
     trailing_text: int
     moves: bool
     state: PromptState
+    mixed: Modality | None = None
 
 
 @dataclass(slots=True)
@@ -92,12 +94,10 @@ def compact_prompt(
             state stock fades there.
 
     Raises:
-        PatchStateError: the positions restart, as in packed training sequences; there are holes; an image lies in two
-            rows; or nothing is real.
+        PatchStateError: the positions restart, as in packed training sequences; there are holes; or nothing is real.
     """
     records, marks = _mark(visuals, real)
     counted = _count(visuals, marks, real, text_positions, allows_holes)
-    _check_rows(visuals, counted["placeholders"])
     if counted["holes"][0]:
         raise PatchStateError(
             "attention_mask has padding between real tokens, which fades the state of recurrent layers (linear "
@@ -116,6 +116,7 @@ def compact_prompt(
         trailing_text=min(counted["trailing_text"]),
         moves=bool(counted["moves"][0]),
         state=_state(marks, query, real, counts),
+        mixed=_mixed(visuals, counted["placeholders"]),
     )
 
 
@@ -199,17 +200,14 @@ def _check(counted: dict[str, list[int]]) -> None:
         )
 
 
-def _check_rows(visuals: Visuals, placeholders: Sequence[int]) -> None:
-    """Raises where an image begins in one row and ends in another: then features are not in the order of the rows."""
+def _mixed(visuals: Visuals, placeholders: Sequence[int]) -> Modality | None:
+    """What begins in one row and ends in another, since features are not in the order of the rows; None: nothing."""
     rows = iter(placeholders)
     for modality in sorted(visuals.placeholders):
         ends = {0, *accumulate(record.num_tokens for record in visuals.records[modality])}
         if not ends.issuperset(accumulate(islice(rows, len(visuals.placeholders[modality])))):
-            raise PatchStateError(
-                f"features of one {modality} begin in one row of the batch and end in another: releases of "
-                "transformers that repeat the images of a prompt one by one for beams and return sequences mix them "
-                "so; use num_beams=1 and num_return_sequences=1, or merging(model, False)"
-            )
+            return modality
+    return None
 
 
 def _last_visual(marks: _Marks) -> Tensor:
