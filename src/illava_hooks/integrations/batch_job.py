@@ -149,6 +149,10 @@ class BatchJob:
             found = {row: answer for row, answer in found.items() if answer["error"] is None}
         return found
 
+    def _written(self) -> int:
+        """Lines of all parts: cheap enough to be asked while others write them."""
+        return sum(file.read_bytes().count(b"\n") for file in self.output.glob(_PARTS))
+
     def _join(self, count: int) -> Path:
         """All answers in the order of the questions, in place of the parts."""
         answered, parts = self._answered(anew=False), list(self.output.glob(_PARTS))
@@ -202,14 +206,13 @@ class BatchJob:
             for worker, share in enumerate(shares)
             if share
         ]
-        started = len(lines) - len(todo) - sum(file.read_bytes().count(b"\n") for file in self.output.glob(_PARTS))
+        before = len(lines) - len(todo) - self._written()
         try:
             for process in processes:
                 process.start()
             while any(process.is_alive() for process in processes):
                 time.sleep(0.5)
-                written = sum(file.read_bytes().count(b"\n") for file in self.output.glob(_PARTS))
-                on_progress(min(started + written, len(lines)), len(lines))
+                on_progress(min(before + self._written(), len(lines)), len(lines))
         finally:
             for process in processes:
                 process.kill()
