@@ -101,6 +101,7 @@ class Suite:
 
     Attributes:
         model_class: The model with its head; None: the family's.
+        title: The model's name in tables; empty: the family's.
         vision: Overrides of the tiny model's vision config.
         text: Overrides of its text config.
         top: Overrides of its config.
@@ -126,6 +127,7 @@ class Suite:
     llm_layers: tuple[int, ...] = (1,)
     rows_are_visuals: bool = True
     all_weights_train: bool = True
+    title: str = ""
 
 
 class Family:
