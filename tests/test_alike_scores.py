@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import families
 from illava_hooks import patch
 from illava_hooks.merge.scores import SCORES
 from tiny_models import Sample, inputs_for, tiny_model
@@ -31,11 +32,12 @@ def test_scores_within_a_share_of_their_spread_are_one(
     assert (score(given(monkeypatch, second)) is first) == same
 
 
-def test_a_model_merges_by_its_own_scores() -> None:
+@pytest.mark.parametrize("family", families(embedded=True))
+def test_a_model_merges_by_its_own_scores(family: str) -> None:
     """As the method "illava" does, up to the rounding of another way to the same scores."""
     found = []
     for method in ("illava", AlikeScores().method()):
-        model = tiny_model("qwen2_vl")
+        model = tiny_model(family)
         patch(model, [1, 2], 0.25, [2], 0.5, method=method)
         with torch.no_grad():
             found.append(model(**inputs_for(model, [Sample(images=((32, 48),))])).logits)

@@ -17,7 +17,7 @@ class GlmOcr(Glm4V):
     title = "GLM-OCR"
     model_class = GlmOcrForConditionalGeneration
     suites = {"GlmOcr": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False)}
-    shapes = {}
+    shapes = {"glm-ocr": 0.92}
     stock_modules = ("glm_ocr.modeling_glm_ocr",)
 
     @property

@@ -27,12 +27,7 @@ DIFFERENT: dict[str, str] = {
     if suite.llm_layers
 }
 
-_RECURRENT = "asks for attention maps of every layer; those that carry a state along have none"
-
 #: Why tests fail without the patch.
 UNPATCHED: dict[str, str] = {
-    **{f"Qwen35{kind}::test_attention_outputs": _RECURRENT for kind in ("", "Moe")},
-    "Qwen3VLMoe::test_reverse_loading_mapping": (
-        "asks that weights change their names when they are saved; of this model only the layout of some does"
-    ),
+    f"{name}::{test}": reason for name, (_, suite) in CLASSES.items() for test, reason in suite.unpatched.items()
 }
