@@ -150,7 +150,7 @@ class BatchJob:
         return found
 
     def _forget_errors(self) -> None:
-        """Leaves the answers without an error, as one part: whatever ends this run, the other rows are still to ask."""
+        """Leaves the answers without an error, as one part: the others are to ask, whatever ends this run."""
         answered, files = self._answered(), [self.output / RESULT, *self.output.glob(_PARTS)]
         kept = [row for row in sorted(answered) if answered[row]["error"] is None]
         if len(kept) == len(answered):
