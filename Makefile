@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray reproduce-7b demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -41,6 +41,9 @@ OTHERS := $(PYTHON) -m pytest tests/integrations
 
 test-integrations: $(SETUP) $(LMMS)/ready $(VLMEVAL)/ready  ## lmms-eval and VLMEvalKit as they are score as `evaluate` does
 	ILLAVA_LMMS_PYTHON=$(abspath $(LMMS))/bin/python ILLAVA_VLMEVAL_PYTHON=$(abspath $(VLMEVAL))/bin/python $(OTHERS)
+
+reproduce-7b: $(LMMS)/ready  ## the paper's benchmarks on published 7B weights: wants a GPU, the weights and days; REPRODUCE="--tasks mmstar --limit 200" is an hour
+	HF_HUB_OFFLINE=0 $(PYTHON) benchmarks/reproduce_7b.py --python $(abspath $(LMMS))/bin/python $(REPRODUCE)
 
 $(LMMS)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(LMMS)
