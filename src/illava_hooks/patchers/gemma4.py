@@ -186,10 +186,15 @@ class Gemma4(Family):
             "num_attention_heads": vision["hidden_size"] // 64,
             "num_key_value_heads": vision["hidden_size"] // 64,
         }
-        names = {f"{modality}_token_id": token for modality, token in placeholders.items()}
-        more = {"audio_token_id": 7, "boi_token_id": 3, "eoi_token_id": 4, "boa_token_id": 8, "eoa_token_index": 9}
+        marks: dict[str, Any] = {"boi_token_id": 3, "eoi_token_id": 4, "boa_token_id": 8, "eoa_token_index": 9}
         return Gemma4Config(
-            vision_config={**vision, **heads}, text_config={**text, **decoder}, audio_config=None, **names, **more
+            vision_config={**vision, **heads},
+            text_config={**text, **decoder},
+            audio_config=None,
+            image_token_id=placeholders["image"],
+            video_token_id=placeholders["video"],
+            audio_token_id=7,
+            **marks,
         )
 
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture]:
