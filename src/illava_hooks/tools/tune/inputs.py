@@ -23,8 +23,8 @@ SUITES: Mapping[str, Callable[[int], list[Item]]] = {
     "pairs": lambda count: pair_items(count, "validation"),
     "clips": lambda count: clip_items(count, "validation"),
 }
-#: Questions of a suite to each picture, about.
-_EACH = 5
+#: Questions to each picture of a suite, and how many a suite must be asked for to hold as many pictures.
+_EACH, _ASKED = 2, 5
 QUESTION = "Describe what is shown here in one sentence."
 
 
@@ -37,8 +37,14 @@ class Choice:
         pictures: how many pictures (prompts' worth) that are, and how many it does not see.
     """
 
-    def __init__(self, items: Sequence[Item], pictures: int | None, seed: int) -> None:
+    def __init__(self, items: Sequence[Item], pictures: int | None, seed: int, each: int | None = None) -> None:
         """Shuffles pictures, and holds a quarter of them out.
+
+        Args:
+            items: what is asked.
+            pictures: how many of them at most, from the first; None: all.
+            seed: of the order.
+            each: questions to a picture at most, other kinds than to the picture before; None: all.
 
         Raises:
             InputError: there are fewer than two different pictures.
@@ -48,6 +54,10 @@ class Choice:
             shown = [part for picture in item.pictures for part in (str(picture.shape).encode(), picture.tobytes())]
             groups.setdefault(digest(shown), []).append(replace(item, answer=None, others=()))
         names = list(groups)[:pictures]
+        if each is not None:
+            for place, name in enumerate(names):
+                asked = groups[name]
+                groups[name] = [asked[(place + number) % len(asked)] for number in range(min(each, len(asked)))]
         if len(names) < 2:
             raise InputError(
                 f"items show {len(names)} picture{'s' * (len(names) != 1)}, and tuning needs 2 or more: what is "
@@ -101,7 +111,7 @@ def read_choice(
             )
         if str(items) in SUITES:
             count = 200 if pictures is None else pictures
-            return Choice(SUITES[str(items)](count * _EACH), count, seed)
+            return Choice(SUITES[str(items)](count * _ASKED), count, seed, _EACH)
         if not path.exists():
             raise InputError(
                 f"items is {str(items)!r}; give a folder of images or videos, a file with JSON lines, or one of "

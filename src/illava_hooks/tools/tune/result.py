@@ -206,6 +206,8 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
 
 
 def _why_not(judge: Judge, ranked: Sequence[Candidate]) -> str:
+    if not ranked and judge.meter.limit.ended is not None:
+        return "nothing was measured before the limit; give more minutes or measurements"
     if not ranked:
         return (
             f"merging does not pay: no candidate that was tried comes down to {judge.target:.3f} of the FLOPs; ask "
