@@ -61,7 +61,7 @@ class Tuning:
         wanted: "flops" or "loyalty", and how much.
         questions: of the search, and held out.
         pictures: likewise.
-        plan: what repeats it.
+        plan: what repeats it; "complete": whether the search ended by itself.
         lead: 95 % interval of the rival's KL minus that of "tuned" on the held-out questions: above 0 it is better.
     """
 
@@ -148,7 +148,7 @@ def _best(judge: Judge, ranked: Sequence[Candidate]) -> tuple[Candidate | None, 
 
 def _rival(judge: Judge, target: float) -> dict[str, Any] | None:
     """What one would take without tuning: the preset's layers and the default method, at the same cost."""
-    schedule = next(iter(judge.presets.values()), None)
+    schedule = next((schedule for kind, schedule in judge.presets.items() if kind in judge.kinds), None)
     if schedule is None or DEFAULT_METHOD not in judge.meter.methods:
         return None
     return judge.settings(Candidate(str(DEFAULT_METHOD), schedule.vit_layers, schedule.llm_layers, 0.5), target)
@@ -192,11 +192,10 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
         if judge.loyalty is not None and tuned.loyalty < judge.loyalty:
             said.append(f"the loyalty that was wanted, {judge.loyalty:.1%}, is not reached on the held-out questions; "
                         "give more pictures, or ask for more loyalty")  # fmt: skip
-    if found.plan["ended_by"] == "time":
-        said.append(
-            f"time was over before the search was: {found.plan['measurements']} measurements; give more minutes, or "
-            "measurements of that number to get the same again"
-        )
+    if not found.plan["complete"]:
+        number = found.plan["measurements"]
+        said.append(f"the search ended at its limit, after {number} measurements: the same comes out again with "
+                    f"--measurements {number}, and perhaps more with more of them, or more minutes")  # fmt: skip
     if not judge.counts_language:
         said.append("the language model is left alone in this family: FLOPs are those of encoder and projector")
     if found.config is not None and len(judge.kinds) == 1:

@@ -123,7 +123,7 @@ def tune(
 
 def _plan(rounds: int, seed: int, limit: Limit, lengths: Mapping[str, int]) -> dict[str, Any]:
     """What repeats a tuning, whatever the clock says."""
-    return {"seed": seed, "rounds": rounds, "measurements": limit.done, "ended_by": limit.ended, **lengths}
+    return {"seed": seed, "rounds": rounds, "measurements": limit.done, "complete": limit.ended is None, **lengths}
 
 
 def _check(
