@@ -48,7 +48,8 @@ class Judge:
         self.loyalty: float | None = None
         self.target, self.most = 1.0, 1.0
         self._bias = 1.0
-        self._refused: dict[Candidate, bool] = {}
+        self._refused: set[Candidate] = set()
+        self._solved: dict[tuple[Candidate, float], dict[str, Any] | None] = {}
         self._hints: dict[tuple[Any, ...], float] = {}
         if self.has_preset:
             self.preset_cost = meter.sample({}, 0, choice.seen).cost
@@ -112,9 +113,13 @@ class Judge:
 
     def settings(self, candidate: Candidate, target: float) -> dict[str, Any] | None:
         """Arguments of ``patch`` that meet a cost; None where the candidate cannot."""
-        if self._refused.get(candidate):
+        if candidate in self._refused:
             return None
+        if (candidate, target) not in self._solved:
+            self._solved[candidate, target] = self._solve(candidate, target)
+        return self._solved[candidate, target]
 
+    def _solve(self, candidate: Candidate, target: float) -> dict[str, Any] | None:
         # Another method with the same layers costs nearly the same.
         shape = candidate.vit_layers, candidate.llm_layers, candidate.share, target
 
@@ -124,7 +129,7 @@ class Judge:
         try:
             keep = solve_keep(cost_at, target, self._hints.get(shape))
         except (MergeConfigError, UnsupportedModelError) as error:
-            self._refused[candidate] = True
+            self._refused.add(candidate)
             self.meter.progress.note(f"left out {candidate.method} with encoder layers {list(candidate.vit_layers)} "
                                      f"and decoder layers {list(candidate.llm_layers)}: {error}")  # fmt: skip
             return None
