@@ -12,9 +12,12 @@ from typer.testing import CliRunner
 
 import results
 import split
+import tuned
 from families import families, family_of
+from illava_hooks import patch, tiny, unpatch
 from illava_hooks.cli import app
-from illava_hooks.tools.evaluate import read_header, read_rows
+from illava_hooks.tools.datasets import scene_items
+from illava_hooks.tools.evaluate import predict, read_header, read_rows
 
 BENCHMARKS = Path(results.__file__).parent
 
@@ -108,3 +111,17 @@ def test_the_table_of_splits(name: str, flags: list[str], capsys: pytest.Capture
     for cells in table[2:]:
         assert float(cells[3]) == pytest.approx(float(cells[1]), abs=0.02)
     assert (float(table[2][1]) == float(table[3][1])) == (not flags)
+
+
+def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that holds the preset gains nothing; each figure is that of the answers one by one."""
+    model, processor = tiny.load("llava_onevision")
+    items = scene_items(10, "test")
+    patch(model).config.save(tmp_path / "same.json")
+    answers = predict(model, processor, items)
+    unpatch(model)
+    runs = tuned.compare(model, processor, items, [str(tmp_path / "same.json")])
+    assert [run.values for run in runs] == [runs[0].values] * 2 and runs[0].flops == runs[1].flops < 1
+    assert runs[0].values["accuracy"] == [said == item.answer for said, item in zip(answers, items, strict=True)]
+    tuned.print_runs(runs)
+    assert "| same.json | " in capsys.readouterr().out
