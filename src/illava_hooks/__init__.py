@@ -24,6 +24,7 @@ from illava_hooks.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from illava_hooks.tools.evaluate import evaluate
+    from illava_hooks.tools.tune import tune
 
 __version__ = "0.1.0"
 
@@ -52,16 +53,21 @@ __all__ = [
     "register_family",
     "session_of",
     "tiny",
+    "tune",
     "unpatch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """``evaluate`` comes when it is asked for: what only tools need is not imported by everybody."""
+    """``evaluate`` and ``tune`` come when they are asked for: what only tools need is not imported by everybody."""
     if name == "evaluate":
         from illava_hooks.tools.evaluate import evaluate
 
         return evaluate
+    if name == "tune":
+        from illava_hooks.tools.tune import tune
+
+        return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 

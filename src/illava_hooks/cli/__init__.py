@@ -8,6 +8,7 @@ from illava_hooks.cli.batch import batch
 from illava_hooks.cli.evidence import bench, evaluate
 from illava_hooks.cli.page import demo
 from illava_hooks.cli.pictures import ask, info, visualize
+from illava_hooks.cli.tuning import tune
 
 __all__ = ["app"]
 
@@ -17,5 +18,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fewer visual tokens inside vision-language models: ask, compare, look inside, measure.",
 )
-for command in (ask, visualize, info, bench, evaluate, batch, demo):
+for command in (ask, visualize, info, bench, evaluate, tune, batch, demo):
     app.command()(command)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.evaluate.matching import MATCHES, is_right
 from illava_hooks.tools.items import Item
 
-__all__ = ["Outcome", "accuracy", "item_inputs", "predict", "run_items"]
+__all__ = ["Outcome", "accuracy", "answering", "item_inputs", "predict", "run_items"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,17 @@ class Outcome:
         mine, its = self.log_probs.astype(np.float64), other.log_probs.astype(np.float64)
         found: NDArray[np.float64] = (np.exp(mine) * (mine - its)).sum(1)
         return found
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """The model without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def run_items(
