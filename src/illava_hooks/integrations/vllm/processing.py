@@ -1,0 +1,131 @@
+"""In front of vLLM's processors: placeholder counts of survivors, and a request's strength on its items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+
+from illava_hooks.config import Modality
+from illava_hooks.errors import MergeConfigError
+from illava_hooks.integrations.vllm.counts import KeptCounts
+from illava_hooks.integrations.vllm.settings import AS_SERVED, KEY, Settings, Strength, settings_of, take_strength
+
+__all__ = ["MergingInfo", "MergingProcessor", "strength_field"]
+
+
+def strength_field(modality: Modality) -> str:
+    """Where an item carries the strength of its request."""
+    return f"{modality}_{KEY}"
+
+
+class MergingInfo:
+    """In front of a processing info: knows the settings; without them everything is stock."""
+
+    @cached_property
+    def merging(self) -> Settings | None:
+        """The settings of the model, or None."""
+        return settings_of(_stock(self).get_hf_config())
+
+    @cached_property
+    def kept_tokens(self) -> KeptCounts:
+        """The counts at these settings."""
+        assert self.merging is not None
+        return KeptCounts(self.merging, _stock(self).get_hf_config())
+
+    @property
+    def model_id(self) -> str:
+        """With the settings behind it: it goes into each item's hash, by which encoder and KV caches find it."""
+        name: str = super().model_id  # type: ignore[misc]  # of the class behind
+        return name if self.merging is None else f"{name}#{KEY}-{self.merging.digest}"
+
+
+class MergingProcessor:
+    """In front of a multi-modal processor.
+
+    Attributes:
+        apart: whether two items need a token between them.
+    """
+
+    apart = True
+
+    def shape_of(self, modality: Modality, item: Any) -> Sequence[int]:
+        """What the family counts an item by; a subclass says it."""
+        raise NotImplementedError
+
+    def items_in(self, modality: Modality, inputs: Mapping[str, Any]) -> int:
+        """How many items of a modality the processor has made; a subclass says it."""
+        raise NotImplementedError
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        arguments, strength = take_strength(hf_kwargs)
+        stock, settings = super(), _stock(self).info.merging
+        if settings is None:
+            if strength != AS_SERVED:
+                raise MergeConfigError(
+                    f"the request says {strength}, and this server was started without {KEY} in --hf-overrides; start "
+                    "it with settings, or leave the strength out"
+                )
+            return stock._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]  # of the class behind
+        settings.at(strength)
+        inputs = stock._apply_hf_processor_main(mm_items, arguments)  # type: ignore[misc]
+        for modality in get_args(Modality):
+            if f"{modality}_embeds" in inputs:
+                raise MergeConfigError(
+                    f"{modality}_embeds is given: ready-made embeddings are not merged here; give pixels"
+                )
+            if count := self.items_in(modality, inputs):
+                inputs[strength_field(modality)] = torch.tensor([strength.to_numbers()] * count)
+        return inputs
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
+        if _stock(self).info.merging is None:
+            return fields
+        names = (strength_field(modality) for modality in get_args(Modality))
+        return {**fields, **{name: MultiModalFieldConfig.batched(name.split("_")[0], keep_on_cpu=True) for name in names}}
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
+        info = _stock(self).info
+        if info.merging is None:
+            return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        arguments, strength = take_strength(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, arguments, out_mm_kwargs)  # type: ignore[misc]
+
+        def shortened(update: Any) -> Any:
+            def replacement(index: int) -> Any:
+                shape = self.shape_of(update.modality, out_mm_kwargs[update.modality][index])
+                return update.replacement(index)[: info.kept_tokens(update.modality, shape, strength)]
+
+            return replace(update, replacement=replacement)
+
+        return [shortened(update) for update in updates]
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, and refuses two items with nothing between them: which is which would be lost in positions."""
+        prompt = super().apply(*args, **kwargs)  # type: ignore[misc]
+        if self.apart and _stock(self).info.merging is not None:
+            ranges = [place for places in prompt["mm_placeholders"].values() for place in places]
+            ends = {place.offset + place.length for place in ranges}
+            if any(place.offset in ends for place in ranges):
+                raise MergeConfigError(
+                    "two images or videos follow each other in the prompt without a token between them; put one there, "
+                    "as chat templates do"
+                )
+        return prompt
+
+
+def strengths_of(field: torch.Tensor | None, count: int) -> list[Strength]:
+    """The strengths of a batch of items, from the field that they carry; without one, as the server says."""
+    if field is None:
+        return [AS_SERVED] * count
+    return [Strength.from_numbers(numbers) for numbers in field.reshape(-1, 2).tolist()]
+
+
+def _stock(part: Any) -> Any:
+    """The same object, as the class of vLLM's that stands behind the one of ours."""
+    return part
