@@ -74,23 +74,29 @@ class Reference:
     @torch.no_grad()
     def ask(self, items: Sequence[Item], settings: Mapping[str, Any] | None) -> list[Answer]:
         """Greedy answers; ``settings`` as ``patch`` takes them, without a language stage; None: unpatched."""
+        return [self._answer(self._inputs(item), settings) for item in items]
+
+    @torch.no_grad()
+    def ask_prompt(self, request: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Answer:
+        """The same for a request as ``request_of`` makes it, of images."""
+        images = request["multi_modal_data"]["image"]
+        return self._answer(self.processor(text=request["prompt"], images=images, return_tensors="pt"), settings)
+
+    def _answer(self, inputs: Any, settings: Mapping[str, Any] | None) -> Answer:
         session = None if settings is None else patch(self.model, **settings, llm_layers=[])
         try:
-            found = []
-            for item in items:
-                inputs = self._inputs(item)
-                out = self.model.generate(
-                    **inputs,
-                    max_new_tokens=NEW_TOKENS,
-                    do_sample=False,
-                    return_dict_in_generate=True,
-                    output_logits=True,
-                )
-                length = inputs["input_ids"].shape[1]
-                chances = [dict(enumerate(step[0].float().log_softmax(-1).tolist())) for step in out.logits]
-                gone = 0 if session is None else sum(v.prompt_tokens - v.language_tokens[0] for v in session.report.visuals)
-                found.append(Answer(tuple(out.sequences[0, length:].tolist()), tuple(chances), length - gone))
-            return found
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            length = inputs["input_ids"].shape[1]
+            chances = [dict(enumerate(step[0].float().log_softmax(-1).tolist())) for step in out.logits]
+            visuals = () if session is None else session.report.visuals
+            gone = sum(visual.prompt_tokens - visual.language_tokens[0] for visual in visuals)
+            return Answer(tuple(out.sequences[0, length:].tolist()), tuple(chances), length - gone)
         finally:
             unpatch(self.model)
 

@@ -10,19 +10,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from illava_hooks.integrations.vllm.models import MODELS
 from illava_hooks.integrations.vllm.settings import overrides
 
-__all__ = ["MODELS", "SUPPORTED", "is_known", "overrides", "register"]
+__all__ = ["SUPPORTED", "is_known", "overrides", "register"]
 
 logger = logging.getLogger("illava_hooks")
 
 #: Versions of vLLM whose seams are known: from the first on, below the second.
 SUPPORTED = ((0, 29), (0, 33))
-
-#: By vLLM's name of an architecture, the class that stands in for vLLM's own.
-MODELS = {
-    "Qwen2VLForConditionalGeneration": "illava_hooks.integrations.vllm.qwen2_vl:MergingQwen2VL",
-}
 
 
 def register() -> None:

@@ -6,7 +6,6 @@ has its stock length again: survivors first, with digits of their places behind 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,7 @@ from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.integrations.vllm.positions import COLUMNS, grid_table, with_table
+from illava_hooks.integrations.vllm.positions import grid_table, with_table
 from illava_hooks.merge.segments import borders
 
 __all__ = ["MergingBlock", "TowerMerging"]

@@ -52,8 +52,8 @@ def check_method(method: Method) -> None:
         )
     if method.proportional:
         raise UnsupportedModelError(
-            f"method {method.name!r} weighs merged tokens by a bias in the encoder's attention, and vLLM's takes none; "
-            "use one that is not proportional, such as {'encoder_score': 'uniform', 'merge': 'diverse'}"
+            f"method {method.name!r} weighs merged tokens by a bias in the encoder's attention, and vLLM's takes "
+            "none; use one that is not proportional, such as {'encoder_score': 'uniform', 'merge': 'diverse'}"
         )
 
 
@@ -77,6 +77,6 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedModelError("enable_mm_embeds is True: ready-made embeddings are not merged; use False")
     if getattr(multimodal, "video_pruning_rate", None):
         raise UnsupportedModelError(
-            f"video_pruning_rate is {multimodal.video_pruning_rate}: vLLM's own pruning and merging exclude each other; "
-            "use one of them"
+            f"video_pruning_rate is {multimodal.video_pruning_rate}: vLLM's own pruning and merging exclude each "
+            "other; use one of them"
         )

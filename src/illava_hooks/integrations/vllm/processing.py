@@ -87,7 +87,10 @@ class MergingProcessor:
         if _stock(self).info.merging is None:
             return fields
         names = (strength_field(modality) for modality in get_args(Modality))
-        return {**fields, **{name: MultiModalFieldConfig.batched(name.split("_")[0], keep_on_cpu=True) for name in names}}
+        return {
+            **fields,
+            **{name: MultiModalFieldConfig.batched(name.split("_")[0], keep_on_cpu=True) for name in names},
+        }
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         info = _stock(self).info
@@ -113,8 +116,8 @@ class MergingProcessor:
             ends = {place.offset + place.length for place in ranges}
             if any(place.offset in ends for place in ranges):
                 raise MergeConfigError(
-                    "two images or videos follow each other in the prompt without a token between them; put one there, "
-                    "as chat templates do"
+                    "two images or videos follow each other in the prompt without a token between them; put one "
+                    "there, as chat templates do"
                 )
         return prompt
 

@@ -88,7 +88,7 @@ class MergingQwen2VL(Qwen2VLForConditionalGeneration):
         return self._process("video", video_input, super()._process_video_input)
 
     def _process(self, modality: Modality, given: Any, stock: Callable[[Any], Any]) -> Any:
-        """Calls stock once for all items of equal settings; of each item what stock returns is cut to its survivors."""
+        """Calls stock once for all items of equal settings; what it returns of each is cut to the survivors."""
         if self.merging is None:
             return stock(given)
         pixels, name = "pixel_values" if modality == "image" else "pixel_values_videos", f"{modality}_grid_thw"

@@ -164,11 +164,9 @@ class Settings:
                 "vit_layers is [] on this server, so no request can merge; start it with layers, and vit_r 0 if "
                 "requests are to ask for it"
             )
-        keep = strength.keep_encoder
+        keep, method = strength.keep_encoder, self.config.method
         ratio = None if keep is not None else 1.0
-        method = self.config.method
-        amount = self.config.image.vit_r if strength == AS_SERVED else strength.vit_r
-        return MergeConfig.build(self.limits, None, amount, [], ratio, method, self.config, False, keep)
+        return MergeConfig.build(self.limits, None, strength.vit_r, [], ratio, method, self.config, False, keep)
 
 
 def settings_of(hf_config: Any) -> Settings | None:
@@ -219,8 +217,8 @@ def read_settings(given: Any, limits: ModelLimits) -> MergeConfig:
     saved = MergeConfig.from_entry(preset) if isinstance(preset, Mapping) else check_preset(preset)
     if saved is not None and saved.llm_layers:
         raise MergeConfigError(
-            f"llm_layers is {list(saved.llm_layers)} in the preset's file: inside vLLM only the vision encoder merges; "
-            "write a file with llm_layers=[], or run patch(model, ...) by Ray Data or torchrun, see "
+            f"llm_layers is {list(saved.llm_layers)} in the preset's file: inside vLLM only the vision encoder "
+            "merges; write a file with llm_layers=[], or run patch(model, ...) by Ray Data or torchrun, see "
             "docs/distributed.md"
         )
     method, keep = _method(given.get("method", DEFAULT_METHOD)), given.get("keep_encoder")
