@@ -176,19 +176,6 @@ def laid_out(run: EncoderRun, out: Tensor, grids: Sequence[Sequence[int]], group
     return torch.cat(parts)
 
 
-def by_config(configs: Sequence[MergeConfig]) -> list[tuple[MergeConfig, list[int]]]:
-    """Which items can share a call of the tower: those of equal settings, in their order."""
-    found: list[tuple[MergeConfig, list[int]]] = []
-    for index, config in enumerate(configs):
-        for known, members in found:
-            if known == config:
-                members.append(index)
-                break
-        else:
-            found.append((config, [index]))
-    return found
-
-
 def _grids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:
     grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
     found: list[list[int]] = grids if isinstance(grids, list) else grids.tolist()

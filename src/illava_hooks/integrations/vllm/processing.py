@@ -15,7 +15,7 @@ from illava_hooks.errors import MergeConfigError
 from illava_hooks.integrations.vllm.counts import KeptCounts
 from illava_hooks.integrations.vllm.settings import AS_SERVED, KEY, Settings, Strength, settings_of, take_strength
 
-__all__ = ["MergingInfo", "MergingProcessor", "strength_field"]
+__all__ = ["MergingInfo", "MergingProcessor", "strength_of"]
 
 
 def strength_field(modality: Modality) -> str:
@@ -78,19 +78,22 @@ class MergingProcessor:
                 raise MergeConfigError(
                     f"{modality}_embeds is given: ready-made embeddings are not merged here; give pixels"
                 )
-            if count := self.items_in(modality, inputs):
-                inputs[strength_field(modality)] = torch.tensor([strength.to_numbers()] * count)
+            if self.items_in(modality, inputs):
+                inputs[strength_field(modality)] = torch.tensor(strength.to_numbers())
         return inputs
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
         if _stock(self).info.merging is None:
             return fields
-        names = (strength_field(modality) for modality in get_args(Modality))
-        return {
-            **fields,
-            **{name: MultiModalFieldConfig.batched(name.split("_")[0], keep_on_cpu=True) for name in names},
+        # Shared: vLLM batches items of equal strength only.
+        counts = {modality: self.items_in(modality, hf_inputs) for modality in get_args(Modality)}
+        own = {
+            strength_field(modality): MultiModalFieldConfig.shared(modality, count, keep_on_cpu=True)
+            for modality, count in counts.items()
+            if count
         }
+        return {**fields, **own}
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         info = _stock(self).info
@@ -122,11 +125,10 @@ class MergingProcessor:
         return prompt
 
 
-def strengths_of(field: torch.Tensor | None, count: int) -> list[Strength]:
-    """The strengths of a batch of items, from the field that they carry; without one, as the server says."""
-    if field is None:
-        return [AS_SERVED] * count
-    return [Strength.from_numbers(numbers) for numbers in field.reshape(-1, 2).tolist()]
+def strength_of(modality: Modality, arguments: dict[str, Any]) -> Strength:
+    """The strength of a batch of items, taken out of the model's arguments; without one, as the server says."""
+    field = arguments.pop(strength_field(modality), None)
+    return AS_SERVED if field is None else Strength.from_numbers(field.flatten().tolist())
 
 
 def _stock(part: Any) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import Tensor
 from vllm.model_executor.models.qwen2_vl import (
     Qwen2VisionBlock,
@@ -20,11 +18,11 @@ from vllm.platforms import current_platform
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging, by_config
+from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
 from illava_hooks.integrations.vllm.counts import KeptCounts
 from illava_hooks.integrations.vllm.cpu import open_positions
 from illava_hooks.integrations.vllm.positions import Item, place, prompt_positions
-from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_field, strengths_of
+from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_of
 from illava_hooks.integrations.vllm.settings import settings_of
 
 __all__ = ["MergingQwen2VL"]
@@ -78,7 +76,7 @@ class MergingQwen2VL(Qwen2VLForConditionalGeneration):
         """As stock; the strengths that items carry are taken out first."""
         if self.merging is None:
             return super().embed_multimodal(**kwargs)
-        self.strengths = {m: kwargs.pop(strength_field(m), None) for m in ("image", "video")}
+        self.strengths = {modality: strength_of(modality, kwargs) for modality in get_args(Modality)}
         return super().embed_multimodal(**kwargs)
 
     def _process_image_input(self, image_input: Any) -> Any:
@@ -88,26 +86,15 @@ class MergingQwen2VL(Qwen2VLForConditionalGeneration):
         return self._process("video", video_input, super()._process_video_input)
 
     def _process(self, modality: Modality, given: Any, stock: Callable[[Any], Any]) -> Any:
-        """Calls stock once for all items of equal settings; what it returns of each is cut to the survivors."""
+        """Calls stock while the tower merges; what it returns of each item is cut to the survivors."""
         if self.merging is None:
             return stock(given)
-        pixels, name = "pixel_values" if modality == "image" else "pixel_values_videos", f"{modality}_grid_thw"
-        grids = given[name].tolist()
-        strengths = strengths_of(self.strengths[modality], len(grids))
-        parts = given[pixels].split([time * height * width for time, height, width in grids])
-        found: dict[int, Tensor] = {}
-        groups = by_config([self.merging.at(strength) for strength in strengths])
-        for config, members in groups:
-            call = given
-            if len(groups) > 1:
-                call = copy.copy(given)
-                setattr(call, pixels, torch.cat([parts[i] for i in members]))
-                setattr(call, name, given[name][members])
-            with self.tower_merging.calling(modality, config):
-                items = stock(call)
-            for i, item in zip(members, items, strict=True):
-                found[i] = item[: self.kept_tokens(modality, grids[i], strengths[i])]
-        return tuple(found[i] for i in range(len(grids)))
+        strength = self.strengths[modality]
+        with self.tower_merging.calling(modality, self.merging.at(strength)):
+            items = stock(given)
+        grids = given[f"{modality}_grid_thw"].tolist()
+        kept = (self.kept_tokens(modality, grid, strength) for grid in grids)
+        return tuple(item[:count] for item, count in zip(items, kept, strict=True))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Of survivors provisional; of text exact."""
