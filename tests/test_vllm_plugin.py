@@ -11,6 +11,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from illava_hooks.integrations import vllm as plugin
 from illava_hooks.integrations.vllm import positions
 from illava_hooks.integrations.vllm.checks import settle
 from illava_hooks.integrations.vllm.counts import KeptCounts
-from illava_hooks.integrations.vllm.models import MODELS
+from illava_hooks.integrations.vllm.models import BACKEND, MODELS
 from illava_hooks.integrations.vllm.positions import (
     COLUMNS,
     Item,
@@ -138,10 +139,10 @@ class TestSettings:
 
     def test_a_method_of_names_travels(self) -> None:
         mine = Method("mine", "uniform", merge="diverse")
-        assert settings(vit_layers=[1], vit_r=0.5, method=mine).config.method == mine
+        assert settings(vit_layers=[1], vit_r=0.5, method=mine).config.method == replace(mine, quota=True)
         given = {"vit_layers": [1], "vit_r": 0.5, "method": {"encoder_score": "uniform", "merge": "diverse"}}
         found = settings_of(configuration("qwen2_vl", given))
-        assert found is not None and found.config.method == Method("custom", "uniform", merge="diverse")
+        assert found is not None and found.config.method == Method("custom", "uniform", merge="diverse", quota=True)
 
 
 class TestStrengths:
@@ -223,7 +224,7 @@ class TestCounts:
 
     def test_tiles(self) -> None:
         """Cropped ones, too: what is shown keeps its share."""
-        served = settings("llava_onevision", vit_layers=[1], vit_r=4, method=Method("q", quota=True))
+        served = settings("llava_onevision", vit_layers=[1], vit_r=4)
         model = tiny_model("llava_onevision")
         counts = KeptCounts(served, model.config)
         for shape in ((1, 32, 32), (5, 64, 40), (3, 30, 64)):
@@ -250,8 +251,13 @@ class TestDigits:
         assert table.tolist() == [[t, h, w, 9] for t in range(2) for h in range(3) for w in range(4)]
 
 
-def slow_positions(ids: list[int], grids: list[tuple[int, int, int]], kept: list[list[int]]) -> tuple[list[Any], int]:
-    """M-RoPE of a compacted prompt with plain loops: stock's positions of the whole prompt, at the survivors."""
+def slow_positions(
+    ids: list[int], grids: list[tuple[int, int, int]], kept: list[list[int]], flat: bool = False
+) -> tuple[list[Any], int]:
+    """Positions of a compacted prompt with plain loops: stock's positions of the whole prompt, at the survivors.
+
+    By M-RoPE, or one after the other where ``flat``.
+    """
     found: list[Any] = []
     base, visual = 0, iter(zip(grids, kept, strict=True))
     left = 0
@@ -263,8 +269,8 @@ def slow_positions(ids: list[int], grids: list[tuple[int, int, int]], kept: list
         if not left:
             (time, height, width), seats = next(visual)
             places = [(t, h, w) for t in range(time) for h in range(height) for w in range(width)]
-            found += [tuple(base + n for n in places[seat]) for seat in seats]
-            base, left = base + max(time, height, width), len(seats)
+            found += [tuple(base + n for n in ((seat,) * 3 if flat else places[seat])) for seat in seats]
+            base, left = base + (len(places) if flat else max(time, height, width)), len(seats)
         left -= 1
     return found, base - len(ids)
 
@@ -272,19 +278,23 @@ def slow_positions(ids: list[int], grids: list[tuple[int, int, int]], kept: list
 class Prompt:
     """A prompt with pictures of which some tokens are left."""
 
-    def __init__(self, draw: random.Random, ends_with_text: bool = True) -> None:
+    def __init__(self, draw: random.Random, ends_with_text: bool = True, flat: bool = False) -> None:
+        self.flat = flat
         self.ids: list[int] = []
         self.grids: list[tuple[int, int, int]] = []
         self.kept: list[list[int]] = []
         self.items: list[Item] = []
         self.embeddings: list[Tensor] = []
         for _ in range(draw.randint(1, 3)):
-            self.ids += [TEXT] * draw.randint(1, 5)
+            self.ids += [TEXT] * draw.randint(0 if flat else 1, 5)
             grid = draw.randint(1, 3), draw.randint(1, 20), draw.randint(1, 20)
             whole = math.prod(grid)
             seats = sorted(draw.sample(range(whole), draw.randint(1, whole)))
-            self.items.append(Item(len(self.ids), len(seats), max(grid)))
-            table = grid_table(torch.tensor(seats), grid[1], grid[2], max(grid))
+            extent = whole if flat else max(grid)
+            self.items.append(Item(len(self.ids), len(seats), extent))
+            table = grid_table(torch.tensor(seats), grid[1], grid[2], extent)
+            if flat:
+                table[:, 0] = torch.tensor(seats)
             self.embeddings.append(with_table(torch.randn(len(seats), 6), table))
             self.ids += [IMAGE] * len(seats)
             self.grids.append(grid)
@@ -293,7 +303,7 @@ class Prompt:
             self.ids += [TEXT] * draw.randint(1, 5)
 
     def expected(self) -> tuple[Tensor, int]:
-        found, delta = slow_positions(self.ids, self.grids, self.kept)
+        found, delta = slow_positions(self.ids, self.grids, self.kept, self.flat)
         return torch.tensor(found).T, delta
 
     def chunk(self, start: int, end: int) -> list[Tensor]:
@@ -307,29 +317,33 @@ class Prompt:
 
 
 class TestPositions:
+    @pytest.mark.parametrize("flat", [False, True])
     @pytest.mark.parametrize("ends_with_text", [True, False])
     @pytest.mark.parametrize("seed", range(12))
-    def test_chunks_of_any_size(self, seed: int, ends_with_text: bool) -> None:
+    def test_chunks_of_any_size(self, seed: int, ends_with_text: bool, flat: bool) -> None:
+        """Also of text models with plain positions, which look at the first row; there pictures may touch."""
         draw = random.Random(seed)
-        prompt = Prompt(draw, ends_with_text)
+        prompt = Prompt(draw, ends_with_text, flat)
+        rows = 1 if flat else 3
         expected, delta = prompt.expected()
-        found, told = prompt_positions(len(prompt.ids), prompt.items)
+        found, told = prompt_positions(len(prompt.ids), prompt.items, flat)
         text = torch.tensor(prompt.ids) == TEXT
-        assert told == delta and torch.equal(found[:, text], expected[:, text])
+        assert told == delta and torch.equal(found[:rows, text], expected[:rows, text])
         start = 0
         while start < len(prompt.ids):
             end = min(len(prompt.ids), start + draw.randint(1, 40))
             told = self.step(prompt, found, start, end)
-            assert told == delta and torch.equal(found[:, :end], expected[:, :end])
+            assert told == delta and torch.equal(found[:rows, :end], expected[:rows, :end])
             start = end
-        assert place(prompt.ids, [IMAGE], [], found, start)[2] == delta
+        assert place(prompt.ids, [IMAGE], [], found, start, flat)[2] == delta
         # Preempted, and from the start again; and behind what a prefix cache had.
         for start in (0, draw.randint(0, len(prompt.ids) - 1)):
-            assert self.step(prompt, found, start, len(prompt.ids)) == delta and torch.equal(found, expected)
+            assert self.step(prompt, found, start, len(prompt.ids)) == delta
+            assert torch.equal(found[:rows], expected[:rows])
 
     def step(self, prompt: Prompt, held: Tensor, start: int, end: int) -> int:
         rows = prompt.chunk(start, end)
-        clean, placed, delta = place(prompt.ids, [IMAGE], rows, held, start)
+        clean, placed, delta = place(prompt.ids, [IMAGE], rows, held, start, prompt.flat)
         assert all(a.shape[1] + COLUMNS == b.shape[1] for a, b in zip(clean, rows, strict=True))
         held.copy_(placed)
         return delta
@@ -408,13 +422,13 @@ class TestRefusals:
     )
     def test_what_does_not_go_together(self, given: Any, changes: Any, words: str) -> None:
         with pytest.raises(UnsupportedModelError, match=words) as refused:
-            settle(engine_config({**self.GIVEN, **given}, **changes), MODELS)
+            settle(engine_config({**self.GIVEN, **given}, **changes), True)
         assert "\n" not in str(refused.value) and str(refused.value).startswith("illava: ")
 
     def test_every_process_reads_the_same(self) -> None:
         config = engine_config(self.GIVEN, lora=SimpleNamespace(enable_tower_connector_lora=False))
         before = settings_of(config.model_config.hf_config)
-        settle(config, MODELS)
+        settle(config, True)
         entry = config.model_config.hf_config.illava
         assert json.loads(json.dumps(entry)) == entry and entry["image"]["vit_layers"] == [1]
         after = settings_of(config.model_config.hf_config)
@@ -428,7 +442,8 @@ class TestRegistration:
         + [("1.0.0", False), ("dev", False)],
     )
     def test_versions(self, version: str, known: bool) -> None:
-        assert plugin.is_known(version) == known
+        number = plugin.version_of(version)
+        assert (number is not None and plugin.SUPPORTED[0] <= number < plugin.SUPPORTED[1]) == known
 
     def stand_in(self, monkeypatch: pytest.MonkeyPatch, version: str) -> Any:
         """As much of vLLM as registration touches."""
@@ -453,7 +468,7 @@ class TestRegistration:
         plugin.register()
         once = vllm.config.try_verify_and_update_config
         plugin.register()
-        assert vllm.models == MODELS and vllm.config.try_verify_and_update_config is once
+        assert vllm.models == {**MODELS, **BACKEND} and vllm.config.try_verify_and_update_config is once
         served = vllm.config()
         served.model_config = SimpleNamespace(hf_config=SimpleNamespace())
         served.try_verify_and_update_config()
@@ -487,7 +502,7 @@ class TestRegistration:
         assert not any(name.startswith("vllm") for name in needed)
 
     def test_classes_are_named_by_strings(self) -> None:
-        for model in MODELS.values():
+        for model in (*MODELS.values(), *BACKEND.values()):
             module, name = model.split(":")
             path = Path(plugin.__file__).parent / f"{module.rsplit('.', 1)[1]}.py"
             assert f"class {name}(" in path.read_text()

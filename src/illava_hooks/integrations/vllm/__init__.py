@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from illava_hooks.integrations.vllm.models import MODELS
+from illava_hooks.integrations.vllm.models import BACKEND, BACKEND_SINCE, MODELS
 from illava_hooks.integrations.vllm.settings import overrides
 
-__all__ = ["SUPPORTED", "is_known", "overrides", "register"]
+__all__ = ["SUPPORTED", "overrides", "register", "version_of"]
 
 logger = logging.getLogger("illava_hooks")
 
@@ -29,7 +29,8 @@ def register() -> None:
     """
     import vllm
 
-    if not is_known(version := str(vllm.__version__)):
+    number = version_of(version := str(vllm.__version__))
+    if number is None or not SUPPORTED[0] <= number < SUPPORTED[1]:
         first, last = (".".join(map(str, end)) for end in SUPPORTED)
         logger.warning(
             "vLLM is %s, and illava_hooks knows %s up to, not including, %s: vLLM is left as it is, nothing merges",
@@ -41,21 +42,21 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.config import VllmConfig
 
-    for architecture, model in MODELS.items():
+    for architecture, model in (MODELS | (BACKEND if number >= BACKEND_SINCE else {})).items():
         ModelRegistry.register_model(architecture, model)
-    _check_settings(VllmConfig)
+    _check_settings(VllmConfig, backend=number >= BACKEND_SINCE)
 
 
-def is_known(version: str) -> bool:
-    """Whether the plugin knows the seams of a version of vLLM, such as ``"0.32.0+cpu"``."""
+def version_of(version: str) -> tuple[int, int] | None:
+    """The first two numbers of a version of vLLM, such as ``"0.32.0+cpu"``; None: there are none."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        return False
-    return SUPPORTED[0] <= (major, minor) < SUPPORTED[1]
+        return None
+    return major, minor
 
 
-def _check_settings(kind: Any) -> None:
+def _check_settings(kind: Any, backend: bool) -> None:
     """Makes vLLM read the settings where it checks its own: for every architecture, before a worker starts."""
     stock = kind.try_verify_and_update_config
     if getattr(stock, "illava", False):
@@ -66,7 +67,7 @@ def _check_settings(kind: Any) -> None:
         if model is not None and getattr(model.hf_config, "illava", None) is not None:
             from illava_hooks.integrations.vllm.checks import settle
 
-            settle(self, MODELS)
+            settle(self, backend)
         stock(self)
 
     try_verify_and_update_config.illava = True  # type: ignore[attr-defined]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
+from illava_hooks.engine.family import Family
 from illava_hooks.errors import IllavaHooksError, UnsupportedModelError
+from illava_hooks.integrations.vllm.models import BACKEND, BACKEND_FAMILIES, MODELS
 from illava_hooks.integrations.vllm.settings import KEY, settings_of
 from illava_hooks.methods import Method
 
 __all__ = ["check_method", "settle"]
 
 
-def settle(vllm_config: Any, models: Collection[str]) -> None:
+def settle(vllm_config: Any, backend: bool) -> None:
     """Checks everything, and writes the settings down as they came out: every process reads the same ones.
 
     Args:
         vllm_config: vLLM's whole configuration.
-        models: architectures whose class merges.
+        backend: whether the plugin knows the Transformers back-end of this vLLM.
 
     Raises:
         UnsupportedModelError: in one line, what cannot be.
@@ -26,22 +27,43 @@ def settle(vllm_config: Any, models: Collection[str]) -> None:
     try:
         settings = settings_of(model.hf_config)
         assert settings is not None
-        check_architecture(model.architecture, settings.family.title or settings.family.name, models)
+        check_architecture(model.architecture, settings.family, backend)
         check_method(settings.config.method)
         check_engine(vllm_config)
     except IllavaHooksError as error:
         # A ValueError would come out of vLLM's own checks as a page of pydantic's.
         raise UnsupportedModelError(f"{KEY}: {error}") from error
     setattr(model.hf_config, KEY, settings.config.to_entry())
+    if model.architecture in BACKEND:
+        _carry_positions(model.hf_config.get_text_config())
 
 
-def check_architecture(architecture: str, family: str, models: Collection[str]) -> None:
+def check_architecture(architecture: str, family: Family, backend: bool) -> None:
     """Refuses a class of vLLM's that would serve the model without merging."""
-    if architecture not in models:
+    name = family.title or family.name
+    if architecture in MODELS or (architecture in BACKEND and family.name in BACKEND_FAMILIES):
+        return
+    if architecture in BACKEND:
         raise UnsupportedModelError(
-            f"vLLM serves {family} by its own {architecture}, in which nothing can merge yet; leave the settings out, "
-            f"or use one of {sorted(models)}"
+            f"{name} cannot merge on vLLM's Transformers back-end yet, where the plugin knows "
+            f"{list(BACKEND_FAMILIES)}; leave the settings out, or serve one of {[*MODELS]} by vLLM's own class"
         )
+    cure = "leave the settings out, or run patch(model, ...) by Ray Data or torchrun, see docs/distributed.md"
+    if backend and family.name in BACKEND_FAMILIES:
+        cure = "use --model-impl transformers"
+    raise UnsupportedModelError(
+        f"vLLM serves {name} by its own {architecture}, in which nothing can merge yet; {cure}"
+    )
+
+
+def _carry_positions(text: Any) -> None:
+    """Turns vLLM's way for M-RoPE on for a model with plain positions: no other way follows pictures.
+
+    Args:
+        text: the configuration of the decoder, whose own code does not read sections.
+    """
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [head // 2, 0, 0]}
 
 
 def check_method(method: Method) -> None:

@@ -73,7 +73,7 @@ def with_table(embeddings: Tensor, table: Tensor) -> Tensor:
     return torch.cat([embeddings, to_digits(table).to(embeddings)], 1)
 
 
-def prompt_positions(num_tokens: int, items: Sequence[Item]) -> tuple[Tensor, int]:
+def prompt_positions(num_tokens: int, items: Sequence[Item], flat: bool = False) -> tuple[Tensor, int]:
     """Positions of a prompt before any picture is seen.
 
     Text is exact: behind an item it goes on where it would without merging. The placeholders of an item are
@@ -82,35 +82,46 @@ def prompt_positions(num_tokens: int, items: Sequence[Item]) -> tuple[Tensor, in
     Args:
         num_tokens: of the prompt, survivors' placeholders included.
         items: in the order of the prompt.
+        flat: whether the model looks at the first row only; then the second one keeps where each item begins, and
+            items need no token between them.
 
     Returns:
         ``(3, num_tokens)`` int64, and what is to be added to a later token's index.
     """
-    parts, at, base = list[Tensor](), 0, 0
+    parts, starts, at, base = list[Tensor](), list[Tensor](), 0, 0
     for item in items:
-        text = item.offset - at
+        text = torch.arange(item.offset - at) + base
+        base += len(text)
         inside = torch.arange(item.length).clamp_max(item.extent - 1)
         inside[-1:] = item.extent - 1
-        parts += [torch.arange(text) + base, inside + base + text]
-        at, base = item.offset + item.length, base + text + item.extent
-    parts.append(torch.arange(num_tokens - at) + base)
-    delta = base + num_tokens - at - num_tokens
-    positions = torch.cat(parts).expand(3, -1).clone()
+        parts += [text, inside + base]
+        starts += [text, torch.full_like(inside, base)]
+        at, base = item.offset + item.length, base + item.extent
+    rest = torch.arange(num_tokens - at) + base
+    delta = base - at
+    row = torch.cat([*parts, rest])
+    positions = torch.stack([row, torch.cat([*starts, rest]) if flat else row, row])
     setattr(positions, DELTA, delta)
     return positions, delta
 
 
 def place(
-    ids: Any, placeholders: Sequence[int], embeddings: Sequence[Tensor], positions: Tensor, num_computed: int
+    ids: Any,
+    placeholders: Sequence[int],
+    embeddings: Sequence[Tensor],
+    positions: Tensor,
+    num_computed: int,
+    flat: bool = False,
 ) -> tuple[list[Tensor], Tensor, int]:
     """Puts the survivors of a chunk where they belong; may be done again, in other chunks.
 
     Args:
         ids: ``(N,)`` of the prompt.
-        placeholders: ids of visual tokens; between two items there is another token at least.
+        placeholders: ids of visual tokens; between two items there is another token at least, unless ``flat``.
         embeddings: ``(n, C + COLUMNS)`` of the chunk's visual tokens, by item.
         positions: ``(3, N)`` int64, as they are so far.
         num_computed: tokens in front of the chunk.
+        flat: as for ``prompt_positions``; survivors' places are the first of their numbers.
 
     Returns:
         The embeddings without their digits, the positions, and what is to be added to a later token's index.
@@ -122,12 +133,17 @@ def place(
     table = from_digits(torch.cat([item[:, -COLUMNS:] for item in embeddings])).to(positions.device)
     index = torch.arange(len(tokens), device=positions.device)
     visual = torch.isin(tokens, torch.tensor(placeholders, device=tokens.device))
-    before = torch.where(visual, -1, index).cummax(0).values  # the last text token in front
-    base = torch.where(before < 0, 0, positions[0, before.clamp_min(0)] + 1)
+    if flat:
+        base = positions[1]
+    else:
+        before = torch.where(visual, -1, index).cummax(0).values  # the last text token in front
+        base = torch.where(before < 0, 0, positions[0, before.clamp_min(0)] + 1)
     places = (visual & (index >= num_computed)).nonzero().flatten()[: len(table)]
-    placed = positions.clone()
-    placed[:, places] = base[places] + table[:, :3].T.to(positions.dtype)
+    placed, rows = positions.clone(), 1 if flat else 3
+    placed[:rows, places] = base[places] + table[:, :rows].T.to(positions.dtype)
     if delta is None:
         ends = torch.cat([placed.max()[None], base[places] + table[:, 3].to(base.dtype) - 1])
         delta = int(ends.max()) + 1 - len(tokens)
+    else:
+        setattr(placed, DELTA, delta)
     return [item[:, :-COLUMNS] for item in embeddings], placed, delta

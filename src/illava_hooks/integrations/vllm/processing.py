@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from illava_hooks.config import Modality
 from illava_hooks.errors import MergeConfigError
@@ -102,14 +103,14 @@ class MergingProcessor:
         arguments, strength = take_strength(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, arguments, out_mm_kwargs)  # type: ignore[misc]
 
-        def shortened(update: Any) -> Any:
+        def changed(update: Any) -> Any:
             def replacement(index: int) -> Any:
                 shape = self.shape_of(update.modality, out_mm_kwargs[update.modality][index])
-                return update.replacement(index)[: info.kept_tokens(update.modality, shape, strength)]
+                return shortened(update.replacement(index), info.kept_tokens(update.modality, shape, strength))
 
             return replace(update, replacement=replacement)
 
-        return [shortened(update) for update in updates]
+        return [changed(update) for update in updates]
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, and refuses two items with nothing between them: which is which would be lost in positions."""
@@ -123,6 +124,29 @@ class MergingProcessor:
                     "there, as chat templates do"
                 )
         return prompt
+
+
+def shortened(replacement: Any, count: int) -> Any:
+    """What stands for an item in the prompt, with ``count`` visual tokens.
+
+    Args:
+        replacement: ids, all of them visual tokens, or vLLM's details of ids of which some are.
+        count: how many are left.
+
+    Raises:
+        MergeConfigError: other tokens stand between the visual ones.
+    """
+    if isinstance(replacement, list):
+        return replacement[:count]
+    ids = list(replacement.full)
+    token = int(torch.tensor(ids).mode().values)
+    first = ids.index(token)
+    last = len(ids) - ids[::-1].index(token)
+    if any(other != token for other in ids[first:last]):
+        raise MergeConfigError(
+            "this model has separators between an image's tokens, which the plugin cannot place yet"
+        )
+    return PromptUpdateDetails.select_token_id([*ids[: first + count], *ids[last:]], token)
 
 
 def strength_of(modality: Modality, arguments: dict[str, Any]) -> Strength:

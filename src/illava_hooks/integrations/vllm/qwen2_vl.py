@@ -14,21 +14,17 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.platforms import current_platform
 
 from illava_hooks.config import Modality
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
 from illava_hooks.integrations.vllm.counts import KeptCounts
-from illava_hooks.integrations.vllm.cpu import open_positions
+from illava_hooks.integrations.vllm.cpu import let_positions_follow
 from illava_hooks.integrations.vllm.positions import Item, place, prompt_positions
 from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_of
 from illava_hooks.integrations.vllm.settings import settings_of
 
 __all__ = ["MergingQwen2VL"]
-
-#: What opens vLLM's way for positions that follow pictures; nothing prunes by it.
-BARELY = 1e-9
 
 
 class Info(MergingInfo, Qwen2VLProcessingInfo):
@@ -67,10 +63,7 @@ class MergingQwen2VL(Qwen2VLForConditionalGeneration):
         group = self.visual.spatial_merge_size**2
         sharded = self.visual.blocks[0].attn.tp_size > 1
         self.tower_merging = TowerMerging(self.visual, Block, EncoderTraits(group, granularity=group), sharded)
-        self.supports_multimodal_pruning = True
-        vllm_config.model_config.multimodal_config.video_pruning_rate = BARELY
-        if current_platform.is_cpu():
-            open_positions()
+        let_positions_follow(self, vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """As stock; the strengths that items carry are taken out first."""

@@ -143,6 +143,12 @@ class Settings:
         return sha256(json.dumps(self.config.to_entry(), sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
+    def strongest(self) -> MergeConfig:
+        """The settings with every listed layer at work: a request may ask for it where the server idles."""
+        layers = self.config.image.vit_layers or self.config.video.vit_layers
+        return self.at(Strength(keep_encoder=0.5)) if layers else self.config
+
+    @cached_property
     def _configs(self) -> dict[Strength, MergeConfig]:
         return {AS_SERVED: self.config}
 
@@ -230,7 +236,9 @@ def read_settings(given: Any, limits: ModelLimits) -> MergeConfig:
     config = MergeConfig.build(
         limits, layers, given.get("vit_r"), [], ratio, method, preset if saved is None else saved, False, keep
     )
-    return replace(config, track=False)
+    # What a layout crops away merges apart, else the length of a prompt would depend on the picture.
+    quota = config.method.merge != "bipartite"
+    return replace(config, track=False, method=replace(config.method, quota=quota))
 
 
 def _is_idle(name: str, value: Any) -> bool:
