@@ -1,8 +1,8 @@
-"""Models on vLLM's Transformers back-end: the stock vision encoder of transformers runs there, and merges as by `patch`.
+"""Models on vLLM's Transformers back-end: transformers' own vision encoder runs there, and merges as by ``patch``.
 
-Between the family's own wrapper around a feature method and vLLM stands one more: it hands survivors over, with digits
-of their places. Where positions of the text model are plain numbers, vLLM's way for M-RoPE carries them, since no other
-follows pictures: three rows, of which the text model gets the first.
+Between the family's own wrapper around a feature method and vLLM stands one more: it hands survivors over, with
+digits of their places. Positions of the text model are plain numbers, and vLLM's way for M-RoPE carries them, since no
+other follows pictures: three rows, of which the text model gets the first.
 """
 
 from __future__ import annotations
