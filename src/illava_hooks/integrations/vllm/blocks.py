@@ -36,7 +36,8 @@ class ShardedRun(EncoderRun):
         """The mean over the heads of all ranks."""
         own = super().scores(merges, tap)
         total: Tensor = tensor_model_parallel_all_reduce(own.clone())
-        return total / get_tensor_model_parallel_world_size()
+        mean: Tensor = total / get_tensor_model_parallel_world_size()
+        return mean
 
 
 class ShardedTap(EncoderTap):
@@ -125,10 +126,10 @@ class MergingBlock(nn.Module):
         block: Any = self
         run = self.merging.run
         if run is None:
-            return super().forward(x, **kwargs)  # type: ignore[no-any-return, misc]  # of the class behind
+            return super().forward(x, **kwargs)  # type: ignore[no-any-return]  # of the class behind
         kwargs = run.enter(self.index, kwargs)
         if not run.merges_in(self.index):
-            return super().forward(x, **kwargs)  # type: ignore[no-any-return, misc]
+            return super().forward(x, **kwargs)  # type: ignore[no-any-return]
         with self.merging.listening() as tap:
             x = x + block.attn(block.norm1(x), **kwargs)
         x = run.merge(self.index, x.squeeze(1), tap).unsqueeze(1)

@@ -48,8 +48,8 @@ class KeptCounts:
 
 def _without_weights(hf_config: Any) -> Any:
     """A stock model that has nothing but its configuration: families ask its methods how they lay tokens out."""
-    kind = MODEL_MAPPING[type(hf_config)]
-    base = kind.__new__(kind)
+    kind: Any = MODEL_MAPPING[type(hf_config)]
+    base: Any = kind.__new__(kind)
     nn.Module.__init__(base)
     base.config = hf_config
     return base

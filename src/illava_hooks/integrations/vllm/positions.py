@@ -50,8 +50,9 @@ def to_digits(numbers: Tensor) -> Tensor:
 
 def from_digits(columns: Tensor) -> Tensor:
     """The way back: ``(n, 2 k)`` of any dtype as ``(n, k)`` int64."""
-    digits = columns.round().long().unflatten(1, (-1, 2))
-    return digits[..., 0] * BASE + digits[..., 1]
+    digits = columns.round().long().view(len(columns), -1, 2)
+    found: Tensor = digits[..., 0] * BASE + digits[..., 1]
+    return found
 
 
 def grid_table(seats: Tensor, height: int, width: int, extent: int) -> Tensor:

@@ -64,16 +64,16 @@ class MergingProcessor:
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         arguments, strength = take_strength(hf_kwargs)
-        stock, settings = super(), _stock(self).info.merging
+        settings = _stock(self).info.merging
         if settings is None:
             if strength != AS_SERVED:
                 raise MergeConfigError(
                     f"the request says {strength}, and this server was started without {KEY} in --hf-overrides; start "
                     "it with settings, or leave the strength out"
                 )
-            return stock._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]  # of the class behind
+            return super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]  # of the class behind
         settings.at(strength)
-        inputs = stock._apply_hf_processor_main(mm_items, arguments)  # type: ignore[misc]
+        inputs = super()._apply_hf_processor_main(mm_items, arguments)  # type: ignore[misc]
         for modality in get_args(Modality):
             if f"{modality}_embeds" in inputs:
                 raise MergeConfigError(

@@ -51,7 +51,7 @@ def overrides(
     """
     layers = None if vit_layers is None else list(vit_layers)
     given = {"vit_layers": layers, "vit_r": vit_r, "keep_encoder": keep_encoder, "method": method, "preset": preset}
-    said = {name: value for name, value in given.items() if value is not None}
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if isinstance(method, Method):
         said["method"] = {name: getattr(method, name) for name in _CHOICES}
         for name, choice in said["method"].items():

@@ -73,7 +73,8 @@ class KeepSurvivors:
         """Puts the survivors in place of ``pooler_output``; what else is in it is not looked at."""
         output = method(*args, **{**kwargs, "return_dict": True})
         visuals = [features.flatten(0, -2) for features in output.pooler_output]
-        records = records_of(output) or [None] * len(visuals)  # none where this strength removes nothing
+        told = records_of(output)  # nothing where this strength removes nothing
+        records: Sequence[VisualRecord | None] = told or [None] * len(visuals)
         output.pooler_output = [survivors(*one) for one in zip(visuals, records, strict=True)]
         return output
 
