@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "enforce_eager": True,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 3, "video": 1},
+    "disable_log_stats": False,
 }
 
 

@@ -84,17 +84,16 @@ class MergingProcessor:
         return inputs
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
-        if _stock(self).info.merging is None:
-            return fields
-        # Shared: vLLM batches items of equal strength only.
-        counts = {modality: self.items_in(modality, hf_inputs) for modality in get_args(Modality)}
-        own = {
-            strength_field(modality): MultiModalFieldConfig.shared(modality, count, keep_on_cpu=True)
-            for modality, count in counts.items()
-            if count
-        }
-        return {**fields, **own}
+        # Stock is not to wonder about names that are none of its own.
+        names = {modality: strength_field(modality) for modality in get_args(Modality)}
+        own = {name: hf_inputs.pop(name) for name in names.values() if name in hf_inputs}
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))  # type: ignore[misc]
+        for modality, name in names.items():
+            if name in own:  # shared: vLLM batches items of equal strength only
+                hf_inputs[name] = own[name]
+                count = self.items_in(modality, hf_inputs)
+                fields[name] = MultiModalFieldConfig.shared(modality, count, keep_on_cpu=True)
+        return fields
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any) -> Any:
         info = _stock(self).info
