@@ -100,11 +100,11 @@ $(RAY)/ready: pyproject.toml constraints.txt
 VLLM := build/vllm
 VLLM_OLDEST := 0.29.0
 VLLM_TESTS ?= all
-test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1)tests $(VLLM)/bin/python -m pytest -p no:xdist $(2)
+test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist $(2)
 
 test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter all,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=short is three minutes of it
 	$(call test_vllm,,tests/vllm_engine)
-	$(if $(filter all,$(VLLM_TESTS)),$(call test_vllm,$(VLLM)-$(VLLM_OLDEST):,tests/vllm_engine -m "not slow"))
+	$(if $(filter all,$(VLLM_TESTS)),$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine -m "not slow"))
 
 $(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
