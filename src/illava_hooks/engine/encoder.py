@@ -271,7 +271,7 @@ class EncoderRun:
 
     def _decide(self, merges: int, units: Tensor, tap: EncoderTap) -> None:
         state, after = self.states[merges], self.segments[merges + 1].lengths
-        scores = unit_scores(self, merges, tap)
+        scores = self.scores(merges, tap)
         segments, kept = self._merge_segments(merges)
         table = segments.take(scores)
         inputs = RuleInputs(
@@ -279,7 +279,7 @@ class EncoderRun:
             lengths=segments.lengths,
             num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
             hidden=lambda: segments.take(units.flatten(0, 1)),
-            keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
+            keys=lambda: segments.take(self._without_prefix(tap.keys()).reshape(scores.numel(), -1)),
             token_size=segments.take(state.token_size.flatten()),
             visible=None if self.visible is None else segments.take(self.visible.survivors(state).flatten()),
         )
@@ -292,6 +292,10 @@ class EncoderRun:
         if self.session.config.track:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
+
+    def scores(self, merges: int, tap: EncoderTap) -> Tensor:
+        """As ``unit_scores``; an engine whose ranks hold some of the heads each makes one of all of them here."""
+        return unit_scores(self, merges, tap)
 
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
