@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class TestHelp:
 
     def test_version(self) -> None:
         done = run("--version")
-        assert done.exit_code == 0 and done.stdout == f"illava-hooks {illava_hooks.__version__}\n"
+        assert done.exit_code == 0 and done.stdout == f"illava-hooks {version('illava-hooks')}\n"
 
     def test_completion(self) -> None:
         """Of commands and of the values of options, as a shell asks for them."""

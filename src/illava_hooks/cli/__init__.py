@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from illava_hooks import __version__
 from illava_hooks.cli.batch import batch
 from illava_hooks.cli.evidence import bench, evaluate
 from illava_hooks.cli.options import unbroken_output
@@ -24,13 +24,13 @@ app = typer.Typer(
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        print(f"illava-hooks {__version__}")
+        print(f"illava-hooks {version('illava-hooks')}")
         raise typer.Exit
 
 
 @app.callback()
 def _main(
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
