@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -181,9 +181,12 @@ def _transparent_value(picture: Image.Image) -> int | tuple[int, ...] | None:
     Pillow scales the pixels of one, two, four bits and of 16 bits in colour to eight, and this colour not.
     """
     value = picture.info.get("transparency")
-    if picture.format != "PNG" or picture.mode == "P" or not isinstance(value, int | tuple) or not picture.tile:
+    if picture.format != "PNG" or picture.mode == "P" or not isinstance(value, int | tuple):
         return None
-    stored = picture.tile[0][3]
+    tile: Any = getattr(picture, "tile", None)
+    if not tile:
+        return None
+    stored = tile[0][3]
     if isinstance(value, tuple):
         return tuple(part >> 8 for part in value) if stored == "RGB;16B" else value
     return value * {"1": 255, "L;2": 85, "L;4": 17}.get(stored if isinstance(stored, str) else "", 1)
@@ -230,7 +233,8 @@ def _read_video(path: Path, num_frames: int) -> Media:
 
 def _display_matrix(frame: av.VideoFrame) -> NDArray[np.float64] | None:
     """``(2, 2)``: where the steps to the right and down in a frame lead on the screen; None: as they are."""
-    data = next((side for side in frame.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    sides: Any = frame.side_data
+    data = next((side for side in sides if side.type.name == "DISPLAYMATRIX"), None)
     if data is None:
         return None
     values = np.frombuffer(bytes(data), np.int32)

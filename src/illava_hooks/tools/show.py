@@ -93,7 +93,7 @@ def _processor(source: str) -> Any:
 
 def _drawn(maps: Sequence[MergeMap]) -> list[Image.Image]:
     """A strip for each image, an animation for each video."""
-    found = []
+    found: list[Image.Image] = []
     for visual in sorted({one.visual for one in maps}):
         mine = [one for one in maps if one.visual == visual]
         if mine[0].modality == "video":
