@@ -423,7 +423,7 @@ def test_an_encoder_alone_has_a_report_without_a_language_model() -> None:
     model = llava()
     session = patch(model, **ENCODER)
     with pytest.raises(PatchStateError, match="^no report yet"):
-        _ = session.report
+        _ = session.report.visuals
     forward(model, inputs_of("image"))
     (visual,) = session.report.visuals
     assert visual.vision_tokens[-1] < visual.vision_tokens[0] and visual.language_tokens == ()

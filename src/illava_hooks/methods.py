@@ -14,6 +14,7 @@ from illava_hooks.merge.rules import RULES, MergeRule
 from illava_hooks.merge.scores import SCORES, Score, ScoreInputs
 
 __all__ = [
+    "ABOUT",
     "DEFAULT_METHOD",
     "ENCODER_SCORES",
     "LLM_SCORES",
@@ -146,6 +147,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),
         )
+    }
+)
+
+
+#: What each method does, in a sentence, for `illava-hooks info`.
+ABOUT: Mapping[str, str] = MappingProxyType(
+    {
+        "illava": "the tokens that receive the least attention become one weighted token (the paper's method)",
+        "illava-v2": "as published at ICLR 2026: a few survivors take up their most similar redundant tokens",
+        "illava-reference": "the arithmetic of the published code, for reproduction; its compact layout",
+        "nearest": "every redundant token is averaged into its most similar survivor",
+        "diverse": "keeps tokens that no better one resembles; recommended where both stages merge",
+        "tome": "bipartite matching by key similarity, after ToMe (2022)",
+        "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
+        "random": "random tokens are dropped, reproducibly: the baseline to beat",
     }
 )
 

@@ -16,6 +16,7 @@ from illava_hooks.api import session_of
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.evaluate.matching import MATCHES, is_right
 from illava_hooks.tools.items import Item
+from illava_hooks.tools.loading import check_question
 
 __all__ = ["Outcome", "accuracy", "answering", "item_inputs", "predict", "run_items"]
 
@@ -128,6 +129,7 @@ def item_inputs(processor: Any, items: Sequence[Item]) -> Any:
     kind = "video" if items[0].video else "image"
     texts = []
     for item in items:
+        check_question(processor, item.question)
         visuals = [{"type": kind} for _ in item.pictures]
         message = {"role": "user", "content": [*visuals, {"type": "text", "text": item.question}]}
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True))
