@@ -19,7 +19,7 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import Score, ScoreInputs
+from illava_hooks.merge.scores import Score, ScoreInputs, place_scores
 from illava_hooks.merge.segments import Segments, counting, everybody, host_table, scatter_back
 from illava_hooks.methods import checked_scores
 
@@ -138,7 +138,7 @@ class DecoderRun:
         self.states = [state]
         self.plans: list[MergePlan] = []
         self.is_finished = False
-        self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ranked: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def merges_through(self, layer_idx: int) -> int:
         """How many merges have happened where a layer's attention runs: one on its entry included."""
@@ -147,6 +147,8 @@ class DecoderRun:
     def ranks_for(self, layer_idx: int) -> bool:
         """Whether the attention of a layer ranks the tokens that the next one merges, and they are not ranked yet."""
         following = layer_idx + 1
+        if not self.config.method.listens_in_llm:
+            return False
         return following in self.layers and len(self.plans) == self.layers.index(following)
 
     def stage(self, layer_idx: int) -> PromptState:
@@ -180,6 +182,8 @@ class DecoderRun:
         self._check_reached(merges)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == merges:
+            if not self.config.method.listens_in_llm:
+                self._ranked[layer_idx] = self._by_place(layer_idx), None
             if layer_idx not in self._ranked:
                 raise PatchStateError(
                     f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
@@ -187,8 +191,12 @@ class DecoderRun:
                 )
             scores, keys = self._ranked.pop(layer_idx)
             with torch.no_grad():
-                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys.to(hidden.device))
+                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys)
         return apply_merge(hidden, self.plans[merges])
+
+    def _by_place(self, layer_idx: int) -> Tensor:
+        """``(B, K)`` scores of the tokens that enter a merging layer, by a score that looks at places alone."""
+        return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx)
 
     def check_finished(self) -> None:
         """Every planned merge ran.
@@ -211,7 +219,7 @@ class DecoderRun:
         """``(B, K, C)`` of a stage at the logical length ``(B, N, C)``."""
         return scatter_back(hidden, self.states[merges].kept_at.to(hidden.device))
 
-    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor) -> None:
+    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor | None) -> None:
         before, after = self.counts[merges], self.counts[merges + 1]
         state = self.states[merges] = self.states[merges].to(hidden.device)
         valid = before.valid(hidden.device)
@@ -232,7 +240,7 @@ class DecoderRun:
                 lengths=segments.lengths,
                 num_removed=tuple(n - m for n, m in counts),
                 hidden=lambda: segments.take(hidden.flatten(0, 1)),
-                keys=lambda: segments.take(keys),
+                keys=lambda: segments.take(_heard(keys).to(hidden.device)),
                 token_size=segments.take(state.token_size.flatten()),
             )
             local = self.config.method.rule(inputs)
@@ -242,6 +250,11 @@ class DecoderRun:
         plan = build_plan(local, segments, exists, after.width, full=min(after.lengths) == after.width)
         self.plans.append(plan)
         self.states.append(_after(plan, state, after))
+
+
+def _heard(keys: Tensor | None) -> Tensor:
+    assert keys is not None
+    return keys
 
 
 def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptState:

@@ -21,14 +21,17 @@ from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.segments import borders
 
 __all__ = [
+    "PLACE_SCORES",
     "SCORES",
     "Score",
     "ScoreInputs",
     "attend_and_receive",
     "last_query_attention",
     "packed_scores",
+    "place_scores",
     "query_lse",
     "random_scores",
+    "raster",
     "received_attention",
 ]
 
@@ -174,6 +177,41 @@ def uniform(inputs: ScoreInputs) -> Tensor:
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
 
 
+def raster(inputs: ScoreInputs) -> Tensor:
+    """Reading order: the later place scores higher, and the last one highest, as long as it is there.
+
+    What stands behind an image may be read at its last token: with this order it is the same one, and as sure to
+    stay, whether anything stands behind it or not.
+    """
+    return inputs.positions.float()
+
+
+def place_scores(score: Score, positions: Tensor, layer_idx: int) -> Tensor:
+    """The scores by one of ``PLACE_SCORES``, for which no query and no key need be at hand.
+
+    Args:
+        score: the score.
+        positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
+        layer_idx: the layer that merges.
+
+    Returns:
+        ``(S, N)`` float32.
+    """
+    nothing = positions.new_zeros(len(positions), 1, positions.shape[1], 0, dtype=torch.float32)
+    return score(
+        ScoreInputs(
+            key=nothing,
+            query=lambda: nothing,
+            last_query=lambda: nothing[:, :, -1],
+            positions=positions,
+            key_valid=None,
+            scale=1.0,
+            layer_idx=layer_idx,
+            causal=False,
+        )
+    )
+
+
 def _packed(inputs: ScoreInputs) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Queries ``(S * N, H, D)``, keys ``(S * P, G, D)``, and how they lie there."""
     samples, num_tokens = inputs.positions.shape
@@ -255,6 +293,9 @@ def attend_and_receive(
     return mixed.transpose(1, 2), received[:, 0] / (heads * num)
 
 
+#: Scores that look at places alone: no attention is computed for them, and none is listened to.
+PLACE_SCORES: tuple[Score, ...] = (random_scores, uniform, raster)
+
 #: Scores by name.
 SCORES: dict[str, Score] = {
     "received_attention": received_attention,
@@ -262,4 +303,5 @@ SCORES: dict[str, Score] = {
     "query_lse": query_lse,
     "random": random_scores,
     "uniform": uniform,
+    "raster": raster,
 }
