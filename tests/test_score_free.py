@@ -26,7 +26,7 @@ NOVEL = {
     for name in ("novel", "novel-agnostic")
     for sizes in (True, False)
 }
-AGNOSTIC = {name: method for name, method in NOVEL.items() if "agnostic" in name}
+AGNOSTIC = {name: method for name, method in NOVEL.items() if "agnostic" in name} | {"random": METHODS["random"]}
 #: One visual with text in front of it and behind it.
 KINDS = {
     "image": (Sample(1, images=((60, 64),), text=(5, 7)),),
@@ -228,13 +228,13 @@ def test_functions_of_ones_own_are_always_served() -> None:
     assert not METHODS["novel"].listens_in_encoder and METHODS["novel"].listens_in_llm
     assert not METHODS["random"].listens_in_encoder
     own = (
-        Method("score", lambda inputs: inputs.key.sum((1, 3)), "raster", merge="diverse"),
-        Method("rule", "raster", "raster", merge=lambda inputs: scores_rule(inputs)),
+        Method("score", lambda inputs: inputs.key.sum((1, 3)), "uniform", merge="diverse"),
+        Method("rule", "uniform", "uniform", merge=lambda inputs: scores_rule(inputs)),
         METHODS["tome"],
     )
     assert all(method.listens_in_encoder for method in own)
     assert [method.listens_in_llm for method in own] == [False, True, True]
-    assert not Method("same", scores.raster, scores.raster, merge="diverse").listens_in_encoder
+    assert not Method("same", scores.uniform, scores.uniform, merge="diverse").listens_in_encoder
 
 
 def scores_rule(inputs: Any) -> Any:

@@ -30,8 +30,8 @@ Layout = Literal["aligned", "compact"]
 #: The family decides: what its published code ranks by.
 PUBLISHED = "published"
 
-ENCODER_SCORES = ("received_attention", "query_lse", "random", "uniform", "raster")
-LLM_SCORES = ("last_query_attention", "query_lse", "random", "uniform", "raster")
+ENCODER_SCORES = ("received_attention", "query_lse", "random", "uniform")
+LLM_SCORES = ("last_query_attention", "query_lse", "random", "uniform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +157,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("illava-reference", PUBLISHED, PUBLISHED, layout="compact"),
             Method("nearest", merge="nearest"),
             Method("diverse", merge="diverse", proportional=True),
-            Method("novel", "raster", merge="diverse", proportional=True),
-            Method("novel-agnostic", "raster", "raster", merge="diverse", proportional=True),
+            Method("novel", "uniform", merge="diverse", proportional=True),
+            Method("novel-agnostic", "uniform", "uniform", merge="diverse", proportional=True),
             Method("tome", "uniform", "uniform", merge="bipartite"),
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),

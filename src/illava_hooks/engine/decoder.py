@@ -39,8 +39,9 @@ class PromptState:
         origins: ``(B, K)`` int64, where a visual token stood in its image or video before any merge.
         token_size: ``(B, K)`` float32, how many tokens each stands for.
         query: ``(B,)`` int64, column of the scoring query.
-        rope: RoPE tables of the columns, once known.
         columns: ``(B, K)`` int64, the logical column of each; -1 for padding.
+        rope: RoPE tables of the columns, once known.
+        ends: ``(B, K)`` bool, who stands for the last token of an image or video; None where nobody asks.
     """
 
     kept_at: Tensor
@@ -50,12 +51,13 @@ class PromptState:
     query: Tensor
     columns: Tensor
     rope: tuple[Tensor, ...] | None = None
+    ends: Tensor | None = None
 
     def to(self, device: torch.device) -> PromptState:
         """The same on another device: layers of one model may lie on several."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         rope = moved.pop("rope")
-        tables = {name: table.to(device) for name, table in moved.items()}
+        tables = {name: None if table is None else table.to(device) for name, table in moved.items()}
         return PromptState(**tables, rope=None if rope is None else tuple(table.to(device) for table in rope))
 
 
@@ -232,7 +234,11 @@ class DecoderRun:
             order = torch.argsort(state.visual.flatten(), stable=True)[state.visual.numel() - total :]
             segments = Segments.from_lengths([n for n, _ in counts], order)
             # The query is read after the last layer: it must stay.
-            table = segments.take(scores.scatter(1, state.query[:, None], torch.inf).flatten())
+            scores = scores.scatter(1, state.query[:, None], torch.inf)
+            if state.ends is not None:
+                # The query of a prompt that ends with an image, and so of every prompt: no question decides.
+                scores = scores.masked_fill(state.ends, torch.inf)
+            table = segments.take(scores.flatten())
             if segments.padding is not None:
                 table = table.masked_fill(segments.padding, torch.inf)
             inputs = RuleInputs(
@@ -270,6 +276,7 @@ def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptSt
         query=plan.follow(state.query[:, None])[:, 0],
         columns=columns,
         rope=None if state.rope is None else tuple(take_kept(table, plan) for table in state.rope),
+        ends=None if state.ends is None else take_kept(state.ends, plan),
     )
 
 

@@ -31,7 +31,6 @@ __all__ = [
     "place_scores",
     "query_lse",
     "random_scores",
-    "raster",
     "received_attention",
 ]
 
@@ -177,15 +176,6 @@ def uniform(inputs: ScoreInputs) -> Tensor:
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
 
 
-def raster(inputs: ScoreInputs) -> Tensor:
-    """Reading order: the later place scores higher, and the last one highest, as long as it is there.
-
-    What stands behind an image may be read at its last token: with this order it is the same one, and as sure to
-    stay, whether anything stands behind it or not.
-    """
-    return inputs.positions.float()
-
-
 def place_scores(score: Score, positions: Tensor, layer_idx: int) -> Tensor:
     """The scores by one of ``PLACE_SCORES``, for which no query and no key need be at hand.
 
@@ -294,7 +284,7 @@ def attend_and_receive(
 
 
 #: Scores that look at places alone: no attention is computed for them, and none is listened to.
-PLACE_SCORES: tuple[Score, ...] = (random_scores, uniform, raster)
+PLACE_SCORES: tuple[Score, ...] = (random_scores, uniform)
 
 #: Scores by name.
 SCORES: dict[str, Score] = {
@@ -303,5 +293,4 @@ SCORES: dict[str, Score] = {
     "query_lse": query_lse,
     "random": random_scores,
     "uniform": uniform,
-    "raster": raster,
 }
