@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Glm4vForConditionalGeneration, Glm4vMoeForConditionalGeneration
 
 from families import Family, Suite
-from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, Qwen2VL
+from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, WITHOUT_IDS, Qwen2VL
 from tiny_models import (
     IMAGE_ID,
     ROPE,
@@ -79,8 +79,15 @@ class Glm4V(Qwen2VL):
     beams_mix_images = ">=5.18"
     takes_frames = True
     suites = {
-        "Glm4V": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False),
-        "Glm4VMoe": Suite(Glm4vMoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), rows_are_visuals=False),
+        "Glm4V": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False, unpatched=WITHOUT_IDS),
+        "Glm4VMoe": Suite(
+            Glm4vMoeForConditionalGeneration,
+            WIDE,
+            EXPERTS,
+            image=(24, 24),
+            rows_are_visuals=False,
+            unpatched=WITHOUT_IDS,
+        ),
     }
     shapes = {"glm-4.1v-9b": 9.4}
     stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")

@@ -9,6 +9,7 @@ from transformers import GlmOcrForConditionalGeneration
 
 from families import Suite
 from families.glm4v import WIDE, Glm4V
+from families.qwen2_vl import WITHOUT_IDS
 
 
 class GlmOcr(Glm4V):
@@ -16,7 +17,7 @@ class GlmOcr(Glm4V):
 
     title = "GLM-OCR"
     model_class = GlmOcrForConditionalGeneration
-    suites = {"GlmOcr": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False)}
+    suites = {"GlmOcr": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False, unpatched=WITHOUT_IDS)}
     shapes = {"glm-ocr": 0.92}
     stock_modules = ("glm_ocr.modeling_glm_ocr",)
 

@@ -38,6 +38,12 @@ FRAMES_PER_SLICE = 2
 KINDS = (("i", "pixel_values", "image_grid_thw"), ("v", "pixel_values_videos", "video_grid_thw"))
 
 
+#: One of transformers' own tests.
+WITHOUT_IDS = {
+    "test_inputs_embeds_matches_input_ids": "older releases give visual tokens places in pictures only beside ids"
+}
+
+
 class Qwen2VL(Family):
     """Qwen2-VL."""
 
@@ -82,7 +88,7 @@ class Qwen2VL(Family):
     adapter_targets = ("qkv", "q_proj", "k_proj")
     silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
-    suites = {"Qwen2VL": Suite(vision={"embed_dim": 48}, image=(24, 24), frames=4)}
+    suites = {"Qwen2VL": Suite(vision={"embed_dim": 48}, image=(24, 24), frames=4, unpatched=WITHOUT_IDS)}
     retrievers = ("colqwen2",)
     embedded = "tiny-qwen2-vl"
     embedded_settings = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration
 
 from families import Family, Suite
+from families.qwen2_vl import WITHOUT_IDS
 from families.qwen3_vl import VISION, Qwen3VL
 from tiny_models import ROPE, TEXT_CONFIG, Inputs
 
@@ -32,7 +33,10 @@ TEXT: dict[str, Any] = {
     "eos_token_id": None,
 }
 #: One of transformers' own tests.
-NO_MAPS = {"test_attention_outputs": "asks for maps of every layer; those that carry a state along have none"}
+STOCK_FAILS = {
+    **WITHOUT_IDS,
+    "test_attention_outputs": "asks for maps of every layer; those that carry a state along have none",
+}
 #: Blocks as wide as the decoder.
 WIDE: dict[str, Any] = {"hidden_size": 48}
 #: What makes its decoder a mixture of experts, and one that all tokens share.
@@ -64,8 +68,8 @@ class Qwen35(Qwen3VL):
     vision_config = {name: value for name, value in VISION.items() if name != "deepstack_visual_indexes"}
     text_config = TEXT
     suites = {
-        "Qwen35": Suite(vision=WIDE, image=(24, 24), unpatched=NO_MAPS),
-        "Qwen35Moe": Suite(Qwen3_5MoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), unpatched=NO_MAPS),
+        "Qwen35": Suite(vision=WIDE, image=(24, 24), unpatched=STOCK_FAILS),
+        "Qwen35Moe": Suite(Qwen3_5MoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), unpatched=STOCK_FAILS),
     }
     silenced = (*Qwen3VL.silenced, "out_proj")
     shapes = {"qwen3.5-0.8b": 0.60, "qwen3.5-9b": 7.38}

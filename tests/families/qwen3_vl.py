@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 
 from families import Family, Suite
-from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, Qwen2VL
+from families.qwen2_vl import FRAMES_PER_SLICE, MERGE, PATCH, WITHOUT_IDS, Qwen2VL
 from tiny_models import (
     FIRST_TEXT_ID,
     ROPE,
@@ -48,7 +48,8 @@ TEXT: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 #: One of transformers' own tests.
 ONLY_LAYOUT = {
-    "test_reverse_loading_mapping": "asks that saved weights change their names; of these only the layout changes"
+    **WITHOUT_IDS,
+    "test_reverse_loading_mapping": "asks that saved weights change their names; of these only the layout changes",
 }
 #: Two blocks, as wide as the decoder.
 FEW_BLOCKS: dict[str, Any] = {"hidden_size": 48, "deepstack_visual_indexes": [0, 1]}
@@ -71,7 +72,7 @@ class Qwen3VL(Qwen2VL):
     embedded_floor = 0.0
     paper_kept = None
     suites = {
-        "Qwen3VL": Suite(vision=FEW_BLOCKS, image=(24, 24)),
+        "Qwen3VL": Suite(vision=FEW_BLOCKS, image=(24, 24), unpatched=WITHOUT_IDS),
         "Qwen3VLMoe": Suite(
             Qwen3VLMoeForConditionalGeneration, FEW_BLOCKS, EXPERTS, image=(24, 24), unpatched=ONLY_LAYOUT
         ),
