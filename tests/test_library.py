@@ -109,6 +109,7 @@ EXPORTS = {
     "register_family",
     "session_of",
     "tiny",
+    "tune",
     "unpatch",
 }
 
