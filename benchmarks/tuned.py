@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Run:
 
     name: str
     flops: float
-    values: dict[str, Sequence[float]]
+    values: Mapping[str, Sequence[float]]
 
 
 def measure(model: Any, processor: Any, items: Sequence[Item], stock: Outcome, preset: str) -> Run:
