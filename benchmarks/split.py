@@ -129,20 +129,14 @@ def measure_splits(
             if keep is None:
                 continue
             advance(f"row {row:.3f}, exponent {exponent}, keep {keep:.3f}")
-            session = patch_split(model, keep, exponent, method)
-            sums = [0, 0, 0, 0]
-
-            def count(done: int, session: MergeSession = session, sums: list[int] = sums) -> None:
-                report = session.report
-                whole = sum(visual.prompt_tokens for visual in report.visuals)
-                now = (sum(visual.left for visual in report.visuals), whole, *report.flops)
-                sums[:] = [before + more for before, more in zip(sums, now, strict=True)]
-
-            answers = run_items(model, processor, items, advance=count).answers
+            patch_split(model, keep, exponent, method)
+            merged = run_items(model, processor, items)
+            answers = merged.answers
             unpatch(model)
             right = [given == item.answer for given, item in zip(answers, items, strict=True)]
             same = [given == before for given, before in zip(answers, stock, strict=True)]
-            shares = sums[0] / sums[1], sums[2] / sums[3], published_flops(family, keep, exponent)
+            published = published_flops(family, keep, exponent)
+            shares = merged.left / merged.whole, merged.flops[0] / merged.flops[1], published
             found.append(Split(row, exponent, keep, *shares, right, same))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Run:
 
     name: str
     flops: float
-    values: dict[str, Sequence[float]]
+    values: Mapping[str, Sequence[float]]
 
 
 def measure(model: Any, processor: Any, items: Sequence[Item], stock: Outcome, preset: str) -> Run:
@@ -44,20 +44,15 @@ def measure(model: Any, processor: Any, items: Sequence[Item], stock: Outcome, p
         stock: what the unpatched model says.
         preset: as ``patch`` takes it.
     """
-    session = patch(model, preset=preset)
-    flops = [0, 0]
-
-    def count(done: int) -> None:
-        flops[:] = [before + more for before, more in zip(flops, session.report.flops, strict=True)]
-
+    patch(model, preset=preset)
     try:
-        outcome = run_items(model, processor, items, advance=count)
+        outcome = run_items(model, processor, items)
     finally:
         unpatch(model)
     right = [float(said == item.answer) for said, item in zip(outcome.answers, items, strict=True)]
     same = [float(said == before) for said, before in zip(outcome.answers, stock.answers, strict=True)]
     values = dict(zip(FIGURES, (right, same, list(-stock.divergence(outcome))), strict=True))
-    return Run("preset" if preset == "auto" else preset, flops[0] / flops[1], values)
+    return Run("preset" if preset == "auto" else preset, outcome.flops[0] / outcome.flops[1], values)
 
 
 def compare(model: Any, processor: Any, items: Sequence[Item], files: Sequence[str]) -> list[Run]:

@@ -170,7 +170,7 @@ class TestReproduce:
 
 def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that holds the preset gains nothing; each figure is that of the answers one by one."""
-    model, processor = tiny.load("llava_onevision")
+    model, processor = tiny.load(EMBEDDED[0])
     items = scene_items(10, "test")
     patch(model).config.save(tmp_path / "same.json")
     answers = predict(model, processor, items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,3 +108,20 @@ def test_models_that_take_no_ready_features_get_pixels(family: str, monkeypatch:
     inputs = inputs_for(model, (Sample(1, images=((60, 64),)),))
     item = Item("any", (np.zeros((4, 4, 3), np.uint8),), False, "what ?")
     assert repeated(model, inputs, inputs, [0], item) is None
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_flops_are_those_of_every_prompt_for_itself(name: str) -> None:
+    """Whatever prompts stand in one batch, and whichever of them show the same picture."""
+    model, processor = tiny.load(name)
+    scenes = [item for item in scene_items(60, "validation") if item.pictures[0].shape == (64, 64, 3)][:6]
+    items = [*scenes, *(replace(item, pictures=scenes[0].pictures) for item in scenes[1:4])]
+    session = patch(model)
+    alone = [0, 0]
+    for item in items:
+        run_items(model, processor, [item], 1)
+        alone = [a + b for a, b in zip(alone, session.report.flops, strict=True)]
+    assert run_items(model, processor, items, len(items)).flops == tuple(alone)
+    assert run_items(model, processor, items, 4).flops == tuple(alone)
+    unpatch(model)
+    assert run_items(model, processor, items[:1], 1).flops == (0, 0)

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import illava_hooks
+from families import families
 from helpers import assert_says
 from illava_hooks import InputError, MergeConfig, Method, PatchStateError, patch, tiny, unpatch
 from illava_hooks.cli import app
@@ -29,6 +30,7 @@ from illava_hooks.tools.tune.result import Point, pareto
 from illava_hooks.tools.tune.search import ELITE, WIDTH, OverError, planned, rungs, search, solve_keep
 from illava_hooks.tools.tune.space import MOST_LAYERS, Candidate, Space, settings_of
 
+FAMILY = families(embedded=True)[0]
 METHODS = ("a", "b", "c")
 SPACE = Space(METHODS, range(8), range(1, 7))
 BEST = Candidate("b", (4, 5), (3,), 0.4)
@@ -378,7 +380,7 @@ FAST: dict[str, Any] = {"question": QUESTION, "methods": ["illava", "diverse"], 
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
-    return tiny.load("llava_onevision")
+    return tiny.load(FAMILY)
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +471,7 @@ class TestAWholeTuning:
     ) -> None:
         file = tmp_path / "rows.jsonl"
         file.write_bytes(whole[1].read_bytes())
-        model, processor = tiny.load("llava_onevision")
+        model, processor = tiny.load(FAMILY)
         with torch.no_grad():
             next(model.parameters()).add_(1e-3)
         with pytest.raises(InputError) as error:

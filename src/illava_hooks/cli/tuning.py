@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from illava_hooks.cli.options import Debug, Device, Dtype, Model, check_target, friendly
+from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Model, check_target, friendly
 from illava_hooks.errors import InputError
 
 __all__ = ["tune"]
@@ -50,6 +51,7 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Choose method, layers and amounts from pictures of your own, without answers, for a wanted cost or loyalty."""
@@ -80,7 +82,10 @@ def tune(
         max_new_tokens=max_new_tokens,
         default_question="how many circles are there ?" if model in EMBEDDED else QUESTION,
     )
-    print_tuning(found)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_tuning(found)
     write_front(found, front)
     written = [str(front)]
     if importlib.util.find_spec("matplotlib"):
@@ -93,4 +98,6 @@ def tune(
         raise typer.Exit(1)
     found.save(output)
     print(f"written: {', '.join([str(output), *written])}", file=sys.stderr)
+    if as_json:
+        return
     print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")

@@ -31,12 +31,15 @@ class Outcome:
         log_probs: ``(n, V)`` float32, of its first word.
         left: visual tokens behind the last merging layer, of all items together.
         whole: how many there are without merging; 0 where nobody can tell.
+        flops: of the prefills of all items, merged and unmerged, each with the encoder's for its own pictures; 0 of
+            an unpatched model.
     """
 
     answers: list[str]
     log_probs: NDArray[np.float32]
     left: int = 0
     whole: int = 0
+    flops: tuple[int, int] = (0, 0)
 
     def divergence(self, other: Outcome) -> NDArray[np.float64]:
         """``KL(self || other)`` of the first word, in nats, ``(n,)``."""
@@ -80,6 +83,7 @@ def run_items(
     answers = [""] * len(items)
     log_probs: list[Any] = [None] * len(items)
     left = whole = 0
+    flops = (0, 0)
     session = session_of(model)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
@@ -101,8 +105,26 @@ def run_items(
                 else _kept(session.report, places, len(batch[0].pictures))
             )
             left, whole = left + counts[0], whole + counts[1]
+            if session is not None:
+                now = _flops(session.report, places)
+                flops = flops[0] + now[0], flops[1] + now[1]
             advance(len(chosen))
-    return Outcome(answers, np.stack(log_probs), left, whole)
+    return Outcome(answers, np.stack(log_probs), left, whole, flops)
+
+
+def _flops(report: MergeReport, places: Sequence[int] | None) -> tuple[int, int]:
+    """Prefill FLOPs of a batch, merged and unmerged.
+
+    Pictures of a batch are equally large, so where fewer were encoded than are shown each counts as often.
+
+    Args:
+        report: of the last run.
+        places: whose pictures each prompt shows, if pictures were encoded once; else None.
+    """
+    shown, encoded = (1, 1) if places is None else (len(places), max(places) + 1)
+    encoder = zip(report.encoder_flops, report.projector_flops, strict=True)
+    merged, whole = (sum(stages) * shown // encoded for stages in encoder)
+    return merged + report.llm_flops[0], whole + report.llm_flops[1]
 
 
 def _encoded_once(model: Any, processor: Any, batch: Sequence[Item], inputs: Any) -> tuple[Any, list[int] | None]:

@@ -233,6 +233,7 @@ class _Run:
             np.concatenate([part.log_probs for part in parts])[back],
             sum(part.left for part in parts),
             sum(part.whole for part in parts),
+            (sum(part.flops[0] for part in parts), sum(part.flops[1] for part in parts)),
         )
 
     def _row(self, key: Key, what: str | None, outcome: Outcome, stock: Outcome, measured: float | None) -> Row:

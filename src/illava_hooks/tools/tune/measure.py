@@ -231,26 +231,21 @@ class Meter:
             unpatch(self.model)
 
     def _run(self, settings: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-        flops = [0, 0]
-        with self.limit.timing(stop - start), self.patched(settings) as session:
-
-            def count(done: int) -> None:
-                flops[:] = [old + new for old, new in zip(flops, session.report.flops, strict=True)]
-                self.progress.advance(done)
-
-            merged = run_items(self.model, self.processor, self.items[start:stop], *self.lengths, count)
+        with self.limit.timing(stop - start), self.patched(settings):
+            merged = run_items(
+                self.model, self.processor, self.items[start:stop], *self.lengths, self.progress.advance
+            )
         answers = self.stock.answers[start:stop]
         stock = Outcome(answers, self.stock.log_probs[start:stop])
         losses = np.nan_to_num(stock.divergence(merged), nan=np.inf)
         same = "".join("1" if a == b else "0" for a, b in zip(answers, merged.answers, strict=True))
-        return {"losses": [float(f"{loss:.6g}") for loss in losses], "same": same, "flops": flops}
+        return {"losses": [float(f"{loss:.6g}") for loss in losses], "same": same, "flops": merged.flops}
 
     def _cost(self, settings: Mapping[str, Any], seen: int) -> float:
         merged = whole = 0.0
-        with self.limit.timing(0), self.patched(settings) as session:
+        with self.limit.timing(0), self.patched(settings):
             for item, weight in self._probes(seen):
-                run_items(self.model, self.processor, [item], 1, 1)
-                flops = session.report.flops
+                flops = run_items(self.model, self.processor, [item], 1, 1).flops
                 merged, whole = merged + weight * flops[0], whole + weight * flops[1]
         return merged / max(1.0, whole)
 

@@ -17,7 +17,7 @@ from illava_hooks.tools.evaluate.front import default_methods
 from illava_hooks.tools.evaluate.run import answering
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.methods import find_method
-from illava_hooks.tools.progress import Bar, Progress
+from illava_hooks.tools.progress import SILENT, Bar, Progress
 from illava_hooks.tools.tune.inputs import QUESTION, read_choice
 from illava_hooks.tools.tune.judge import Judge
 from illava_hooks.tools.tune.measure import Limit, Meter, Record
@@ -85,7 +85,7 @@ def tune(
         PatchStateError: the model is patched.
         UnsupportedModelError: nothing can merge in it.
     """
-    teller = progress if isinstance(progress, Progress) else Bar() if progress else Progress()
+    teller = progress if isinstance(progress, Progress) else Bar() if progress else SILENT
     _check(flops, loyalty, minutes, rounds, measurements, seed)
     if session_of(model) is not None:
         raise PatchStateError("model is patched, and the unpatched one is measured as well; call unpatch(model) first")
