@@ -87,6 +87,11 @@ def load_tower(file: Path) -> Any:
     if missing := [name for name in model.state_dict() if name not in weights and "mask_token" not in name]:
         raise SystemExit(f"{file} lacks {missing[:5]}; it is not the tower that this benchmark knows")
     model.load_state_dict(weights, strict=False)
+    return listened_to(model)
+
+
+def listened_to(model: Any) -> Any:
+    """The same model, whose attention can be heard."""
     for layer in model.encoder.layer:
         layer.attention.config = TappedConfig(layer.attention.config)
     return model
@@ -117,7 +122,7 @@ def run_layers(
     if method is not None:
         schedule = MergeSchedule(tuple(places), 1 - kept ** (1 / len(places)))
         session = MergeSession(MergeConfig(schedule, schedule, method), None)
-        lengths = [GRID**2] * len(hidden)
+        lengths = [hidden.shape[1] - 1] * len(hidden)
         run = EncoderRun(session, "image", EncoderTraits(prefix=1), lengths, len(hidden), hidden.device)
     for index in layers:
         block = model.encoder.layer[index]

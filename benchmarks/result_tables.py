@@ -12,23 +12,26 @@ from illava_hooks.tools.evaluate import Row
 __all__ = ["draw_curves", "quality_table", "speed_table", "sweep_table"]
 
 
+#: Methods whose lead over each other row has a column of its own, where they were measured.
+LEADERS = ("diverse", "novel", "novel-agnostic")
+
+
 def quality_table(rows: Sequence[Row]) -> list[str]:
     """Accuracy with its interval, loyalty and divergence; differences question by question."""
-    lines = [
-        "| stage | kept | measured | method | questions | accuracy | 95 % interval | to `illava`, paired "
-        "| `diverse` to it, paired | loyalty | KL |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    measured = {row.method for row in rows}
+    leaders = [name for name in LEADERS if name in measured or name == LEADERS[0]]
+    heads = ["stage", "kept", "measured", "method", "questions", "accuracy", "95 % interval", "to `illava`, paired"]
+    heads += [*(f"`{name}` to it, paired" for name in leaders), "loyalty", "KL"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     budgets = {(row.method, row.stage, row.kept): row for row in rows}
     for row in sorted(rows, key=lambda r: (r.kept < 1, r.stage, -r.kept, -(r.accuracy or 0))):
-        illava, diverse = (budgets.get((method, row.stage, row.kept)) for method in ("illava", "diverse"))
+        beside = [budgets.get((name, row.stage, row.kept)) for name in ("illava", *leaders)]
+        leads = [lead(row, beside[0]), *(lead(one, row) for one in beside[1:])]
         first, last = row.accuracy_interval or (0, 0)
-        measured = "" if row.measured is None else f"{row.measured:.3f}"
-        lines.append(
-            f"| {row.stage} | {row.kept:.3f} | {measured} | {row.method} | {row.questions} | {row.accuracy:.1%} "
-            f"| {first:.1%} to {last:.1%} | {lead(row, illava)} | {lead(diverse, row)} | {row.loyalty:.1%} "
-            f"| {row.divergence:.3f} |"
-        )
+        fraction = "" if row.measured is None else f"{row.measured:.3f}"
+        cells = [row.stage, f"{row.kept:.3f}", fraction, row.method, str(row.questions), f"{row.accuracy:.1%}"]
+        cells += [f"{first:.1%} to {last:.1%}", *leads, f"{row.loyalty:.1%}", f"{row.divergence:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -108,6 +108,8 @@ def evaluations() -> dict[str, Command]:
         "headline": f"--items scenes --questions 6000 {small}",
         "scenes": "--items scenes --questions 2000 --stages both --kept 0.5,0.3333,0.2222,0.1111 "
         f"--methods {all_methods},uniform,downsample",
+        "score-free": "--items scenes --questions 2000 --stages both --kept 0.1111 "
+        "--methods illava,novel,novel-agnostic,diverse,fastv,random",
         "stages": "--items scenes --questions 1000 --stages encoder,language,both --kept 0.5,0.3333,0.2222,0.1111 "
         f"--methods {four}",
         **{suite: f"--items {suite} --questions 1000 {small}" for suite in ("pairs", "clips", "easy-vqa")},

@@ -143,3 +143,17 @@ def test_the_counter_counts(family: str) -> None:
     handle.remove()
     assert ours.launches["illava::column_means"] == 2 * len(MERGING["vit_layers"])
     assert before["encoder", 1] > 20 and ours.launches["aten::add"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_methods_that_look_at_places_launch_no_score(family: str) -> None:
+    """In the encoder no kernel of a score, in the language model nothing at all in front of a merge."""
+    model = tiny_model(family)
+    inputs = inputs_for(model, [Sample(1, images=ONE)])
+    for method in ("diverse", "novel", "novel-agnostic"):
+        patch(model, **MERGING, method=method)
+        ours, stock = counted(model, inputs)
+        kernels = ours.launches["illava::column_means"] + ours.launches["illava::row_lse"]
+        assert (kernels > 0) == (method == "diverse")
+        ranking = [added(ours, stock)["decoder", layer - 1] for layer in MERGING["llm_layers"]]
+        assert any(launches > 0 for launches in ranking) == (method != "novel-agnostic")

@@ -26,7 +26,9 @@ NOVEL = {
     for name in ("novel", "novel-agnostic")
     for sizes in (True, False)
 }
-AGNOSTIC = {name: method for name, method in NOVEL.items() if "agnostic" in name} | {"random": METHODS["random"]}
+AGNOSTIC = {name: method for name, method in NOVEL.items() if "agnostic" in name}
+#: Any other rule and order by place is as blind.
+BLIND = {**AGNOSTIC, "random": METHODS["random"]}
 #: One visual with text in front of it and behind it.
 KINDS = {
     "image": (Sample(1, images=((60, 64),), text=(5, 7)),),
@@ -39,6 +41,11 @@ def patched(family: str, method: Method, **changes: Any) -> tuple[Any, Any]:
     """A tiny model in double precision, and its session."""
     model = tiny_model(family, dtype=torch.float64)
     return model, patch(model, **{**MERGING, **changes}, method=method, track=True)
+
+
+def exact(family: str) -> float:
+    """What counts as the same in double precision; some stock layers compute in less."""
+    return max(1e-8, family_of(family).closest)
 
 
 def cut(inputs: Inputs, positions: Tensor, first: int, last: int) -> dict[str, Any]:
@@ -165,14 +172,14 @@ class _Deaf:
         return getattr(self.stock, name)
 
 
-@pytest.mark.parametrize("name", AGNOSTIC)
+@pytest.mark.parametrize("name", BLIND)
 @pytest.mark.parametrize(("family", "kind"), WITH_VISUAL)
 @torch.no_grad()
 def test_the_same_tokens_stay_whatever_is_asked(family: str, kind: str, name: str) -> None:
     """With any question, a longer one, or none at all behind the visual; a query's attention would see to others."""
     found: dict[str, list[Any]] = {name: [], "fastv": []}
     for method in found:
-        model, session = patched(family, {**METHODS, **AGNOSTIC}[method])
+        model, session = patched(family, {**METHODS, **BLIND}[method])
         inputs = inputs_for(model, KINDS[kind])
         for seed, count in ((0, 7), (1, 7), (2, 23), (3, 0)):
             given = asked(inputs, seed, count)
@@ -192,7 +199,7 @@ def test_chunks_are_the_whole(family: str, kind: str, name: str) -> None:
     whole = model(**inputs, position_ids=prompt_positions(model, inputs)).logits
     first, end = visual_columns(inputs)
     for borders in ((end,), (first, end), (first - 2, end + 1, end + 3)):
-        torch.testing.assert_close(in_chunks(model, inputs, borders), whole, atol=1e-8, rtol=0)
+        torch.testing.assert_close(in_chunks(model, inputs, borders), whole, atol=exact(family), rtol=0)
     model, _ = patched(family, METHODS["fastv"])
     whole = model(**inputs, position_ids=prompt_positions(model, inputs)).logits
     assert_differ(in_chunks(model, inputs, (end,)), whole)
@@ -219,7 +226,7 @@ def test_a_prefix_serves_another_question(family: str, kind: str, name: str) -> 
             model(**other, position_ids=prompt_positions(model, other), **{CACHE: prefix})
             prefix.crop(-5)
         found = model(**cut(given, positions, end, end + count), **{CACHE: prefix}).logits
-        torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
+        torch.testing.assert_close(found, expected, atol=exact(family), rtol=0)
 
 
 def test_functions_of_ones_own_are_always_served() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class PromptState:
         """The same on another device: layers of one model may lie on several."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         rope = moved.pop("rope")
-        tables = {name: None if table is None else table.to(device) for name, table in moved.items()}
+        tables: dict[str, Any] = {name: None if table is None else table.to(device) for name, table in moved.items()}
         return PromptState(**tables, rope=None if rope is None else tuple(table.to(device) for table in rope))
 
 

@@ -1,0 +1,93 @@
+"""The benchmark on a real tower: its parts on a random one, since the real one is no part of this repository."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+import real_tower
+from illava_hooks import METHODS
+
+
+@pytest.fixture
+def tower() -> Any:
+    """A random tower of four blocks, and pictures of 25 patches."""
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=3, image_size=20, patch_size=4, mlp_ratio=2
+    )
+    torch.manual_seed(0)
+    return real_tower.listened_to(Dinov2Model(config).eval())
+
+
+PIXELS = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_blocks_without_merging_are_the_stock_ones(tower: Any) -> None:
+    stock = tower(PIXELS, output_hidden_states=True).hidden_states
+    found = real_tower.run_layers(tower, stock[1], range(1, 3), None, (), 1.0)
+    torch.testing.assert_close(found, stock[3])
+    torch.testing.assert_close(tower.embeddings(PIXELS), stock[0])
+
+
+@pytest.mark.parametrize("name", list(real_tower.methods()))
+@torch.no_grad()
+def test_every_method_leaves_what_is_asked_for(tower: Any, name: str) -> None:
+    method = real_tower.methods()[name]
+    first = tower.embeddings(PIXELS)
+    merged = real_tower.run_layers(tower, first, range(4), method, (1, 2), 0.36)
+    assert merged.shape == (3, 1 + 9, 24)  # 25, 15, 9
+    alone = torch.cat([real_tower.run_layers(tower, one[None], range(4), method, (1, 2), 0.36) for one in first])
+    torch.testing.assert_close(merged, alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_dropped_is_gone_and_what_stays_is_stocks(tower: Any) -> None:
+    first = tower.embeddings(PIXELS)
+    kept = real_tower.run_layers(tower, first, range(1), METHODS["random"], (0,), 0.6)
+    whole = real_tower.run_layers(tower, first, range(1), None, (), 1.0)
+    assert kept.shape[1] == 1 + 15
+    for ours, theirs in zip(kept, whole, strict=True):
+        places = (ours[:, None] - theirs).abs().amax(-1).argmin(1)
+        torch.testing.assert_close(ours, theirs[places])
+        assert places.tolist() == sorted({*places.tolist()})
+
+
+def test_a_scene_is_how_often_the_present_beat_the_absent() -> None:
+    known = torch.eye(8)
+    middle = torch.zeros(8)
+    tokens = torch.stack([known[0], known[1], 0.5 * known[2] + 0.5 * known[4], known[5] + 0.1 * known[3]])
+    # 0 and 1 beat all four but 5, 2 beats 6 and 7 (as strong as 4), 3 beats 6 and 7.
+    best = torch.tensor([1, 1, 2**-0.5, 0.1 / 1.01**0.5, 2**-0.5, 1 / 1.01**0.5, 0, 0])
+    wins = sum(float(best[i] > best[j]) for i in range(4) for j in range(4, 8))
+    assert real_tower.beats(tokens, known, middle) == pytest.approx(wins / 16)
+    assert real_tower.beats(known[:4], known, middle) == 1 and real_tower.beats(known[4:], known, middle) == 0
+
+
+def test_the_table_pairs_scenes() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random(50)
+    rows = [
+        {"blocks": "2-4", "kept": 0.5, "method": name, "left": 0.5, "right": list(right + lead)}
+        for name, lead in (("illava", 0.0), ("novel", 0.1))
+    ]
+    lines = real_tower.table(rows)
+    assert "+10.0 to +10.0" in lines[2] and "novel" in lines[2]
+    assert lines[3].endswith("| illava | " + f"{100 * right.mean():.1f} |  | +10.0 to +10.0 |")
+
+
+def test_cut_outs_that_fill_their_frame_are_none(tmp_path: Any) -> None:
+    """A photo pasted whole would be no object in a scene."""
+    thing = np.zeros((80, 80, 4), np.uint8)
+    thing[20:60, 10:70] = 255
+    whole = np.full((80, 80, 4), 255, np.uint8)
+    for name, pixels in (("thing", thing), ("whole", whole)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    found = real_tower.Painter._cut(tmp_path / "thing.png")
+    assert found is not None and found.size == (60, 40)
+    assert real_tower.Painter._cut(tmp_path / "whole.png") is None
