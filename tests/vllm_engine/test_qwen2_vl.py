@@ -86,7 +86,7 @@ class TestMerging:
         assert largest_difference(found, ours.ask(items, None)) < CLOSE
 
     def test_a_prompt_that_ends_with_a_picture(self, engine: Any, ours: Reference, tmp_path: Path) -> None:
-        """Where its answer stands follows from shapes; transformers counts otherwise there, so vLLM itself is asked."""
+        """Where its answer stands follows from shapes; transformers counts otherwise there, so vLLM is asked."""
         items = scene_items(4)
         plain, asked = requests(ours, items), requests(ours, items, {"illava_vit_r": 0})
         for request in (*plain, *asked):
