@@ -421,6 +421,8 @@ class TestRefusals:
             ({}, {"video_pruning_rate": 0.5}, "video_pruning_rate is 0.5"),
             ({}, {"architecture": "SomeForCausalLM"}, "SomeForCausalLM, in which nothing can merge"),
             ({"method": "diverse"}, {}, "'diverse' weighs merged tokens"),
+            ({"method": "novel"}, {}, "'novel' weighs merged tokens"),
+            ({"method": "random"}, {}, "'random' draws lots"),
             ({"method": "illava-reference"}, {}, "as published code does"),
             ({"vit_r": 2.5}, {}, "vit_r is 2.5"),
         ],

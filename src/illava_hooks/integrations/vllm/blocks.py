@@ -111,9 +111,10 @@ class TowerMerging:
             self.tap.hear(query.transpose(1, 2), key.transpose(1, 2), module.scale)
 
     @contextmanager
-    def listening(self) -> Iterator[EncoderTap]:
-        """While the context is open, queries and keys of the attention are heard."""
-        self.tap = (ShardedTap if self.sharded else EncoderTap)([], ranks=True)
+    def listening(self, run: EncoderRun, layer_idx: int) -> Iterator[EncoderTap | None]:
+        """While the context is open, queries and keys of a layer are heard, if the method asks for them."""
+        if run.tap(layer_idx) is not None:
+            self.tap = (ShardedTap if self.sharded else EncoderTap)([], ranks=True)
         try:
             yield self.tap
         finally:
@@ -135,7 +136,7 @@ class MergingBlock(nn.Module):
         kwargs = run.enter(self.index, kwargs)
         if not run.merges_in(self.index):
             return super().forward(x, **kwargs)  # type: ignore[no-any-return]
-        with self.merging.listening() as tap:
+        with self.merging.listening(run, self.index) as tap:
             x = x + block.attn(block.norm1(x), **kwargs)
         x = run.merge(self.index, x.squeeze(1), tap).unsqueeze(1)
         out: Tensor = x + block.mlp(block.norm2(x))
