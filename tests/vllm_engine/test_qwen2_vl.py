@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from asking import Answer, Reference, ask_engine, largest_difference, request_of
 from checkpoints import padded
 from engines import SHORT, model_of, running
 
-from illava_hooks import PatchStateError
+from illava_hooks import PatchStateError, tiny
 from illava_hooks.integrations.vllm import overrides
 from illava_hooks.tools.datasets import clip_items, pair_items, scene_items
 from illava_hooks.tools.items import Item
@@ -272,3 +273,17 @@ class TestRefusals:
         arguments = EngineArgs(model=str(folder("llava_onevision")), hf_overrides={"illava": {}}, max_model_len=1024)
         with pytest.raises(UnsupportedModelError, match="LlavaOnevisionForConditionalGeneration"):
             arguments.create_engine_config()
+
+
+def test_the_example(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import vllm_offline
+
+    asked = ["--model", str(folder(NAME)), "--question", "how many triangles are there ?", "--max-new-tokens", "4"]
+    monkeypatch.setattr(
+        "sys.argv", ["vllm_offline.py", *asked, "--max-model-len", "1024", str(tiny.media("scene.png"))]
+    )
+    vllm_offline.main()
+    said = re.search(r"scene.png: (\d+) tokens, merged (\d+)", capsys.readouterr().out)
+    assert said is not None and int(said[1]) > int(said[2])
