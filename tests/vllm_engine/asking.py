@@ -76,12 +76,6 @@ class Reference:
         """Greedy answers; ``settings`` as ``patch`` takes them, without a language stage; None: unpatched."""
         return [self._answer(self._inputs(item), settings) for item in items]
 
-    @torch.no_grad()
-    def ask_prompt(self, request: Mapping[str, Any], settings: Mapping[str, Any] | None) -> Answer:
-        """The same for a request as ``request_of`` makes it, of images."""
-        images = request["multi_modal_data"]["image"]
-        return self._answer(self.processor(text=request["prompt"], images=images, return_tensors="pt"), settings)
-
     def _answer(self, inputs: Any, settings: Mapping[str, Any] | None) -> Answer:
         session = None if settings is None else patch(self.model, **settings, llm_layers=[])
         try:
@@ -116,4 +110,5 @@ def largest_difference(found: Sequence[Answer], expected: Sequence[Answer]) -> f
         for mine, other in zip(found, expected, strict=True)
         for step, theirs in zip(mine.chances, other.chances, strict=True)
         for token, chance in step.items()
+        if token in theirs  # where vLLM is compared with vLLM the last of the few may be another
     )

@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 3, "video": 1},
     "disable_log_stats": False,
+    "block_size": 32,  # prompts are short, and only whole blocks are found again
 }
 
 

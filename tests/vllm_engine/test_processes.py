@@ -62,7 +62,14 @@ class Server:
         settings = json.dumps({"illava": SETTINGS})
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += ["--port", str(self.port), "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024"]
-        command += ["--enforce-eager", "--served-model-name", "tiny", "--hf-overrides", settings]
+        command += [
+            "--enforce-eager",
+            "--trust-request-mm-kwargs",
+            "--served-model-name",
+            "tiny",
+            "--hf-overrides",
+            settings,
+        ]
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         self.log = log.open("w")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)

@@ -6,6 +6,7 @@ has its stock length again: survivors first, with digits of their places behind 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class TowerMerging:
     Attributes:
         run: the run of the call that is going on; None: the tower is stock.
         tap: what listens to the attention of a merging block.
+        counts: how many tokens of each item the last run left, of the items that this rank had.
     """
 
     def __init__(self, tower: Any, block: type[MergingBlock], traits: EncoderTraits, sharded: bool) -> None:
@@ -69,6 +71,7 @@ class TowerMerging:
         self.tower, self.traits, self.sharded = tower, traits, sharded
         self.run: EncoderRun | None = None
         self.tap: EncoderTap | None = None
+        self.counts: list[int] = []
         self._asked: tuple[Modality, MergeSession] | None = None
         for index, layer in enumerate(tower.blocks):
             layer.__class__, layer.index, layer.merging = block, index, self
@@ -98,7 +101,9 @@ class TowerMerging:
         if run is None:
             return None
         run.check_finished()
-        return laid_out(run, out, _grids(args, kwargs), module.spatial_merge_size)
+        grids = _grids(args, kwargs)
+        self.counts = counts_of(run, grids)
+        return laid_out(run, out, grids, module.spatial_merge_size)
 
     def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.tap is not None:
@@ -106,9 +111,10 @@ class TowerMerging:
             self.tap.hear(query.transpose(1, 2), key.transpose(1, 2), module.scale)
 
     @contextmanager
-    def listening(self) -> Iterator[EncoderTap]:
-        """While the context is open, queries and keys of the attention are heard."""
-        self.tap = (ShardedTap if self.sharded else EncoderTap)([], ranks=True)
+    def listening(self, run: EncoderRun, layer_idx: int) -> Iterator[EncoderTap | None]:
+        """While the context is open, queries and keys of a layer are heard, if the method asks for them."""
+        if run.tap(layer_idx) is not None:
+            self.tap = (ShardedTap if self.sharded else EncoderTap)([], ranks=True)
         try:
             yield self.tap
         finally:
@@ -130,7 +136,7 @@ class MergingBlock(nn.Module):
         kwargs = run.enter(self.index, kwargs)
         if not run.merges_in(self.index):
             return super().forward(x, **kwargs)  # type: ignore[no-any-return]
-        with self.merging.listening() as tap:
+        with self.merging.listening(run, self.index) as tap:
             x = x + block.attn(block.norm1(x), **kwargs)
         x = run.merge(self.index, x.squeeze(1), tap).unsqueeze(1)
         out: Tensor = x + block.mlp(block.norm2(x))
@@ -165,16 +171,21 @@ def laid_out(run: EncoderRun, out: Tensor, grids: Sequence[Sequence[int]], group
         group: patches of a token along each side.
     """
     parts, seats = list[Tensor](), run.final.origins[0].to(out.device)
-    first = start = place = 0
-    for time, height, width in grids:
+    start = place = 0
+    for (time, height, width), count in zip(grids, counts_of(run, grids), strict=True):
         rows, columns = height // group, width // group
-        count = sum(units[-1] for units in run.lengths[first : first + time])
         mine = slice(start, start + count)
         table = grid_table(seats[mine] - place, rows, columns, max(time, rows, columns))
         whole = time * rows * columns
         parts.append(nn.functional.pad(with_table(out[mine], table), (0, 0, 0, whole - count)))
-        first, start, place = first + time, start + count, place + whole
+        start, place = start + count, place + whole
     return torch.cat(parts)
+
+
+def counts_of(run: EncoderRun, grids: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens of each item, whose temporal slices are segments of the run, are left."""
+    left = iter(run.lengths)
+    return [sum(units[-1] for units in itertools.islice(left, time)) for time, _, _ in grids]
 
 
 def _grids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[int]]:

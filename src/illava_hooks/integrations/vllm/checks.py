@@ -72,6 +72,10 @@ def check_method(method: Method) -> None:
         raise UnsupportedModelError(
             f"method {method.name!r} lays survivors out as published code does, which vLLM cannot; use another"
         )
+    if method.encoder_score == "random":
+        raise UnsupportedModelError(
+            f"method {method.name!r} draws lots, and ranks and caches of a server must agree; use another"
+        )
     if method.proportional:
         raise UnsupportedModelError(
             f"method {method.name!r} weighs merged tokens by a bias in the encoder's attention, and vLLM's takes "

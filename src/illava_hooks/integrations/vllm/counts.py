@@ -10,9 +10,10 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from illava_hooks.config import Modality
+from illava_hooks.errors import PatchStateError
 from illava_hooks.integrations.vllm.settings import Settings, Strength
 
-__all__ = ["KeptCounts"]
+__all__ = ["KeptCounts", "check_counts"]
 
 
 class KeptCounts:
@@ -53,3 +54,22 @@ def _without_weights(hf_config: Any) -> Any:
     nn.Module.__init__(base)
     base.config = hf_config
     return base
+
+
+def check_counts(found: Sequence[int], promised: Sequence[int]) -> None:
+    """Refuses to go on where an encoder left another number of tokens than the prompt has places for.
+
+    vLLM would take as many as it has places for, and say nothing.
+
+    Args:
+        found: tokens of each item.
+        promised: what the processor counted.
+
+    Raises:
+        PatchStateError: they differ; this is a fault of the plugin or of a version of vLLM that it does not fit.
+    """
+    if list(found) != list(promised):
+        raise PatchStateError(
+            f"the vision encoder left {list(found)} tokens, and the prompt has places for {list(promised)}; this vLLM "
+            "and the illava_hooks plugin do not fit together, please report it"
+        )

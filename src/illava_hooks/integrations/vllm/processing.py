@@ -62,8 +62,9 @@ class MergingProcessor:
         """How many items of a modality the processor has made; a subclass says it."""
         raise NotImplementedError
 
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        arguments, strength = take_strength(hf_kwargs)
+    def _apply_hf_processor_main(self, mm_items: Any, **named: Mapping[str, object]) -> Any:
+        ((name, given),) = named.items()  # a request's arguments, whose name is another one in older versions
+        arguments, strength = take_strength(given)
         settings = _stock(self).info.merging
         if settings is None:
             if strength != AS_SERVED:
@@ -71,9 +72,9 @@ class MergingProcessor:
                     f"the request says {strength}, and this server was started without {KEY} in --hf-overrides; start "
                     "it with settings, or leave the strength out"
                 )
-            return super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]  # of the class behind
+            return super()._apply_hf_processor_main(mm_items, **named)  # type: ignore[misc]  # of the class behind
         settings.at(strength)
-        inputs = super()._apply_hf_processor_main(mm_items, arguments)  # type: ignore[misc]
+        inputs = super()._apply_hf_processor_main(mm_items, **{name: arguments})  # type: ignore[misc]
         for modality in get_args(Modality):
             if f"{modality}_embeds" in inputs:
                 raise MergeConfigError(

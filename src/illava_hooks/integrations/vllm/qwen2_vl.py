@@ -18,7 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from illava_hooks.config import Modality
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
-from illava_hooks.integrations.vllm.counts import KeptCounts
+from illava_hooks.integrations.vllm.counts import KeptCounts, check_counts
 from illava_hooks.integrations.vllm.cpu import let_positions_follow
 from illava_hooks.integrations.vllm.positions import Item, place, prompt_positions
 from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_of
@@ -86,7 +86,9 @@ class MergingQwen2VL(Qwen2VLForConditionalGeneration):
         with self.tower_merging.calling(modality, self.merging.at(strength)):
             items = stock(given)
         grids = given[f"{modality}_grid_thw"].tolist()
-        kept = (self.kept_tokens(modality, grid, strength) for grid in grids)
+        kept = [self.kept_tokens(modality, grid, strength) for grid in grids]
+        if not self.use_data_parallel:  # else each rank has some of the items
+            check_counts(self.tower_merging.counts, kept)
         return tuple(item[:count] for item, count in zip(items, kept, strict=True))
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:

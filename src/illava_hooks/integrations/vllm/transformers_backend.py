@@ -8,7 +8,7 @@ other follows pictures: three rows, of which the text model gets the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.install import install_encoder
 from illava_hooks.engine.records import VisualRecord, records_of
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.integrations.vllm.counts import KeptCounts
+from illava_hooks.integrations.vllm.counts import KeptCounts, check_counts
 from illava_hooks.integrations.vllm.cpu import let_positions_follow
 from illava_hooks.integrations.vllm.positions import Item, place, prompt_positions, with_table
 from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_of
-from illava_hooks.integrations.vllm.settings import AS_SERVED, Settings, Strength, settings_of
+from illava_hooks.integrations.vllm.settings import Settings, Strength, settings_of
+from illava_hooks.patchers._anyres import num_tiles
 
 __all__ = ["MergingTransformers"]
 
@@ -45,7 +46,8 @@ class Processor(MergingProcessor, MultiModalProcessor):
 
     def shape_of(self, modality: Modality, item: Any) -> Sequence[int]:
         """(tiles, height, width) of an image, (frames,) of a video."""
-        return shape_of(modality, {name: field.data for name, field in item.items()})
+        (shape,) = shapes_of(self.info.get_hf_config(), modality, {name: field.data for name, field in item.items()})
+        return shape
 
     def items_in(self, modality: Modality, inputs: Mapping[str, Any]) -> int:
         """As many as vLLM has counted patches of."""
@@ -53,17 +55,20 @@ class Processor(MergingProcessor, MultiModalProcessor):
         return 0 if counts is None else len(counts)
 
 
-def shape_of(modality: Modality, fields: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """What the family counts an item by.
+def shapes_of(hf_config: Any, modality: Modality, fields: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """What the family counts items by.
 
     Args:
-        modality: of the item.
-        fields: what the processor made of it.
+        hf_config: the configuration of the whole model.
+        modality: of the items.
+        fields: what the processor made of them.
     """
     if modality == "video":
-        return (int(fields["pixel_values_videos"].shape[-4]),)
-    height, width = fields["image_sizes"].flatten().tolist()
-    return int(fields["num_image_patches"]), height, width
+        pixels = fields["pixel_values_videos"]
+        return [(int(pixels.shape[-4]),)] * (len(pixels) if pixels.dim() == 5 else 1)
+    # Not by the pixels: beside a larger picture they are filled up with empty tiles.
+    sizes = fields["image_sizes"].reshape(-1, 2).tolist()
+    return [(num_tiles(hf_config, size), *size) for size in sizes]
 
 
 class KeepSurvivors:
@@ -106,10 +111,14 @@ class MergingTransformers(TransformersMultiModalForCausalLM):
         """As stock, at the strength of these items."""
         if self.merging is None:
             return super().embed_multimodal(**kwargs)
-        strengths = [strength_of(modality, kwargs) for modality in get_args(Modality)]
-        strength = next((said for said in strengths if said != AS_SERVED), AS_SERVED)
+        # vLLM calls once per modality.
+        modality: Modality = "video" if "pixel_values_videos" in kwargs else "image"
+        strength = strength_of(modality, kwargs)
         self.merge_session.config = self.merging.at(strength)
-        return super().embed_multimodal(**kwargs)
+        found = super().embed_multimodal(**kwargs)
+        shapes = shapes_of(self.config, modality, kwargs)
+        check_counts([len(item) for item in found], [self.kept_tokens(modality, one, strength) for one in shapes])
+        return found
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Of survivors provisional; of text exact."""
@@ -120,8 +129,8 @@ class MergingTransformers(TransformersMultiModalForCausalLM):
 
     def _item(self, feature: Any) -> Item:
         position, modality = feature.mm_position, feature.modality
-        fields = {name: field.data for name, field in feature.data.items()}
-        whole = self.kept_tokens(modality, shape_of(modality, fields), Strength(vit_r=0))
+        (shape,) = shapes_of(self.config, modality, {name: field.data for name, field in feature.data.items()})
+        whole = self.kept_tokens(modality, shape, Strength(vit_r=0))
         return Item(position.offset, position.length, whole)
 
     def recompute_mrope_positions(
