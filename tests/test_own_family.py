@@ -556,7 +556,9 @@ def packed_run(lengths: tuple[int, ...], method: Method, order: Tensor | None, t
     hidden = value[0].transpose(0, 1).flatten(1)
     for layer in run.layers:
         here, tap = run.patch_origins(run.merges_before(layer))[0], run.tap(layer)
-        tap.attend(lambda *_, **__: (None, None), nn.Identity(), query[:, :, here], key[:, :, here], value[:, :, here])
+        heads = query[:, :, here], key[:, :, here], value[:, :, here]
+        if tap is not None:  # scores by place ask for nothing
+            tap.attend(lambda *_, **__: (None, None), nn.Identity(), *heads)
         hidden = run.merge(layer, hidden, tap)
     run.check_finished()
     return run

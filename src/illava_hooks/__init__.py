@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from illava_hooks.merge.scores import ScoreInputs
     from illava_hooks.methods import METHODS, Method
     from illava_hooks.tools.evaluate import evaluate
+    from illava_hooks.tools.tune import tune
 
 __version__ = "0.2.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "merge.scores": ("ScoreInputs",),
     "methods": ("METHODS", "Method"),
     "tools.evaluate": ("evaluate",),
+    "tools.tune": ("tune",),
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "register_family",
     "session_of",
     "tiny",
+    "tune",
     "unpatch",
 ]
 

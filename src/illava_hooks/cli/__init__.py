@@ -12,6 +12,7 @@ from illava_hooks.cli.evidence import bench, evaluate
 from illava_hooks.cli.options import unbroken_output
 from illava_hooks.cli.page import demo
 from illava_hooks.cli.pictures import ask, info, visualize
+from illava_hooks.cli.tuning import tune
 
 __all__ = ["app"]
 
@@ -37,5 +38,5 @@ def _main(
     unbroken_output()
 
 
-for command in (ask, visualize, info, bench, evaluate, batch, demo):
+for command in (ask, visualize, info, bench, evaluate, tune, batch, demo):
     app.command()(command)

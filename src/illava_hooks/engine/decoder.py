@@ -19,7 +19,7 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import Score, ScoreInputs
+from illava_hooks.merge.scores import Score, ScoreInputs, place_scores
 from illava_hooks.merge.segments import Segments, counting, everybody, host_table, scatter_back
 from illava_hooks.methods import checked_scores
 
@@ -39,8 +39,9 @@ class PromptState:
         origins: ``(B, K)`` int64, where a visual token stood in its image or video before any merge.
         token_size: ``(B, K)`` float32, how many tokens each stands for.
         query: ``(B,)`` int64, column of the scoring query.
-        rope: RoPE tables of the columns, once known.
         columns: ``(B, K)`` int64, the logical column of each; -1 for padding.
+        rope: RoPE tables of the columns, once known.
+        ends: ``(B, K)`` bool, who stands for the last token of an image or video; None where nobody asks.
     """
 
     kept_at: Tensor
@@ -50,12 +51,13 @@ class PromptState:
     query: Tensor
     columns: Tensor
     rope: tuple[Tensor, ...] | None = None
+    ends: Tensor | None = None
 
     def to(self, device: torch.device) -> PromptState:
         """The same on another device: layers of one model may lie on several."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         rope = moved.pop("rope")
-        tables = {name: table.to(device) for name, table in moved.items()}
+        tables = {name: None if table is None else table.to(device) for name, table in moved.items()}
         return PromptState(**tables, rope=None if rope is None else tuple(table.to(device) for table in rope))
 
 
@@ -138,7 +140,7 @@ class DecoderRun:
         self.states = [state]
         self.plans: list[MergePlan] = []
         self.is_finished = False
-        self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ranked: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def merges_through(self, layer_idx: int) -> int:
         """How many merges have happened where a layer's attention runs: one on its entry included."""
@@ -147,6 +149,8 @@ class DecoderRun:
     def ranks_for(self, layer_idx: int) -> bool:
         """Whether the attention of a layer ranks the tokens that the next one merges, and they are not ranked yet."""
         following = layer_idx + 1
+        if not self.config.method.listens_in_llm:
+            return False
         return following in self.layers and len(self.plans) == self.layers.index(following)
 
     def stage(self, layer_idx: int) -> PromptState:
@@ -180,6 +184,8 @@ class DecoderRun:
         self._check_reached(merges)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == merges:
+            if not self.config.method.listens_in_llm:
+                self._ranked[layer_idx] = self._by_place(layer_idx), None
             if layer_idx not in self._ranked:
                 raise PatchStateError(
                     f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
@@ -187,8 +193,12 @@ class DecoderRun:
                 )
             scores, keys = self._ranked.pop(layer_idx)
             with torch.no_grad():
-                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys.to(hidden.device))
+                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys)
         return apply_merge(hidden, self.plans[merges])
+
+    def _by_place(self, layer_idx: int) -> Tensor:
+        """``(B, K)`` scores of the tokens that enter a merging layer, by a score that looks at places alone."""
+        return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx)
 
     def check_finished(self) -> None:
         """Every planned merge ran.
@@ -211,7 +221,7 @@ class DecoderRun:
         """``(B, K, C)`` of a stage at the logical length ``(B, N, C)``."""
         return scatter_back(hidden, self.states[merges].kept_at.to(hidden.device))
 
-    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor) -> None:
+    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor | None) -> None:
         before, after = self.counts[merges], self.counts[merges + 1]
         state = self.states[merges] = self.states[merges].to(hidden.device)
         valid = before.valid(hidden.device)
@@ -224,7 +234,11 @@ class DecoderRun:
             order = torch.argsort(state.visual.flatten(), stable=True)[state.visual.numel() - total :]
             segments = Segments.from_lengths([n for n, _ in counts], order)
             # The query is read after the last layer: it must stay.
-            table = segments.take(scores.scatter(1, state.query[:, None], torch.inf).flatten())
+            scores = scores.scatter(1, state.query[:, None], torch.inf)
+            if state.ends is not None:
+                # The query of a prompt that ends with an image, and so of every prompt: no question decides.
+                scores = scores.masked_fill(state.ends, torch.inf)
+            table = segments.take(scores.flatten())
             if segments.padding is not None:
                 table = table.masked_fill(segments.padding, torch.inf)
             inputs = RuleInputs(
@@ -232,7 +246,7 @@ class DecoderRun:
                 lengths=segments.lengths,
                 num_removed=tuple(n - m for n, m in counts),
                 hidden=lambda: segments.take(hidden.flatten(0, 1)),
-                keys=lambda: segments.take(keys),
+                keys=lambda: segments.take(_heard(keys).to(hidden.device)),
                 token_size=segments.take(state.token_size.flatten()),
             )
             local = self.config.method.rule(inputs)
@@ -242,6 +256,11 @@ class DecoderRun:
         plan = build_plan(local, segments, exists, after.width, full=min(after.lengths) == after.width)
         self.plans.append(plan)
         self.states.append(_after(plan, state, after))
+
+
+def _heard(keys: Tensor | None) -> Tensor:
+    assert keys is not None
+    return keys
 
 
 def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptState:
@@ -257,6 +276,7 @@ def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptSt
         query=plan.follow(state.query[:, None])[:, 0],
         columns=columns,
         rope=None if state.rope is None else tuple(take_kept(table, plan) for table in state.rope),
+        ends=None if state.ends is None else take_kept(state.ends, plan),
     )
 
 

@@ -28,7 +28,7 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import ScoreInputs, packed_scores, received_attention
+from illava_hooks.merge.scores import ScoreInputs, packed_scores, place_scores, received_attention
 from illava_hooks.merge.segments import Segments, buckets, counting, everybody, host_table, scatter_back, starts
 from illava_hooks.methods import checked_scores, find_score
 
@@ -75,6 +75,7 @@ class EncoderRun:
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
+        self._listens = session.config.method.listens_in_encoder
         self.visible, self.padding, self._shrink, self._filled = visible, padding, shrink, filled
         self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
         self.lengths = self._plan(lengths)
@@ -168,14 +169,18 @@ class EncoderRun:
         prefix = self.traits.prefix
         return torch.cat([hidden[:, :prefix], hidden[:, prefix:][:, order]], 1) if prefix else hidden[:, order]
 
-    def tap(self, layer_idx: int) -> EncoderTap:
-        """What listens to the attention of a layer that merges or weighs."""
+    def tap(self, layer_idx: int) -> EncoderTap | None:
+        """What listens to the attention of a layer that merges or weighs; None: it has nothing to tell."""
         merges, prefix = self.merges_before(layer_idx), self.traits.prefix
+        log_sizes = self._log_sizes(merges)
+        if log_sizes is None and not self._listens:
+            return None
         lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
-        ranks = self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan of the first run
+        # A replay finds the plan of the first run.
+        ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges
         removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
         received = removes and self.score is received_attention
-        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=self._log_sizes(merges))
+        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=log_sizes)
 
     def _log_sizes(self, merges: int) -> Tensor | None:
         """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
@@ -248,13 +253,13 @@ class EncoderRun:
     # ------------------------------------------------------------------ merging
 
     @in_region("illava::encoder_merge")
-    def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap) -> Tensor:
+    def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap | None) -> Tensor:
         """Merges the patches of one layer.
 
         Args:
             layer_idx: the layer.
             hidden: ``(B, prefix + K * u, C)`` or, for one packed row, ``(K * u, C)``.
-            tap: what its attention left behind.
+            tap: what its attention left behind; None where places alone say who stays.
 
         Returns:
             The survivors, in the form of ``hidden``.
@@ -269,9 +274,12 @@ class EncoderRun:
         merged = apply_merge(units, self.plans[merges])
         return self._join(prefix, merged, hidden.shape[:-2], hidden.shape[-1])
 
-    def _decide(self, merges: int, units: Tensor, tap: EncoderTap) -> None:
+    def _decide(self, merges: int, units: Tensor, tap: EncoderTap | None) -> None:
         state, after = self.states[merges], self.segments[merges + 1].lengths
-        scores = unit_scores(self, merges, tap)
+        if self._listens and tap is not None:
+            scores = self.scores(merges, tap)
+        else:
+            scores = _scores_by_place(self, merges)
         segments, kept = self._merge_segments(merges)
         table = segments.take(scores)
         inputs = RuleInputs(
@@ -279,7 +287,7 @@ class EncoderRun:
             lengths=segments.lengths,
             num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
             hidden=lambda: segments.take(units.flatten(0, 1)),
-            keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
+            keys=lambda: segments.take(self._keys(tap).reshape(scores.numel(), -1)),
             token_size=segments.take(state.token_size.flatten()),
             visible=None if self.visible is None else segments.take(self.visible.survivors(state).flatten()),
         )
@@ -292,6 +300,10 @@ class EncoderRun:
         if self.session.config.track:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
+
+    def scores(self, merges: int, tap: EncoderTap) -> Tensor:
+        """As ``unit_scores``; an engine whose ranks hold some of the heads each makes one of all of them here."""
+        return unit_scores(self, merges, tap)
 
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
@@ -317,6 +329,11 @@ class EncoderRun:
             mine = shown_units(units, shown)
             parts += [mine, tuple(n - m for n, m in zip(units, mine, strict=True))]
         return parts
+
+    def _keys(self, tap: EncoderTap | None) -> Tensor:
+        """``(P, G, D)``, what rules by similarity of keys compare."""
+        assert tap is not None
+        return self._without_prefix(tap.keys())
 
     def _without_prefix(self, tokens: Tensor) -> Tensor:
         """``(P, ...)`` without the tokens in front of each row."""
@@ -368,6 +385,14 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         found = checked_scores(name, run.score, inputs)[:, prefix:]
         scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
     return scores
+
+
+def _scores_by_place(run: EncoderRun, merges: int) -> Tensor:
+    """As ``unit_scores`` by a score that looks at places alone; patches of padding score 0, as there."""
+    scores = place_scores(run.score, run.places(merges)[None], run.layers[merges])
+    if run.padding is not None:
+        scores = scores * run.padding.real.gather(1, run.patch_origins(merges)).flatten()
+    return scores.view(-1, run.traits.patches_per_unit).mean(-1)
 
 
 def _padded_scores(run: EncoderRun, padding: Padding, merges: int, tap: EncoderTap) -> Tensor:

@@ -66,7 +66,7 @@ def install(
     _refuse_shared(parts)
     # Before anything is changed: what is compared is the stock layer, and a refusal leaves nothing to undo.
     for text in parts.text_models:
-        check_scores(text, [layer - 1 for layer in config.llm_layers])
+        check_scores(text, _ranking(config))
     session = MergeSession(config, model) if session is None else session
     try:
         install_encoder(family, parts, session)
@@ -99,7 +99,7 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
 
 
 def _install_language(family: Family, parts: ModelParts, session: MergeSession) -> None:
-    hooks, ranking = session.hooks, {layer - 1 for layer in session.config.llm_layers}
+    hooks, ranking = session.hooks, _ranking(session.config)
     kinds = family.layer_kinds(family.text_config(session.root))
     shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
     for text in parts.text_models:
@@ -113,6 +113,11 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
                 hooks.swap(attention, "config", TappedConfig(attention.config))
                 hooks.after(layer, RankingHook(), always=True)
             hooks.before(layer, DecoderLayerHook(index, kinds[index]))
+
+
+def _ranking(config: MergeConfig) -> list[int]:
+    """The decoder layers whose attention ranks for the next one."""
+    return [layer - 1 for layer in config.llm_layers] if config.method.listens_in_llm else []
 
 
 def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:

@@ -19,6 +19,7 @@ from illava_hooks.merge.plan import SegmentPlan, nearest_kept
 from illava_hooks.merge.segments import counting, everybody, host_table, made_once, ones, starts
 
 __all__ = [
+    "KEYLESS_RULES",
     "RULES",
     "MergeRule",
     "RuleInputs",
@@ -405,3 +406,6 @@ RULES: dict[str, MergeRule] = {
     "bipartite": bipartite,
     "drop": drop,
 }
+
+#: Rules that look at no keys: where scores need none either, no attention is listened to.
+KEYLESS_RULES: tuple[MergeRule, ...] = (recycle, cluster, diverse, drop)
