@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from illava_hooks.cli.options import Debug, Device, Dtype, Model, check_target, friendly
+from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Model, check_target, friendly
 from illava_hooks.errors import InputError
 
 __all__ = ["tune"]
@@ -50,10 +51,13 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Choose method, layers and amounts from pictures of your own, without answers, for a wanted cost or loyalty."""
+    from illava_hooks.tools.bench.plot import PLOT_CURE
     from illava_hooks.tools.loading import EMBEDDED, load_model, parse_fraction, quiet
+    from illava_hooks.tools.progress import status
     from illava_hooks.tools.tune import plot_front, print_tuning, write_front
     from illava_hooks.tools.tune import tune as search
     from illava_hooks.tools.tune.inputs import QUESTION
@@ -63,8 +67,10 @@ def tune(
     if output.suffix != ".json":
         raise InputError(f"--output is {str(output)!r}; give a file that ends in .json, as --preset takes it")
     front = output.with_suffix(".front.json")
+    with status(f"loading {model}"):
+        loaded = load_model(model, device, dtype)
     found = search(
-        *load_model(model, device, dtype),
+        *loaded,
         items,
         question=question,
         flops=parse_fraction(flops, "--flops"),
@@ -80,17 +86,21 @@ def tune(
         max_new_tokens=max_new_tokens,
         default_question="how many circles are there ?" if model in EMBEDDED else QUESTION,
     )
-    print_tuning(found)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_tuning(found)
     write_front(found, front)
     written = [str(front)]
     if importlib.util.find_spec("matplotlib"):
         plot_front(found, front.with_suffix(".png"))
         written.append(str(front.with_suffix(".png")))
     else:
-        print("no picture of the front: pip install 'illava-hooks[plot]'", file=sys.stderr)
+        print(f"no picture of the front: {PLOT_CURE}", file=sys.stderr)
     if found.config is None:
         print(f"written: {', '.join(written)}; no settings", file=sys.stderr)
         raise typer.Exit(1)
     found.save(output)
     print(f"written: {', '.join([str(output), *written])}", file=sys.stderr)
-    print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")
+    if not as_json:
+        print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")
