@@ -116,6 +116,7 @@ EXPORTS = {
     "register_family",
     "session_of",
     "tiny",
+    "tune",
     "unpatch",
 }
 

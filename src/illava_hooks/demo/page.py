@@ -9,6 +9,7 @@ from illava_hooks.demo.engine import Engine
 from illava_hooks.demo.forms import FIELDS, MAX_QUESTION, SIDES, limits_of
 from illava_hooks.demo.handlers import Handlers, gradio
 from illava_hooks.demo.view import HINT
+from illava_hooks.engine.finding import find_family
 from illava_hooks.methods import METHODS
 from illava_hooks.tools.info import model_info
 from illava_hooks.tools.loading import EMBEDDED
@@ -24,7 +25,7 @@ EXAMPLES = {
 }
 TOY = (
     "**This is a toy model** of 1.6 million parameters: it knows drawn shapes and digits, and its times say little. "
-    "For photos of your own: `illava-hooks demo --model Qwen/Qwen2-VL-2B-Instruct`"
+    "For photos of your own: `illava-hooks demo --model {}`"
 )
 SHOW_ANSWERS = "() => document.getElementById('plain').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 KEEP_S = 3600  # what a visitor left behind is forgotten after so many seconds
@@ -152,4 +153,7 @@ class Page:
         layers = f"{facts['encoder_layers']} encoder and {facts['decoder_layers']} decoder layers"
         place = f"{facts['dtype']} on {facts['device']}"
         told = f"# Fewer visual tokens\n`{self.engine.name}`: {facts['class']}, {layers}, {place}"
-        return f"{told}\n\n{TOY}" if self.engine.name in EMBEDDED else told
+        if self.engine.name not in EMBEDDED:
+            return told
+        real = next(iter(find_family(self.engine.model).shapes.values())).source
+        return f"{told}\n\n{TOY.format(real)}"
