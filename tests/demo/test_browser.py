@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
-DESKTOP, PHONE = (1280, 900), (390, 844)
+DESKTOP, TABLET, PHONE = (1440, 900), (768, 1024), (390, 844)
 SCENE = str(tiny.media("scene.png"))
 PAIR = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
 WAIT_MS = 60_000
@@ -250,12 +250,12 @@ def test_two_visitors_at_once(browser: Any, server: Server) -> None:
     other.leave()
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", [DESKTOP, TABLET, PHONE], ids=["desktop", "tablet", "phone"])
 @pytest.mark.parametrize("example", ["Scene", "Digits", "Two images", "Clip"])
 def test_examples_fit_the_window(browser: Any, server: Server, size: tuple[int, int], example: str) -> None:
     scheme = "dark" if example in ("Digits", "Clip") else "light"
     visitor = Visitor(browser, server.url, size, scheme)
-    name = f"{'phone' if size == PHONE else 'desktop'}-{example.lower().replace(' ', '-')}"
+    name = f"{ {DESKTOP: 'desktop', TABLET: 'tablet', PHONE: 'phone'}[size] }-{example.lower().replace(' ', '-')}"
     assert visitor.overflow() <= 0
     visitor.page.get_by_role("button", name=example).click()
     visitor.page.wait_for_selector("#map-picture img")

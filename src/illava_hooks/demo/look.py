@@ -42,9 +42,8 @@ table.costs tr.short :is(th, td) { opacity: .55; }
 #headline .asked { font-size: 1.05rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 #headline .asked::before { content: "Asked: "; color: var(--body-text-color-subdued); }
 #headline .ratios { font-size: 1.15rem; font-weight: 600; margin: 0; }
-@media (min-width: 641px) and (max-width: 900px) {
-  .gradio-container .row:has(> .column #ask) { flex-direction: column; }
-  .gradio-container .row:has(> .column #ask) > .column { width: 100%; }
+@media (max-width: 900px) {
+  #examples { grid-template-columns: repeat(2, 1fr); }
 }
 #map { gap: .75rem; }
 #map-caption textarea { font-variant-numeric: tabular-nums; }
