@@ -48,7 +48,6 @@ table.costs tr.short :is(th, td) { opacity: .55; }
 #map { gap: .75rem; }
 #map-caption textarea { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
-  #examples { grid-template-columns: repeat(2, 1fr); }
   table.costs { font-size: .86rem; }
   table.costs :is(th, td) { padding: .3rem; }
 }
