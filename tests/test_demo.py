@@ -35,7 +35,7 @@ from illava_hooks.tools.media import load_media
 HAS_GRADIO = importlib.util.find_spec("gradio") is not None
 needs_gradio = pytest.mark.skipif(not HAS_GRADIO, reason="gradio is in the demo extra")
 SCENE, QUESTION = str(tiny.media("scene.png")), "how many triangles are there ?"
-NONE = ("", "", "", "", "")
+NONE: tuple[Any, ...] = ("", "", "", "", 0)
 #: The family of the model that is taken where none is named, and what the command line calls the others.
 (DEFAULT,) = (name for name in families(embedded=True) if family_of(name).embedded == "tiny")
 OTHERS = [family_of(name).embedded for name in families(embedded=True) if name != DEFAULT]
@@ -249,6 +249,48 @@ class TestView:
         assert found is not None and found.tobytes() == draw(maps[2])[0].tobytes()
         assert view.picture((), 0) is None and view.caption((), 0) == ""
 
+    @pytest.mark.parametrize("names", [("scene.png",), ("pair/first.png", "pair/second.png"), ("clip.gif",)])
+    def test_the_input_lies_under_every_position(self, engine: Engine, names: tuple[str, ...]) -> None:
+        maps = last(
+            engine, Request(forms.media_of([str(tiny.media(name)) for name in names], 8), QUESTION, (True,))
+        ).maps
+        for step in range(1, len(view.steps(maps)) + 1):
+            found = view.compared(maps, step, True)
+            assert found is not None
+            before, after = found
+            assert before.size == after.size and before.tobytes() != after.tobytes()
+            assert before.tobytes() == view.picture(maps, 0).tobytes()  # type: ignore[union-attr]
+        assert view.compared((), 0, True) is None
+
+    def test_the_headline_has_the_question_and_the_ratios(self, engine: Engine) -> None:
+        final = last(engine, Request(load_media(SCENE), QUESTION))
+        report = final.answers[True].report
+        assert report is not None
+        html = view.headline("<b>how</b> ?", final.answers)
+        assert "&lt;b&gt;how&lt;/b&gt; ?" in html and f'<p class="ratios">{report.summary}</p>' in html
+        assert view.headline("", {}) == view.HINT and "ratios" not in view.headline("how ?", {})
+
+    def test_times_of_a_toy_are_grey(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = last(engine, Request(load_media(SCENE), QUESTION)).answers
+        html = view.costs(answers, engine.model)
+        assert html.count("<tr class=") == 2 and "too small" in html
+        monkeypatch.setattr(view, "SMALL", 1_000_000)
+        assert "too small" not in view.costs(answers, engine.model) and "<tr class=" not in view.costs(
+            answers, engine.model
+        )
+
+
+@pytest.mark.parametrize("name", families(embedded=True))
+def test_examples_hold(name: str) -> None:
+    """What the page offers with one click, with its own settings, is answered alike both ways."""
+    from illava_hooks.demo.page import EXAMPLES
+
+    one = Engine(family_of(name).embedded or "", *tiny.load(name))
+    for title, (names, question) in EXAMPLES.items():
+        media = forms.media_of([str(tiny.media(file)) for file in names], 8)
+        texts = last(one, Request(media, question, settings=forms.settings_of("diverse", "auto", NONE))).texts
+        assert texts[False] and texts[True] == texts[False], title
+
 
 class TestTheCommand:
     @pytest.mark.skipif(HAS_GRADIO, reason="gradio is installed")
@@ -294,7 +336,7 @@ def server() -> Iterator[Server]:
 
 @needs_gradio
 class TestThePage:
-    def ask(self, url: str, files: list[Any], *numbers: str, sides: str = "Side by side", **given: str) -> list[Any]:
+    def ask(self, url: str, files: list[Any], *numbers: Any, sides: str = "Side by side", **given: str) -> list[Any]:
         """What a question brings in the end; files are uploaded before."""
         paths = [upload(url, Path(file).name, Path(file).read_bytes())[1][0] for file in files]
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
@@ -314,7 +356,7 @@ class TestThePage:
         assert tuple(self.ask(server.url, [SCENE], sides=sides)[1:3]) == answers
 
     def test_settings_arrive(self, server: Server) -> None:
-        found = self.ask(server.url, [SCENE], "1-5", "8", "2-4", "0.5", sides="On", method="nearest")
+        found = self.ask(server.url, [SCENE], "1-5", "8", "2-4", "0.5", 0, sides="On", method="nearest")
         assert "320 → 280 → 240" in found[3]
 
     def test_two_images_and_a_clip(self, server: Server) -> None:
@@ -333,8 +375,8 @@ class TestThePage:
         assert self.ask(server.url, [SCENE])[1] == "2"
 
     def test_wrong_settings_and_no_file_are_told(self, server: Server) -> None:
-        assert "allows 0..7" in self.ask(server.url, [SCENE], "9", "", "", "")[0]
-        assert "llm_ratio is &#x27;half&#x27;" in self.ask(server.url, [SCENE], "", "", "", "half")[0]
+        assert "allows 0..7" in self.ask(server.url, [SCENE], "9", "", "", "", 0)[0]
+        assert "llm_ratio is &#x27;half&#x27;" in self.ask(server.url, [SCENE], "", "", "", "half", 0)[0]
         assert "no picture yet" in self.ask(server.url, [])[0]
 
     def test_large_uploads_are_refused(self, server: Server) -> None:

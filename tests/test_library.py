@@ -627,6 +627,12 @@ class TestThePages:
     methods = (ROOT / "docs" / "methods.md").read_text()
     api = (ROOT / "docs" / "api.md").read_text()
 
+    def test_every_family_is_counted(self) -> None:
+        from illava_hooks.engine.finding import families
+
+        home = (ROOT / "docs" / "index.md").read_text()
+        assert f"| {len(list(families()))} families of models |" in home
+
     def test_every_argument(self) -> None:
         from illava_hooks import patch
 

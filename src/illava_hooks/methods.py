@@ -176,6 +176,8 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "illava-reference": "the arithmetic of the published code, for reproduction; its compact layout",
         "nearest": "every redundant token is averaged into its most similar survivor",
         "diverse": "keeps tokens that no better one resembles; recommended where both stages merge",
+        "novel": "as diverse, without the encoder's attention: a fixed order of places in its stead",
+        "novel-agnostic": "the same in both stages: no question decides, so a cached prefix serves any question",
         "tome": "bipartite matching by key similarity, after ToMe (2022)",
         "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
         "random": "random tokens are dropped, reproducibly: the baseline to beat",

@@ -27,10 +27,12 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
-DESKTOP, PHONE = (1280, 900), (390, 844)
+DESKTOP, TABLET, PHONE = (1440, 900), (768, 1024), (390, 844)
 SCENE = str(tiny.media("scene.png"))
 PAIR = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
 WAIT_MS = 60_000
+#: The addresses of the input and of the merged picture, which name their content.
+SOURCES = "[...document.querySelectorAll('#map-picture img')].map(one => one.getAttribute('src')).join(' ')"
 
 
 class Visitor:
@@ -75,19 +77,21 @@ class Visitor:
         )
 
     def map_source(self) -> str:
-        """The address of the picture, which names its content."""
-        found: str = self.page.get_attribute("#map-picture img", "src")
+        """The addresses of the two pictures that lie on each other."""
+        found: str = self.page.evaluate(SOURCES)
         return found
+
+    def wait_for_another(self, before: str) -> str:
+        """Until a picture has changed; what there is then."""
+        self.page.wait_for_function(f"before => {SOURCES} !== before", arg=before)
+        return self.map_source()
 
     def slide(self, key: str) -> str:
         """Moves the slider by a key; the address of the picture that comes."""
         before = self.map_source()
         self.page.focus("#step input[type=range]")
         self.page.keyboard.press(key)
-        self.page.wait_for_function(
-            "before => document.querySelector('#map-picture img').getAttribute('src') !== before", arg=before
-        )
-        return self.map_source()
+        return self.wait_for_another(before)
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""
@@ -152,10 +156,10 @@ def test_the_slider_shows_each_layer(visitor: Visitor) -> None:
         visitor.wait_for("map-caption", words)
     assert len(set(seen)) == 4
     assert visitor.slide("ArrowRight") == seen[2], "the same layer is the same picture"
+    visitor.page.get_by_label("Colour what was merged").uncheck()
+    grey = visitor.wait_for_another(seen[2])
     visitor.page.get_by_label("Colour what was merged").check()
-    visitor.page.wait_for_function(
-        "before => document.querySelector('#map-picture img').getAttribute('src') !== before", arg=seen[2]
-    )
+    assert visitor.wait_for_another(grey) == seen[2]
     visitor.shoot("desktop-colours")
 
 
@@ -235,6 +239,10 @@ def test_two_visitors_at_once(browser: Any, server: Server) -> None:
         for visitor, answer in ((one, "2"), (other, "1")):
             visitor.wait_for("merged", answer)
             visitor.page.wait_for_selector("#map-picture img")
+        for visitor, steps in ((one, "320 → 240 → 160"), (other, "128 → 96")):  # a question may still be on its way
+            visitor.page.wait_for_function(
+                "steps => document.querySelector('#costs').innerText.includes(steps)", arg=steps
+            )
         assert "320 → 240 → 160" in one.page.inner_text("#costs table")
         assert "128 → 96" in other.page.inner_text("#costs table")
         assert "→ 64" not in other.page.inner_text("#costs table")
@@ -242,12 +250,12 @@ def test_two_visitors_at_once(browser: Any, server: Server) -> None:
     other.leave()
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", [DESKTOP, TABLET, PHONE], ids=["desktop", "tablet", "phone"])
 @pytest.mark.parametrize("example", ["Scene", "Digits", "Two images", "Clip"])
 def test_examples_fit_the_window(browser: Any, server: Server, size: tuple[int, int], example: str) -> None:
     scheme = "dark" if example in ("Digits", "Clip") else "light"
     visitor = Visitor(browser, server.url, size, scheme)
-    name = f"{'phone' if size == PHONE else 'desktop'}-{example.lower().replace(' ', '-')}"
+    name = f"{ {DESKTOP: 'desktop', TABLET: 'tablet', PHONE: 'phone'}[size] }-{example.lower().replace(' ', '-')}"
     assert visitor.overflow() <= 0
     visitor.page.get_by_role("button", name=example).click()
     visitor.page.wait_for_selector("#map-picture img")

@@ -55,7 +55,9 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Choose method, layers and amounts from pictures of your own, without answers, for a wanted cost or loyalty."""
+    from illava_hooks.tools.bench.plot import PLOT_CURE
     from illava_hooks.tools.loading import EMBEDDED, load_model, parse_fraction, quiet
+    from illava_hooks.tools.progress import status
     from illava_hooks.tools.tune import plot_front, print_tuning, write_front
     from illava_hooks.tools.tune import tune as search
     from illava_hooks.tools.tune.inputs import QUESTION
@@ -65,8 +67,10 @@ def tune(
     if output.suffix != ".json":
         raise InputError(f"--output is {str(output)!r}; give a file that ends in .json, as --preset takes it")
     front = output.with_suffix(".front.json")
+    with status(f"loading {model}"):
+        loaded = load_model(model, device, dtype)
     found = search(
-        *load_model(model, device, dtype),
+        *loaded,
         items,
         question=question,
         flops=parse_fraction(flops, "--flops"),
@@ -92,12 +96,11 @@ def tune(
         plot_front(found, front.with_suffix(".png"))
         written.append(str(front.with_suffix(".png")))
     else:
-        print("no picture of the front: pip install 'illava-hooks[plot]'", file=sys.stderr)
+        print(f"no picture of the front: {PLOT_CURE}", file=sys.stderr)
     if found.config is None:
         print(f"written: {', '.join(written)}; no settings", file=sys.stderr)
         raise typer.Exit(1)
     found.save(output)
     print(f"written: {', '.join([str(output), *written])}", file=sys.stderr)
-    if as_json:
-        return
-    print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")
+    if not as_json:
+        print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")

@@ -181,7 +181,7 @@ class Engine:
         if True in request.sides and merges:
             check()
             try:
-                maps = merge_maps(self.model, self.processor, inputs, **settings)
+                maps = merge_maps(self.model, self.processor, inputs, media.images, **settings)
             except IllavaHooksError as error:  # the answers are there: only the picture is not
                 notes.append(f"There is no map: {error}.")
         yield replace(now, maps=tuple(maps), notes=tuple(notes), finished=True)

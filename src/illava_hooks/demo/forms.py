@@ -63,7 +63,7 @@ def question_of(text: str | None, default: str) -> str:
     return question
 
 
-def settings_of(method: str, preset: str, numbers: Sequence[str | None]) -> dict[str, Any]:
+def settings_of(method: str, preset: str, numbers: Sequence[str | float | None]) -> dict[str, Any]:
     """Arguments of ``patch``; an empty field leaves its number to the preset, "none" is no layer.
 
     Args:
@@ -76,7 +76,7 @@ def settings_of(method: str, preset: str, numbers: Sequence[str | None]) -> dict
     """
     values: dict[str, Any] = {"method": method, "preset": preset}
     for name, given in zip(FIELDS, numbers, strict=True):
-        text = (given or "").strip()
+        text = str(given or "").strip()  # the one slider gives a number, and 0 for the preset
         if not text:
             continue
         if name.endswith("layers"):
@@ -97,11 +97,11 @@ def limits_of(model: Any) -> dict[str, str]:
         "vit_r": f"Removed in each: a count{f' (a tile has {tile})' if tile else ''}, or a fraction.",
         "llm_layers": f"Decoder layers that merge, of 1 to {limits.llm_depth - 1}; or none.",
         "llm_ratio": "Fraction of the tokens kept in each, up to 1.",
-        "keep": "Instead of the two amounts: the fraction of the tokens left in the end, such as 1/3.",
+        "keep": "The fraction of an image's tokens that is left in the end. 0: as the preset says.",
     }
 
 
-def describe(model: Any, method: str, preset: str, numbers: Sequence[str | None]) -> tuple[str, bool]:
+def describe(model: Any, method: str, preset: str, numbers: Sequence[str | float | None]) -> tuple[str, bool]:
     """What these settings do, or why they cannot be: the words, and whether they can."""
     try:
         values = settings_of(method, preset, numbers)

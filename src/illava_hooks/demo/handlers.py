@@ -10,7 +10,7 @@ from typing import Any
 
 from illava_hooks.demo.engine import Engine, Progress, Request
 from illava_hooks.demo.forms import SIDES, describe, media_of, question_of, settings_of
-from illava_hooks.demo.view import caption, costs, note, picture, steps
+from illava_hooks.demo.view import caption, compared, costs, headline, note, steps
 from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.loading import default_question
 
@@ -55,16 +55,23 @@ class Handlers:
         self.engine, self.gr = engine, gradio()
 
     def ask(
-        self, files: list[str] | None, question: str, sides: str, method: str, preset: str, *numbers: str
+        self,
+        files: list[str] | None,
+        question: str,
+        sides: str,
+        method: str,
+        preset: str,
+        *numbers: str | float,
     ) -> Iterator[tuple[Any, ...]]:
         """Answers, streamed; what goes wrong is told on the page."""
         yield self._outputs(Progress(notes=("Answering …",)))
+        text = ""
         try:
             media = media_of(files, self.engine.frames)
             text = question_of(question, default_question(self.engine.name, media))
             settings = settings_of(method, preset, numbers)
             for progress in self.engine.run(Request(media, text, SIDES[sides], settings)):
-                yield self._outputs(progress)
+                yield self._outputs(progress, question=text)
         except IllavaHooksError as error:
             yield self._outputs(Progress(notes=(f"{error}.",)), failed=True)
         except Exception as error:
@@ -72,7 +79,7 @@ class Handlers:
             told = f"This did not work ({type(error).__name__}); the server's log tells more."
             yield self._outputs(Progress(notes=(told,)), failed=True)
 
-    def _outputs(self, progress: Progress, failed: bool = False) -> tuple[Any, ...]:
+    def _outputs(self, progress: Progress, failed: bool = False, question: str = "") -> tuple[Any, ...]:
         gr, maps = self.gr, list(progress.maps)
         last = len(steps(maps))
         slider = gr.update(maximum=last, value=last) if last else gr.skip()
@@ -85,14 +92,16 @@ class Handlers:
             gr.update(visible=bool(maps)),
             slider,
             caption(maps, last),
-            picture(maps, last),
+            compared(maps, last, True),
+            self.gr.update(value=True) if maps else self.gr.skip(),
+            headline(question, progress.answers),
         )
 
     def draw(self, maps: Any, step: int, colours: bool) -> tuple[Any, ...]:
         """The picture of one position of the slider."""
         found = maps or []
         step = max(0, min(int(step or 0), len(steps(found))))
-        return caption(found, step), picture(found, step, bool(colours))
+        return caption(found, step), compared(found, step, bool(colours))
 
     def preview(self, files: list[str] | None) -> tuple[Any, ...]:
         """Small copies of what was read, or why it cannot be read."""
@@ -107,7 +116,7 @@ class Handlers:
             image.thumbnail((THUMB, THUMB))
         return self.gr.update(value=small, visible=True), ""
 
-    def describe(self, method: str, preset: str, *numbers: str) -> str:
+    def describe(self, method: str, preset: str, *numbers: str | float) -> str:
         """What the settings do, as HTML."""
         words, good = describe(self.engine.model, method, preset, numbers)
         return note((words,), failed=not good)

@@ -37,10 +37,17 @@ table.costs :is(th[scope=row], thead td) { text-align: left; color: var(--body-t
 table.costs thead th { font-weight: 600; }
 #preview :is(.gallery-container, .grid-wrap) { min-height: 0; height: auto; max-height: 9.5rem; }
 #preview .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+table.costs tr.short :is(th, td) { opacity: .55; }
+.hint { color: var(--body-text-color-subdued); margin: .3rem 0; }
+#headline .asked { font-size: 1.05rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+#headline .asked::before { content: "Asked: "; color: var(--body-text-color-subdued); }
+#headline .ratios { font-size: 1.15rem; font-weight: 600; margin: 0; }
+@media (max-width: 900px) {
+  #examples { grid-template-columns: repeat(2, 1fr); }
+}
 #map { gap: .75rem; }
 #map-caption textarea { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
-  #examples { grid-template-columns: repeat(2, 1fr); }
   table.costs { font-size: .86rem; }
   table.costs :is(th, td) { padding: .3rem; }
 }

@@ -8,6 +8,8 @@ from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
 from illava_hooks.demo.forms import FIELDS, MAX_QUESTION, SIDES, limits_of
 from illava_hooks.demo.handlers import Handlers, gradio
+from illava_hooks.demo.view import HINT
+from illava_hooks.engine.finding import find_family
 from illava_hooks.methods import METHODS
 from illava_hooks.tools.info import model_info
 from illava_hooks.tools.loading import EMBEDDED
@@ -17,10 +19,14 @@ __all__ = ["EXAMPLES", "Page"]
 #: Bundled scenes, one click away: files, and a question that the embedded models know.
 EXAMPLES = {
     "Scene": (("scene.png",), "how many triangles are there ?"),
-    "Digits": (("digits.png",), "how many digits are there ?"),
-    "Two images": (("pair/first.png", "pair/second.png"), "how many circles are in the second image ?"),
+    "Digits": (("digits.png",), "is there a green digit ?"),
+    "Two images": (("pair/first.png", "pair/second.png"), "which image has a red circle ?"),
     "Clip": (("clip.gif",), "which way does the circle move ?"),
 }
+TOY = (
+    "**This is a toy model** of 1.6 million parameters: it knows drawn shapes and digits, and its times say little. "
+    "For photos of your own: `illava-hooks demo --model {}`"
+)
 SHOW_ANSWERS = "() => document.getElementById('plain').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 KEEP_S = 3600  # what a visitor left behind is forgotten after so many seconds
 
@@ -43,6 +49,7 @@ class Page:
                     form, ask, examples, files, preview = self._form()
                 with gr.Column(scale=6, min_width=320):
                     notes = gr.HTML(elem_id="notes")
+                    head = gr.HTML(HINT, elem_id="headline")
                     with gr.Row():
                         plain = gr.Textbox(label="Without merging", lines=2, interactive=False, elem_id="plain")
                         merged = gr.Textbox(label="With merging", lines=2, interactive=False, elem_id="merged")
@@ -51,15 +58,15 @@ class Page:
                         step = gr.Slider(
                             0, 1, 0, step=1, label="Merging layer", info="0 is the input.", elem_id="step", buttons=[]
                         )
-                        colours = gr.Checkbox(False, label="Colour what was merged into what", elem_id="colours")
+                        colours = gr.Checkbox(True, label="Colour what was merged into what", elem_id="colours")
                         text = gr.Textbox(show_label=False, interactive=False, elem_id="map-caption", max_lines=2)
-                        shown = gr.Image(
+                        shown = gr.ImageSlider(
                             format="png", show_label=False, interactive=False, elem_id="map-picture",
-                            buttons=["fullscreen"], alt_text="The input; patches that were merged away are dark",
+                            buttons=["fullscreen"], max_height=720, type="pil",
                         )  # fmt: skip
             for button in (ask, *examples):  # on a phone the answers are below
                 button.click(None, js=SHOW_ANSWERS, api_visibility="private")
-            outputs = [notes, plain, merged, table, maps, group, step, text, shown]
+            outputs = [notes, plain, merged, table, maps, group, step, text, shown, colours, head]
             one = {
                 "fn": self.handlers.ask,
                 "inputs": form,
@@ -102,21 +109,24 @@ class Page:
             elem_id="question",
         )
         sides = gr.Radio(list(SIDES), value="Side by side", label="Merging", elem_id="sides")
+        limits = limits_of(model)
+        keep = gr.Slider(
+            0, 1, 0, step=0.05, label="Visual tokens kept", info=limits["keep"], elem_id="keep", buttons=[]
+        )
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Accordion("Settings of merging", open=False, elem_id="settings"):
             with gr.Row():
-                method = gr.Dropdown(list(METHODS), value="illava", label="method", min_width=120, elem_id="method")
+                method = gr.Dropdown(list(METHODS), value="diverse", label="method", min_width=120, elem_id="method")
                 preset = gr.Dropdown(
                     ["auto", "image", "video"], value="auto", label="preset", min_width=120, elem_id="preset"
                 )
-            limits = limits_of(model)
             numbers = []
-            for pair in (FIELDS[:2], FIELDS[2:4], FIELDS[4:]):
+            for pair in (FIELDS[:2], FIELDS[2:4]):
                 with gr.Row():
                     looks = {"placeholder": "by the preset", "max_length": 200, "min_width": 150}
                     numbers += [gr.Textbox(label=name, info=limits[name], elem_id=name, **looks) for name in pair]
-            says = gr.HTML(self.handlers.describe("illava", "auto", *[""] * len(FIELDS)), elem_id="says")
-        given = [method, preset, *numbers]
+            says = gr.HTML(self.handlers.describe("diverse", "auto", *[""] * len(FIELDS)), elem_id="says")
+        given = [method, preset, *numbers, keep]
         self.gr.on(
             [field.change for field in given], self.handlers.describe, given, says,
             concurrency_limit=None, show_progress="hidden", api_visibility="private", trigger_mode="always_last",
@@ -142,4 +152,8 @@ class Page:
         facts = model_info(self.engine.model)
         layers = f"{facts['encoder_layers']} encoder and {facts['decoder_layers']} decoder layers"
         place = f"{facts['dtype']} on {facts['device']}"
-        return f"# Fewer visual tokens\n`{self.engine.name}`: {facts['class']}, {layers}, {place}"
+        told = f"# Fewer visual tokens\n`{self.engine.name}`: {facts['class']}, {layers}, {place}"
+        if self.engine.name not in EMBEDDED:
+            return told
+        real = next(iter(find_family(self.engine.model).shapes.values())).source
+        return f"{told}\n\n{TOY.format(real)}"

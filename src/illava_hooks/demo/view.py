@@ -14,7 +14,13 @@ from illava_hooks.tools.ask import Answer
 from illava_hooks.tools.canvas import tabulate
 from illava_hooks.tools.draw import SHEET_COLUMNS, MergeMap, draw
 
-__all__ = ["caption", "costs", "kv_bytes_of", "note", "picture", "steps"]
+__all__ = ["HINT", "caption", "compared", "costs", "headline", "kv_bytes_of", "note", "picture", "steps"]
+
+#: Stands where answers will be.
+HINT = '<p class="hint">Choose an example, or upload a picture and ask. What merging does to it is shown here.</p>'
+#: Parameters of a model below which its times say nothing of merging.
+SMALL = 100_000_000
+SHORT = ' class="short"'
 
 
 def note(lines: Sequence[str], failed: bool = False) -> str:
@@ -23,6 +29,15 @@ def note(lines: Sequence[str], failed: bool = False) -> str:
         return ""
     role, kind = ("alert", "failed") if failed else ("status", "told")
     return f'<div class="note {kind}" role="{role}">{"<br>".join(escape(line) for line in lines)}</div>'
+
+
+def headline(question: str, answers: dict[bool, Answer]) -> str:
+    """The question that was asked and, once it is known, by how much merging made what smaller."""
+    told = [f'<p class="asked">{escape(question)}</p>'] if question else []
+    report = next((one.report for one in answers.values() if one.report is not None), None)
+    if report is not None:
+        told.append(f'<p class="ratios">{escape(report.summary)}</p>')
+    return "".join(told) or HINT
 
 
 def costs(answers: dict[bool, Answer], model: Any) -> str:
@@ -44,11 +59,14 @@ def costs(answers: dict[bool, Answer], model: Any) -> str:
         rows.append(("FLOPs of the prefill", [f"{flops / 1e9:,.3f} G" for flops in reversed(report.flops)]))
     names = ("without merging", "with merging")
     head = "".join(f'<th scope="col">{names[side]}</th>' for side in sides)
+    short = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for name, cells in rows
+        f'<tr{SHORT if short and place < 2 else ""}><th scope="row">{escape(name)}</th>'
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for place, (name, cells) in enumerate(rows)
     )
-    return f'<table class="costs"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>'
+    foot = '<p class="hint">Grey: the model is too small for its times to say anything.</p>' if short else ""
+    return f'<table class="costs"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>{foot}'
 
 
 def kv_bytes_of(model: Any, tokens: int) -> int:
@@ -89,6 +107,12 @@ def picture(maps: Sequence[MergeMap], step: int, colours: bool = False) -> Image
         return sheets[0]
     height = max(sheet.height for sheet in sheets)
     return tabulate([_as_high(sheet, height) for sheet in sheets], min(2, len(sheets)))
+
+
+def compared(maps: Sequence[MergeMap], step: int, colours: bool) -> tuple[Image.Image, Image.Image] | None:
+    """The input, and one position of the slider, to be laid on each other; None where nothing merged."""
+    before, after = picture(maps, 0), picture(maps, step, colours)
+    return None if before is None or after is None else (before, after)
 
 
 def _as_high(sheet: Image.Image, height: int) -> Image.Image:

@@ -29,6 +29,8 @@ _COLOURS = {
     "illava-v2": "#aa3377",
     "illava-reference": "#223366",
     "random": "#777755",
+    "novel": "#bb5566",
+    "novel-agnostic": "#ddaa99",
     "uniform": "#bb9977",
     "downsample": "#ee8833",
 }
