@@ -35,7 +35,8 @@ class LayerCounter(LaunchCounter):
         super().__init__("cpu")
         self.layers: dict[tuple[str, int], Counter[str]] = {}
         self.handles: list[Any] = []
-        stages = {"encoder": family_of(model).encoder_layers(model), "decoder": model.model.language_model.layers}
+        case = family_of(model)
+        stages = {"encoder": case.encoder_layers(model), "decoder": getattr(model.model, case.language_name).layers}
         for stage, layers in stages.items():
             for index, layer in enumerate(layers):
                 self.watch(layer, (stage, index))
@@ -55,8 +56,11 @@ class LayerCounter(LaunchCounter):
         if not func._schema.name.startswith("illava::"):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.launches[func._schema.name] += self.own(func)
-        if func._schema.name == "illava::most_similar":
-            return torch.zeros_like(args[1], dtype=torch.float32), args[1].clone()
+        if func._schema.name == "illava::closest_behind":
+            return torch.zeros_like(args[4])
+        if func._schema.name == "illava::match_behind":
+            found = args[1].gather(1, args[2])
+            return torch.stack([found, found.gather(1, args[3][:, None] - 1).expand_as(found)])
         rows = args[1] if func._schema.name == "illava::column_means" else args[0]
         return torch.zeros(args[0].shape[1], len(rows))
 

@@ -9,6 +9,7 @@ class token); they are split off before anything here looks at it. ``S`` segment
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -273,18 +274,18 @@ class EncoderRun:
         state, after = self.states[merges], self.segments[merges + 1].lengths
         scores = unit_scores(self, merges, tap)
         segments, kept = self._merge_segments(merges)
-        table = segments.take(scores)
-        inputs = RuleInputs(
-            scores=table if segments.padding is None else table.masked_fill(segments.padding, torch.inf),
-            lengths=segments.lengths,
-            num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
-            hidden=lambda: segments.take(units.flatten(0, 1)),
-            keys=lambda: segments.take(self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1)),
-            token_size=segments.take(state.token_size.flatten()),
-            visible=None if self.visible is None else segments.take(self.visible.survivors(state).flatten()),
+        inputs = RuleInputs.of(
+            segments,
+            tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
+            scores,
+            hidden=lambda: units.flatten(0, 1),
+            keys=lambda: self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1),
+            token_size=state.token_size.flatten(),
+            visible=None if self.visible is None else partial(_visible_rows, self.visible, state),
         )
         exists = everybody(state.origins.shape, state.origins.device)
-        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows, full=True)
+        width = sum(after) // self.num_rows
+        plan = build_plan(self.rule(inputs), segments, exists, width, state.token_size, full=True)
         self.plans.append(plan)
         self.states.append(
             EncoderState(take_kept(state.origins, plan), plan.follow(state.kept_at), plan.grow(state.token_size))
@@ -335,6 +336,10 @@ class EncoderRun:
         return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
 
 
+def _visible_rows(visible: Visible, state: EncoderState) -> Tensor:
+    return visible.survivors(state).flatten()
+
+
 def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
     """``(B * K,)`` float32 scores of the units of a layer, the mean of their patches.
 
@@ -352,9 +357,8 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         return run._without_prefix(flat).view(-1, unit).mean(-1)
     query, key = tap.heads()
     rows = [n * unit + prefix for n in segments.lengths]
-    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes)) is not None:
-        patches = run._without_prefix(packed)
-        return patches if unit == 1 else patches.view(-1, unit).mean(-1)
+    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, unit)) is not None:
+        return run._without_prefix(packed)
     place, name = run.places(merges), run.session.config.method.name
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():

@@ -241,13 +241,12 @@ def _state(marks: _Marks, query: ScoringQuery, real: Tensor, counts: TokenCounts
     first_real = width - rank[:, -1:]
     shown = torch.maximum(column, first_real.clamp_max(width - 1))
     kept_at = torch.where(marks.visual >= 0, column.flatten()[marks.survivor_of.flatten()].view_as(column), shown)
-    columns, valid = right_align(marks.keep, width), counts.valid(real.device)
-    visual = marks.visual.gather(1, columns)
+    columns, padding = right_align(marks.keep, width), counts.padding(real.device)
+    tables = torch.stack([marks.visual.gather(1, columns), columns, marks.origin.gather(1, columns)], -1)
+    if padding is not None:
+        tables[..., :2].masked_fill_(padding[..., None], -1)
     return PromptState(
-        kept_at=kept_at,
-        visual=visual if valid is None else visual.masked_fill(~valid, -1),
-        origins=marks.origin.gather(1, columns),
+        places=torch.cat([kept_at, kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])], 1),
+        tables=tables,
         token_size=torch.ones(columns.shape, dtype=torch.float32, device=real.device),
-        query=kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])[:, 0],
-        columns=columns if valid is None else columns.masked_fill(~valid, -1),
     )
