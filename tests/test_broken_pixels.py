@@ -19,8 +19,8 @@ from helpers import key_lengths, keyed
 from illava_hooks import METHODS, Method, merging, patch, session_of
 from illava_hooks.merge.plan import build_plan
 from illava_hooks.merge.rules import RULES, RuleInputs
-from illava_hooks.merge.segments import Segments
 from illava_hooks.merge.scores import ScoreInputs, random_scores
+from illava_hooks.merge.segments import Segments
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 #: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from,

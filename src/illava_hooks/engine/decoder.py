@@ -79,7 +79,7 @@ class PromptState:
 
     def rope_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The RoPE tables; none before they are known."""
-        return () if self.rope is None else self.rope.to(device).split(self.rope_widths, -1)
+        return () if self.rope is None else torch.split(self.rope.to(device), [*self.rope_widths], -1)
 
     def to(self, device: torch.device) -> PromptState:
         """The same on another device: layers of one model may lie on several."""

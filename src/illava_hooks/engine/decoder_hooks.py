@@ -277,7 +277,7 @@ class DecoderLayerHook(Hook):
             valid = prefill.valid[self.layer_idx]
             prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)
         differs = num_logical != num_new or prefill.prompt.moves
-        layer.announce(prefill.ledgers[key], num_new, prefill.prompt.trailing_text, differs=differs)
+        layer.announce(prefill.ledgers[key], past + num_new, prefill.prompt.trailing_text, differs=differs)
 
 
 def _refuse_past(past: Past, layer_idx: int) -> None:

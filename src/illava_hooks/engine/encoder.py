@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,8 +29,17 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import ScoreInputs, packed_scores, received_attention
-from illava_hooks.merge.segments import Segments, buckets, counting, everybody, host_table, scatter_back, starts
+from illava_hooks.merge.scores import OF_PLACES, ScoreInputs, packed_scores, received_attention
+from illava_hooks.merge.segments import (
+    Segments,
+    buckets,
+    counting,
+    everybody,
+    host_table,
+    repeated,
+    scatter_back,
+    starts,
+)
 from illava_hooks.methods import checked_scores, find_score
 
 __all__ = ["EncoderRun", "unit_scores"]
@@ -327,13 +336,13 @@ class EncoderRun:
 
     def places(self, merges: int) -> Tensor:
         """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""
-        unit, segments = self.traits.patches_per_unit, self.segments[merges]
-        first = self.segments[0].rows[:, :1] % self.states[0].kept_at.shape[1] * unit
-        sizes = host_table([n * unit for n in segments.lengths], first.device)
+        unit, width = self.traits.patches_per_unit, self.states[0].kept_at.shape[1]
+        now, first = self.segments[merges].lengths, accumulate((0, *self.segments[0].lengths))
+        begins = [start % width * unit for start in first][: len(now)]
         origins = self.patch_origins(merges).flatten()
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
-        return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
+        return origins - repeated(begins, [n * unit for n in now], origins.device)
 
 
 def _visible_rows(visible: Visible, state: EncoderState) -> Tensor:
@@ -360,6 +369,11 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
     if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, unit)) is not None:
         return run._without_prefix(packed)
     place, name = run.places(merges), run.session.config.method.name
+    if run.score in OF_PLACES:
+        inputs = ScoreInputs(
+            key, lambda: query, lambda: query[-1], place[None], None, tap.scale, run.layers[merges], False
+        )
+        return run.score(inputs).view(-1, unit).mean(-1)
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():
         members = host_table(numbers, key.device)

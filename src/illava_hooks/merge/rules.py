@@ -8,7 +8,6 @@ look for a match, ``E`` edges per segment. Scores are float32, higher means keep
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.plan import Fold, SegmentPlan, nearest_kept
-from illava_hooks.merge.segments import Segments, counting, everybody, host_table, made_once
+from illava_hooks.merge.rule_inputs import RuleInputs
+from illava_hooks.merge.segments import everybody, host_table, made_once, repeated
 
 __all__ = [
     "RULES",
@@ -35,128 +35,6 @@ __all__ = [
 
 #: Elements of one block of similarities (16 MB in float32).
 BLOCK_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class RuleInputs:
-    """What a rule may look at.
-
-    Attributes:
-        scores: ``(S, L)`` float32, never NaN: that counts as the lowest score.
-        lengths: tokens in each segment, on the host.
-        num_removed: tokens to remove from each segment, on the host; below the segment's length.
-        hidden: returns the hidden states, ``(S, L, C)``.
-        keys: returns the attention keys with RoPE, all key heads side by side, ``(S, L, D)``.
-        sizes: returns ``token_size``.
-        seats: returns ``visible``, or None: all seats are.
-        segments: where the tokens lie among flat rows; None: one segment after the other, each ``L`` rows.
-        flat_hidden: returns the hidden states of all flat rows, ``(P, C)``; None: of the segments'.
-        flat_keys: the same of the keys, ``(P, D)``.
-    """
-
-    scores: Tensor
-    lengths: tuple[int, ...]
-    num_removed: tuple[int, ...]
-    hidden: Callable[[], Tensor]
-    keys: Callable[[], Tensor]
-    sizes: Callable[[], Tensor]
-    seats: Callable[[], Tensor] | None = None
-    segments: Segments | None = None
-    flat_hidden: Callable[[], Tensor] | None = None
-    flat_keys: Callable[[], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        """A sort puts NaN, which broken pixels give, behind the padding: a rule would then keep more than planned."""
-        if min(self.lengths) == self.scores.shape[1]:
-            scores = self.scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        else:
-            scores = torch.fmax(self.scores, _padding(self.lengths, self.scores.shape[1], self.scores.device))
-        object.__setattr__(self, "scores", scores)
-
-    @classmethod
-    def of(
-        cls,
-        segments: Segments,
-        num_removed: tuple[int, ...],
-        scores: Tensor,
-        hidden: Callable[[], Tensor],
-        keys: Callable[[], Tensor],
-        token_size: Tensor,
-        visible: Callable[[], Tensor] | None = None,
-    ) -> RuleInputs:
-        """The inputs of segments of flat rows: ``(P,)`` or, what the callables return, ``(P, ...)``."""
-        return cls(
-            scores=segments.take(scores),
-            lengths=segments.lengths,
-            num_removed=num_removed,
-            hidden=lambda: segments.take(hidden()),
-            keys=lambda: segments.take(keys()),
-            sizes=lambda: segments.take(token_size),
-            seats=None if visible is None else lambda: segments.take(visible()),
-            segments=segments,
-            flat_hidden=hidden,
-            flat_keys=keys,
-        )
-
-    @property
-    def token_size(self) -> Tensor:
-        """``(S, L)`` float32, how many original tokens each token stands for."""
-        return self.sizes()
-
-    @property
-    def visible(self) -> Tensor | None:
-        """``(S, L)`` bool or None; False where the layout will crop the seat away."""
-        return None if self.seats is None else self.seats()
-
-    @property
-    def where(self) -> Segments:
-        """Where the tokens lie among flat rows."""
-        segments, length = self.scores.shape
-        return self.segments or Segments.packed([length] * segments, self.scores.device)
-
-    def count(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        """``(S, 1)`` int64 table of one host number per segment."""
-        return host_table(values, self.scores.device)[:, None]
-
-    def slots(self, num: int) -> Tensor:
-        """``(1, num)`` int64: 0, 1, ..."""
-        return counting(num, self.scores.device)[None]
-
-    @property
-    def even(self) -> bool:
-        """Whether all segments have as many tokens and lose as many: tables have no padding then."""
-        return len({*self.lengths}) == 1 and len({*self.num_removed}) == 1
-
-    def firsts(self, table: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """The first so many columns of each segment's row, one after the other: ``(..., S, L)`` as ``(..., E)``."""
-        most = max(counts)
-        if len({*counts}) == 1:
-            return table[..., :most].flatten(-2)
-        return table.flatten(-2)[..., _firsts(counts, table.shape[-1], table.device)]
-
-    def rows(self, tokens: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """``(E,)`` flat rows of the first so many of each segment's tokens ``(S, n)``."""
-        return self.firsts(self.where.rows_of(tokens), counts)
-
-
-@made_once
-def _padding(lengths: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
-    """``(S, L)`` float32: infinity on padding, minus infinity on tokens."""
-    inside = torch.arange(longest, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
-    return torch.where(inside, -torch.inf, torch.inf)
-
-
-@made_once
-def _firsts(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """``(E,)`` int64: where the first so many columns of each row stand in a flat table of rows of ``width``."""
-    used = torch.arange(width, device="cpu") < torch.tensor(counts, device="cpu")[:, None]
-    return used.flatten().nonzero()[:, 0]
-
-
-@made_once
-def _of_edges(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """``(E,)`` int64: the segment of each of so many edges."""
-    return torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
 
 
 class MergeRule(Protocol):
@@ -243,7 +121,11 @@ def recycle(inputs: RuleInputs) -> Fold:
     if visible is not None or not inputs.even:
         seat = members.gather(1, last)
     seats = inputs.where.rows_of(seat)
-    anchors = seats.expand_as(members).flatten() if inputs.even else seats[:, 0][_of_edges(counts, device)]
+    anchors = (
+        seats.expand_as(members).flatten()
+        if inputs.even
+        else seats[:, 0][repeated(range(len(counts)), counts, device)]
+    )
     return Fold(inputs.rows(members, counts), anchors, _shares(removed, device), seats[:, 0])
 
 
@@ -340,20 +222,22 @@ def bipartite(inputs: RuleInputs) -> Fold:
     """
     keys = unit_vectors(inputs.keys())
     even, odd = keys[:, ::2], keys[:, 1::2]
-    lengths = inputs.count(inputs.lengths)
-    even_index = 2 * inputs.slots(even.shape[1])
     if odd.shape[1] == 0:
         return drop(inputs)
     similarity = even @ odd.transpose(1, 2)
-    similarity = similarity.masked_fill((2 * inputs.slots(odd.shape[1]) + 1 >= lengths)[:, None], -torch.inf)
+    similarity = similarity.masked_fill(_beyond(inputs.lengths, inputs.scores.device)[:, None, 1::2], -torch.inf)
     best, partner = similarity.max(-1)
     # A protected or padded token proposes to nobody.
-    free = inputs.scores[:, ::2] < torch.inf
-    best = best.masked_fill(~free, -torch.inf)
+    best = best.masked_fill(inputs.scores[:, ::2] == torch.inf, -torch.inf)
     order = torch.argsort(best, dim=-1, descending=True, stable=True)[:, : max(inputs.num_removed)]
-    absorbed = even_index.expand_as(best).gather(1, order)
-    anchors = 2 * partner.gather(1, order) + 1
+    absorbed, anchors = 2 * order, 2 * partner.gather(1, order) + 1
     return Fold(inputs.rows(absorbed, inputs.num_removed), inputs.rows(anchors, inputs.num_removed), "size")
+
+
+@made_once
+def _beyond(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(S, L)`` bool, True on padding."""
+    return torch.arange(max(lengths), device="cpu") >= torch.tensor(lengths, device="cpu")[:, None]
 
 
 def _fold(inputs: RuleInputs, features: Tensor, order: Tensor) -> Fold:

@@ -21,6 +21,7 @@ from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.segments import borders
 
 __all__ = [
+    "OF_PLACES",
     "SCORES",
     "Score",
     "ScoreInputs",
@@ -174,6 +175,10 @@ def random_scores(inputs: ScoreInputs) -> Tensor:
 def uniform(inputs: ScoreInputs) -> Tensor:
     """Spreads survivors evenly over the image: the golden-ratio sequence of places."""
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
+
+
+#: Scores of each token's place alone, whatever stands beside it.
+OF_PLACES: tuple[Score, ...] = (random_scores, uniform)
 
 
 def _packed(inputs: ScoreInputs) -> tuple[Tensor, Tensor, dict[str, Any]]:

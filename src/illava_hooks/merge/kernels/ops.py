@@ -102,7 +102,10 @@ def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor,
     """For the first so many tokens of each segment's order the most similar of the segment's others.
 
     Args:
-        features: as ``closest_behind``, like ``rows``, ``order`` and ``lengths``.
+        features: as ``closest_behind``.
+        rows: as ``closest_behind``.
+        order: as ``closest_behind``.
+        lengths: as ``closest_behind``.
         splits: ``(S,)`` int64, how many look for a match.
 
     Returns:
