@@ -8,23 +8,23 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray reproduce-7b demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
 	$(PYTHON) -m illava_hooks visualize --question "how many triangles are there ?" --output merge-pictures
 
 test: $(SETUP)  ## all tests, with the examples as smoke tests
-	$(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 test-families: $(SETUP)  ## the same, with tests of the engine on every family; `make test` runs those on two
-	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
+	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
 	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
-	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
+	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup tests/test_fuzz.py
 
 hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--all is all of it, HF_TESTS="--all --write" fills docs/COMPATIBILITY.md
 	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m transformers_suite.run --workers $(WORKERS) $(HF_TESTS)
@@ -41,6 +41,9 @@ OTHERS := $(PYTHON) -m pytest tests/integrations
 
 test-integrations: $(SETUP) $(LMMS)/ready $(VLMEVAL)/ready  ## lmms-eval and VLMEvalKit as they are score as `evaluate` does
 	ILLAVA_LMMS_PYTHON=$(abspath $(LMMS))/bin/python ILLAVA_VLMEVAL_PYTHON=$(abspath $(VLMEVAL))/bin/python $(OTHERS)
+
+reproduce-7b: $(LMMS)/ready  ## the paper's benchmarks on published 7B weights: wants a GPU, the weights and days; REPRODUCE="--tasks mmstar --limit 200" is an hour
+	HF_HUB_OFFLINE=0 $(PYTHON) benchmarks/reproduce_7b.py --python $(abspath $(LMMS))/bin/python $(REPRODUCE)
 
 $(LMMS)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(LMMS)
@@ -59,7 +62,7 @@ $(VLMEVAL)/ready: pyproject.toml constraints.txt
 CLIENTS := build/clients
 OLDER := peft-0.18.1 peft-0.20.0 trl-1.8.0
 test_clients = ILLAVA_CLIENTS=$(1) PYTHONPATH=$(CURDIR)/$(CLIENTS)-$(1):$(CURDIR)/src \
-	$(CLIENTS)/bin/python -m pytest -n $(WORKERS) $(2)
+	$(CLIENTS)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(2)
 
 test-clients: $(SETUP) $(CLIENTS)/ready $(OLDER:%=$(CLIENTS)-%/ready)  ## PEFT, TRL and others around a patched model
 	$(call test_clients,newest,tests/clients tests/test_client_peft.py)

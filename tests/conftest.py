@@ -68,9 +68,11 @@ WHOLE, ONE_OF = "test_every_family.py", 4
 
 
 def _is_left_out(item: pytest.Item) -> bool:
-    """Whether a test repeats on a family without an embedded model what says nothing new about it."""
+    """Whether a test is for the night, or repeats on a family without an embedded model what is known of others."""
     from families import FAMILIES, family
 
+    if item.get_closest_marker("nightly"):
+        return True
     if item.path.parent.name == "families_only":
         return False
     values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]

@@ -100,6 +100,24 @@ def test_killed_and_started_again(victim: str, tmp_path: Path) -> None:
     assert found == alone and len(found) == 40
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_old_errors_do_not_stand_for_rows_that_were_not_asked_again(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks again and is killed on the way still has those rows to ask, with `retry_errors` or without."""
+    questions, output = write_questions(tmp_path), tmp_path / "out"
+    answered = [row for row in rows_of(job(questions, output).run()) if row["error"] is None]
+    (tmp_path / "dead.png").write_bytes(Path(SCENE).read_bytes())
+    with monkeypatch.context() as patched:
+        for work in ("_work", "_share"):  # processes that die before they answer
+            patched.setattr(BatchJob, work, lambda *_: None)
+        with pytest.raises(InputError, match="row 1, the first of 1 that are left"):
+            job(questions, output, retry_errors=True, workers=workers).run()
+    parts = list(output.glob("part-*"))
+    assert not (output / RESULT).exists() and [row for part in parts for row in rows_of(part)] == answered
+    assert all(row["error"] is None for row in rows_of(job(questions, output).run()))
+
+
 def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answered rows are not asked again; errors are, if wanted."""
     questions, output = write_questions(tmp_path), tmp_path / "out"

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import reproduce_7b
 import results
 import split
 from families import families, family_of
+from illava_hooks import METHODS
 from illava_hooks.cli import app
 from illava_hooks.tools.evaluate import read_header, read_rows
 
@@ -108,3 +110,57 @@ def test_the_table_of_splits(name: str, flags: list[str], capsys: pytest.Capture
     for cells in table[2:]:
         assert float(cells[3]) == pytest.approx(float(cells[1]), abs=0.02)
     assert (float(table[2][1]) == float(table[3][1])) == (not flags)
+
+
+class TestReproduce:
+    """`make reproduce-7b`, with a harness that only writes what the real one writes."""
+
+    def harness(self, folder: Path, code: int = 0) -> str:
+        """A Python that notes how it was called and writes one figure, better with each run."""
+        program = folder / "harness"
+        program.write_text(
+            f"#!{sys.executable}\n"
+            "import json, pathlib, sys\n"
+            "words = sys.argv[1:]\n"
+            f"log = pathlib.Path({str(folder / 'log')!r})\n"
+            "calls = log.read_text().splitlines() if log.exists() else []\n"
+            "log.write_text(chr(10).join([*calls, ' '.join(words)]))\n"
+            "out = pathlib.Path(words[words.index('--output_path') + 1]) / 'weights'\n"
+            "out.mkdir(parents=True)\n"
+            "figures = {'alias': 'mmstar', 'average,none': 0.5 + len(calls) / 8, 'average_stderr,none': 'N/A'}\n"
+            "task = words[words.index('--tasks') + 1]\n"
+            "said = {'results': {task: figures}, 'total_evaluation_time_seconds': '12.5'}\n"
+            f"if not {code}: (out / '20260101_results.json').write_text(json.dumps(said))\n"
+        )
+        program.chmod(0o755)
+        return str(program)
+
+    def test_runs_what_is_missing_and_prints_what_was_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(reproduce_7b, "BUILD", tmp_path / "build")
+        wanted = ["--python", self.harness(tmp_path), "--models", "qwen2-vl", "--tasks", "mmstar", "--limit", "20"]
+        reproduce_7b.main([*wanted, "--dry-run"])
+        assert not (tmp_path / "log").exists() and "mmstar | average" not in capsys.readouterr().out
+        reproduce_7b.main(wanted)
+        row = "| qwen2-vl | mmstar | average | 0.5 | 0.625 | 0.75 |"
+        assert row in capsys.readouterr().out
+        reproduce_7b.main(wanted)
+        printed = capsys.readouterr().out
+        assert row in printed and printed.count("done before: ") == 3
+        calls = (tmp_path / "log").read_text().splitlines()
+        assert [call.split()[3] for call in calls] == ["qwen2_vl", "qwen2_vl_illava", "qwen2_vl_illava"]
+        assert "method" not in calls[0] and "method=illava" in calls[1] and "method=diverse" in calls[2]
+        reproduce_7b.main([*wanted[:-1], "30", "--dry-run"])  # another number of questions is another run
+        assert "done before" not in capsys.readouterr().out
+
+    def test_a_run_without_figures_ends_with_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reproduce_7b, "BUILD", tmp_path / "build")
+        with pytest.raises(SystemExit, match="qwen2-vl, mme, unpatched: the harness wrote no figures"):
+            reproduce_7b.main(["--python", self.harness(tmp_path, 1), "--models", "qwen2-vl", "--tasks", "mme"])
+
+    def test_names_are_those_of_the_families(self) -> None:
+        for name, published in zip(families(lmms_eval=True, embedded=True), reproduce_7b.MODELS.values(), strict=True):
+            harness = family_of(name).lmms_eval
+            assert harness is not None and (published.stock, published.merged) == (harness.stock, f"{name}_illava")
+        assert set(reproduce_7b.METHODS) < set(METHODS)

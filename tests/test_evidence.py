@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -230,15 +231,18 @@ class TestBench:
         # Published sizes less the vocabularies: 152,000 words times the width, twice where they are not tied.
         assert sizes == pytest.approx(
             {shape: billions for name in NARROW for shape, billions in family_of(name).shapes.items()}
-            | {"gemma-3-4b": 3.63, "gemma-3-12b": 11.18},
+            | {"gemma-3-4b": 3.63, "gemma-3-12b": 11.18}
+            # Effective sizes, of which no audio tower is a part here, and with the vision tower.
+            | {"gemma-4-e2b": 2.3 - 0.40 + 0.17, "gemma-4-e4b": 4.6 - 0.67 + 0.17},
             rel=0.04,
         )
 
     @needs_ready_features
-    def test_where_the_language_model_is_left_alone(self) -> None:
-        """Gemma 3: its cache is an unpatched one's, and what FLOPs allow is the encoder's share of the time."""
-        model = build_shape("gemma-3-4b", narrow=True)
-        found = comparison.compare(model, Workload(images=2, text=20, new=3), {}, 1, warm_up=False)
+    @pytest.mark.parametrize("shape", ["gemma-3-4b", "gemma-4-e2b"])
+    def test_where_the_language_model_is_left_alone(self, shape: str) -> None:
+        """Gemma: its cache is an unpatched one's, and what FLOPs allow is the encoder's share of the time."""
+        model = build_shape(shape, narrow=True)
+        found = comparison.compare(model, Workload(images=2, patches=300, text=20, new=3), {}, 1, warm_up=False)
         (plain,), (merged,) = found.plain, found.merged
         report = found.report
         assert plain.kv_bytes == merged.kv_bytes and report.llm_flops == report.kv_bytes == (0, 0)
@@ -248,8 +252,27 @@ class TestBench:
         assert found.ideal == pytest.approx((allowed * times[0] + times[1] + times[2]) / sum(times))
         assert allowed < found.ideal < 1 and 0 < found.cost.share < 1 and found.cost.decoding > 0
         assert flops_fit([found], merged=True) == 0
+
+    def test_frames_of_gemma(self) -> None:
+        """Gemma 3 takes images only, Gemma 4 frames of as many blocks as there is room for, where stock does."""
         with pytest.raises(InputError, match="frames is 4, and Gemma 3 takes images only"):
-            build_workload(model, Workload(frames=4))
+            build_workload(build_shape("gemma-3-4b", narrow=True), Workload(frames=4))
+        model = build_shape("gemma-4-e2b", narrow=True)
+        with pytest.raises(InputError, match="patches is 8; give 9 or more"):
+            build_workload(model, Workload(patches=8))
+        load = Workload(frames=4, patches=300, text=20, batch=2)
+        if "num_frames_per_video" not in inspect.signature(type(model).forward).parameters:
+            with pytest.raises(InputError, match="frames is 4, and this transformers joins no video with text"):
+                build_workload(model, load)
+            return
+        inputs = build_workload(model, load)
+        assert inputs["pixel_values_videos"].shape[:2] == (8, 270), "30 blocks of 9, of the 33 that there is room for"
+        assert inputs["num_frames_per_video"].tolist() == [4, 4]
+        session = patch(model, [5, 6], 0.16)
+        with torch.no_grad():
+            model(**inputs)
+        assert [video.prompt_tokens for video in session.report.videos] == [120, 120]
+        assert session.report.encoder_flops[0] < session.report.encoder_flops[1]
 
     @needs_ready_features
     @pytest.mark.parametrize("shape", NARROW.values())

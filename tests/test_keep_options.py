@@ -69,7 +69,7 @@ def test_visualize(model: str, tmp_path: Path) -> None:
 
 
 @needs_ready_features
-@pytest.mark.parametrize("way", [[], ["--fresh"]], ids=["here", "fresh"])
+@pytest.mark.parametrize("way", [[], pytest.param(["--fresh"], marks=pytest.mark.nightly)], ids=["here", "fresh"])
 def test_bench(way: list[str]) -> None:
     report = json.loads(done(*BENCH, SHAPE, "--patches", "256", "--json", "--keep", "1/4", *way))["report"]
     (visual,) = report["visuals"]

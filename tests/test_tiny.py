@@ -213,6 +213,7 @@ class TestRecipe:
         assert len(label) == len(patches)
         assert contrast[label > 0].median() > contrast[label == 0].quantile(0.95)
 
+    @pytest.mark.nightly
     def test_a_resumed_run_is_an_uninterrupted_one(self, family: str, tmp_path: Path) -> None:
         steps = "--encoder-steps=1 --steps=1 --last-steps=1 --validation-batches=1".split()
         losses = {}

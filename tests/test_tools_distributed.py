@@ -29,6 +29,10 @@ SECONDS = 240
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
 
+#: The two processes run once, not once in each of pytest-xdist's workers.
+IN_ONE_WORKER = pytest.mark.xdist_group("distributed")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes left what they found; a process that hangs is ended, and its case fails."""
@@ -79,6 +83,7 @@ def alone() -> dict[str, Any]:
     return expected
 
 
+@IN_ONE_WORKER
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +105,7 @@ def test_two_processes_give_what_one_gives(
             torch.testing.assert_close(gradient, one, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@IN_ONE_WORKER
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)

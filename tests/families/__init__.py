@@ -112,6 +112,8 @@ class Suite:
         llm_layers: The layers of the decoder that merge.
         rows_are_visuals: Whether the tower's output has a row for each image or video.
         all_weights_train: Whether gradients reach every weight.
+        title: The model's name in tables; empty: the family's.
+        unpatched: Tests that fail without the patch, and why.
     """
 
     model_class: type | None = None
@@ -126,6 +128,8 @@ class Suite:
     llm_layers: tuple[int, ...] = (1,)
     rows_are_visuals: bool = True
     all_weights_train: bool = True
+    title: str = ""
+    unpatched: Mapping[str, str] = field(default_factory=dict)
 
 
 class Family:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from transformers import GlmOcrForConditionalGeneration
 
-from families.glm4v import Glm4V
+from families import Suite
+from families.glm4v import WIDE, Glm4V
 
 
 class GlmOcr(Glm4V):
@@ -15,8 +16,8 @@ class GlmOcr(Glm4V):
 
     title = "GLM-OCR"
     model_class = GlmOcrForConditionalGeneration
-    suites = {}
-    shapes = {}
+    suites = {"GlmOcr": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False)}
+    shapes = {"glm-ocr": 0.92}
     stock_modules = ("glm_ocr.modeling_glm_ocr",)
 
     @property

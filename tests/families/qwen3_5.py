@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration
 
-from families import Family
+from families import Family, Suite
 from families.qwen3_vl import VISION, Qwen3VL
 from tiny_models import ROPE, TEXT_CONFIG, Inputs
 
@@ -30,6 +30,17 @@ TEXT: dict[str, Any] = {
     "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
     "bos_token_id": None,
     "eos_token_id": None,
+}
+#: One of transformers' own tests.
+NO_MAPS = {"test_attention_outputs": "asks for maps of every layer; those that carry a state along have none"}
+#: Blocks as wide as the decoder.
+WIDE: dict[str, Any] = {"hidden_size": 48}
+#: What makes its decoder a mixture of experts, and one that all tokens share.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 28,
 }
 
 
@@ -52,7 +63,10 @@ class Qwen35(Qwen3VL):
     model_class = Qwen3_5ForConditionalGeneration
     vision_config = {name: value for name, value in VISION.items() if name != "deepstack_visual_indexes"}
     text_config = TEXT
-    suites = {}
+    suites = {
+        "Qwen35": Suite(vision=WIDE, image=(24, 24), unpatched=NO_MAPS),
+        "Qwen35Moe": Suite(Qwen3_5MoeForConditionalGeneration, WIDE, EXPERTS, image=(24, 24), unpatched=NO_MAPS),
+    }
     silenced = (*Qwen3VL.silenced, "out_proj")
     shapes = {"qwen3.5-0.8b": 0.60, "qwen3.5-9b": 7.38}
     rounding = 10

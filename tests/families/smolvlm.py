@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import SmolVLMForConditionalGeneration, SmolVLMModel
+from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration, SmolVLMModel
 
-from families import Family, Modality
+from families import Family, Modality, Suite
 from tiny_models import IMAGE_ID, PAD_ID, ROPE, TEXT_CONFIG, Inputs, Sample, Side, padded, pixels, prompt_ids
 
 TILE = 32
@@ -44,6 +44,10 @@ TOP: dict[str, Any] = {
 }
 
 
+#: 16 patches, four tokens.
+FEW_PATCHES: dict[str, Any] = {"patch_size": 8}
+
+
 class SmolVLM(Family):
     """SmolVLM."""
 
@@ -63,6 +67,10 @@ class SmolVLM(Family):
     seam = "inputs_merger" if hasattr(SmolVLMModel, "inputs_merger") else "get_placeholder_mask"
     tower_name = "vision_model"
     language_name = "text_model"
+    suites = {
+        "SmolVLM": Suite(vision=FEW_PATCHES),
+        "Idefics3": Suite(Idefics3ForConditionalGeneration, FEW_PATCHES, title="Idefics3"),
+    }
     shapes = {"smolvlm-256m": 0.20, "smolvlm-500m": 0.41, "smolvlm-2.2b": 2.03, "idefics3-8b": 7.4}
     stock_modules = ("smolvlm.modeling_smolvlm", "idefics3.modeling_idefics3", "llama.modeling_llama")
 

@@ -21,7 +21,7 @@ import test_past_and_report
 import test_report
 from decode_helpers import BOTH, IMAGE, IMAGES, SETTINGS, TEXT, steps
 from families import family_of
-from families.qwen3_5 import Qwen35, settle
+from families.qwen3_5 import EXPERTS, Qwen35, settle
 from helpers import PROMPTS, assert_same, assert_says, everything, needs_ready_features, prompt
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.engine import decoder
@@ -30,13 +30,7 @@ from reference_checks import SAMPLES, check_forward
 from tiny_models import build, inputs_for, tiny_model
 
 NAME = "qwen3_5"
-EXPERTS: dict[str, Any] = {
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "shared_expert_intermediate_size": 28,
-    "layer_types": [LINEAR, FULL] * 2,
-}
+IN_TURN: dict[str, Any] = EXPERTS | {"layer_types": [LINEAR, FULL] * 2}
 MERGING: dict[str, Any] = ENCODER | {"llm_layers": [2], "llm_ratio": 0.5}
 
 
@@ -50,7 +44,7 @@ def experts(
     **overrides: Any,
 ) -> Any:
     """The tiny model with experts, both kinds of layers in turn."""
-    config = known.config(vision, EXPERTS | (text or {}), Qwen3_5MoeForConditionalGeneration, **overrides)
+    config = known.config(vision, IN_TURN | (text or {}), Qwen3_5MoeForConditionalGeneration, **overrides)
     model = settle(build(Qwen3_5MoeForConditionalGeneration, config, attn_implementation, seed, dtype))
     if dtype is torch.float64:
         model.set_experts_implementation("eager")  # stock: grouped products take no float64

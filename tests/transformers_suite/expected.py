@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers_suite.modes import CLASSES
 
-__all__ = ["DIFFERENT"]
+__all__ = ["DIFFERENT", "UNPATCHED"]
 
 _ATTENTIONS = (
     "asks for attention maps as long as the prompt in every layer; behind a merge they are as long as what is left"
@@ -25,4 +25,9 @@ DIFFERENT: dict[str, str] = {
         ),
     }.items()
     if suite.llm_layers
+}
+
+#: Why tests fail without the patch.
+UNPATCHED: dict[str, str] = {
+    f"{name}::{test}": reason for name, (_, suite) in CLASSES.items() for test, reason in suite.unpatched.items()
 }

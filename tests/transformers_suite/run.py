@@ -17,15 +17,17 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from transformers_suite.expected import DIFFERENT
-from transformers_suite.modes import CLASSES, LEFT_OUT, MODES, SAMPLE_MODES, SAMPLED
+from transformers_suite.expected import DIFFERENT, UNPATCHED
+from transformers_suite.modes import CLASSES, MODES, SAMPLE_MODES, SAMPLED, in_sample
 from transformers_suite.outcomes import Outcomes
 from transformers_suite.sdist import unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "transformers-suite"
 PAGE = ROOT / "docs" / "COMPATIBILITY.md"
-FAMILIES = {name: family.title + ", experts" * name.endswith("Moe") for name, (family, _) in CLASSES.items()}
+FAMILIES = {
+    name: suite.title or family.title + ", experts" * name.endswith("Moe") for name, (family, suite) in CLASSES.items()
+}
 
 #: Names of the runs in tables.
 TITLES = {
@@ -54,7 +56,7 @@ def main() -> int:
     print(f"\ntransformers {release}, torch {version('torch')}: {took}", *lines, sep="\n")
     if options.write:
         write(release, lines)
-    found = surprises(runs, plan)
+    found = surprises(runs, plan, sampled)
     print("", *(found or ["no surprises"]), sep="\n")
     return int(bool(found))
 
@@ -117,8 +119,14 @@ def class_of(test: str) -> str:
     return test.partition("::")[0]
 
 
-def surprises(runs: dict[str, Outcomes], plan: dict[str, list[str]]) -> list[str]:
-    """One line for everything that is not as it should be, of the models that were to be run in each mode."""
+def surprises(runs: dict[str, Outcomes], plan: dict[str, list[str]], sampled: frozenset[str]) -> list[str]:
+    """One line for everything that is not as it should be, of the models that were to be run in each mode.
+
+    Args:
+        runs: The outcomes, by mode.
+        plan: The models, by mode.
+        sampled: Those of which a sample was run.
+    """
     stock, found = runs["stock"], []
     for mode, outcomes in runs.items():
         for name in sorted(test for test in {*stock, *outcomes} if class_of(test) in plan[mode]):
@@ -133,7 +141,11 @@ def surprises(runs: dict[str, Outcomes], plan: dict[str, list[str]]) -> list[str
             patched, merged = (count(outcomes, family, what) for what in ("patched", "merged"))
             if (patched > 0) != (mode != "stock") or (merged > 0) != (mode == "merging"):
                 found.append(f"{mode}: {patched} models of {family} were patched, {merged} merged")
-    unknown = sorted(test for test in {*DIFFERENT} - {*stock} if class_of(test) in plan["stock"])
+    unknown = sorted(
+        test
+        for test in {*DIFFERENT, *UNPATCHED} - {*stock}
+        if class_of(test) in plan["stock"] and (class_of(test) not in sampled or in_sample(*test.split("::")))
+    )
     return found + [f"expected.py names {name}, which no test is called" for name in unknown]
 
 
@@ -154,7 +166,7 @@ def table(runs: dict[str, Outcomes]) -> list[str]:
             counts = [str(count(outcomes, family, what)) for what in columns]
             own = [test.partition("::")[2] for test in outcomes if class_of(test) == family]
             if own:
-                name = title if any(map(LEFT_OUT.match, own)) else f"{title} (a sample)"
+                name = title if not all(in_sample(family, test) for test in own) else f"{title} (a sample)"
                 lines.append(f"| {' | '.join([name, TITLES[mode], *counts])} |")
     failed: dict[str, list[str]] = {}
     for mode, outcomes in runs.items():
@@ -172,7 +184,9 @@ def table(runs: dict[str, Outcomes]) -> list[str]:
 
 
 def _reason(name: str, where: list[str]) -> str:
-    return "fails without the patch" if TITLES["stock"] in where else DIFFERENT.get(name, "unexplained")
+    if TITLES["stock"] in where:
+        return "fails without the patch" + (f": {UNPATCHED[name]}" if name in UNPATCHED else "")
+    return DIFFERENT.get(name, "unexplained")
 
 
 def write(release: str, lines: list[str]) -> None:

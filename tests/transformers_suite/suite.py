@@ -15,13 +15,14 @@ import pytest
 
 from families import Modality
 from illava_hooks import MergeSession
+from transformers_suite.alike import AlikeScores
 from transformers_suite.modes import (
+    ABSENT,
     CLASSES,
     IN_HALF,
-    LEFT_OUT,
     MODES,
-    RANDOM_SCORES,
     SAMPLED,
+    in_sample,
     merged,
     patch_when_constructed,
 )
@@ -87,7 +88,7 @@ class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ig
     @pytest.fixture(autouse=True)
     def count(self, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator[None]:
         """Chooses the method; notes how many models were patched, and how many of them merged."""
-        METHOD["method"] = RANDOM_SCORES if IN_HALF.match(request.node.name) else "illava"
+        METHOD["method"] = AlikeScores().method() if IN_HALF.match(request.node.name) else "illava"
         SESSIONS.clear()
         yield
         record_property("patched", len(SESSIONS))
@@ -107,7 +108,8 @@ def class_of(name: str) -> type[Common]:
         "skip_test_video_features_output_shape": not suite.rows_are_visuals,
         "test_all_params_have_gradient": suite.all_weights_train,
     }
-    left_out = [test for test in dir(Common) if LEFT_OUT.match(test)] if name in LESS else []
+    tests = [test for test in dir(Common) if test.startswith("test_")]
+    left_out = [test for test in tests if ABSENT.match(test) or name in LESS and not in_sample(name, test)]
     return type(name, (Common, unittest.TestCase), {**own, **dict.fromkeys(left_out)})
 
 

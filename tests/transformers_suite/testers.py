@@ -81,8 +81,9 @@ class Tester:
 
 
 def packed(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Inputs whose patches are packed into one row, as the processor gives them, where they are no tiles."""
+    """Inputs whose patches are packed into one row, as the processor gives them, where a grid belongs to them."""
+    by_grid = any(name.endswith("grid_thw") for name in inputs)
     return {
-        name: value.flatten(0, 1) if name.startswith("pixel_values") and value.dim() == 3 else value
+        name: value.flatten(0, 1) if by_grid and name.startswith("pixel_values") and value.dim() == 3 else value
         for name, value in inputs.items()
     }

@@ -64,6 +64,8 @@ class BatchJob:
         """
         lines = self._lines()
         self._claim(lines)
+        if self.retry_errors:
+            self._forget_errors()
         todo = sorted(set(range(len(lines))) - self._answered().keys())
         while todo:
             on_progress(len(lines) - len(todo), len(lines))
@@ -71,7 +73,7 @@ class BatchJob:
                 self._work([(index, lines[index]) for index in todo], 0, on_progress, len(lines))
             else:
                 self._share(lines, todo, on_progress)
-            left = sorted(set(range(len(lines))) - self._answered(anew=False).keys())
+            left = sorted(set(range(len(lines))) - self._answered().keys())
             if len(left) == len(todo):
                 raise InputError(
                     f"workers ended before they answered row {left[0]}, the first of {len(left)} that are left; they "
@@ -129,8 +131,8 @@ class BatchJob:
                 f"{mine.get(name)!r} now; give a new folder"
             )
 
-    def _answered(self, anew: bool = True) -> dict[int, dict[str, Any]]:
-        """Rows that need not be asked again; with ``anew`` errors are none of them if they are to be retried."""
+    def _answered(self) -> dict[int, dict[str, Any]]:
+        """Rows that need not be asked again."""
         found: dict[int, dict[str, Any]] = {}
         for file in [self.output / RESULT, *sorted(self.output.glob(_PARTS))]:
             if not file.exists():
@@ -145,9 +147,20 @@ class BatchJob:
                     ) from error
                 if not failed or row not in found:
                     found[row] = answer
-        if anew and self.retry_errors:
-            found = {row: answer for row, answer in found.items() if answer["error"] is None}
         return found
+
+    def _forget_errors(self) -> None:
+        """Leaves the answers without an error, as one part: the others are to ask, whatever ends this run."""
+        answered, files = self._answered(), [self.output / RESULT, *self.output.glob(_PARTS)]
+        kept = [row for row in sorted(answered) if answered[row]["error"] is None]
+        if len(kept) == len(answered):
+            return
+        _write_whole(self._new_part(), "".join(_line(answered[row]) for row in kept))
+        for file in files:
+            file.unlink(missing_ok=True)
+
+    def _new_part(self) -> Path:
+        return self.output / f"part-{time.time_ns()}-{os.getpid()}.jsonl"
 
     def _written(self) -> int:
         """Lines of all parts: cheap enough to be asked while others write them."""
@@ -155,7 +168,7 @@ class BatchJob:
 
     def _join(self, count: int) -> Path:
         """All answers in the order of the questions, in place of the parts."""
-        answered, parts = self._answered(anew=False), list(self.output.glob(_PARTS))
+        answered, parts = self._answered(), list(self.output.glob(_PARTS))
         result = self.output / RESULT
         _write_whole(result, "".join(_line(answered[row]) for row in range(count)))
         for part in parts:
@@ -177,8 +190,7 @@ class BatchJob:
         self.answers.folder = self.questions.parent
         self.answers.load()
         parent, done = multiprocessing.parent_process(), count - len(asked)
-        part = self.output / f"part-{time.time_ns()}-{os.getpid()}.jsonl"
-        with part.open("w", encoding="utf-8") as file:
+        with self._new_part().open("w", encoding="utf-8") as file:
             for start in range(0, len(asked), self.answers.batch_size):
                 if parent is not None and not parent.is_alive():
                     return  # whoever starts it again has workers of its own

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from math import isqrt
 from types import MappingProxyType
 from typing import Any
 
@@ -29,16 +29,21 @@ from illava_hooks.engine.provenance import block_diagonal, selection
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.report import EncoderShape
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture
+from illava_hooks.engine.tooling import PIXELS, LmmsEval, Picture, PublishedShape, Workload
 from illava_hooks.engine.trace import token_sources, vision_tracks
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.engine.transport import ENCODER_RUN, in_features
 from illava_hooks.errors import InputError, UnsupportedModelError
+from illava_hooks.patchers._padded import Rows, flat, frames_of, rows_of
 
 __all__ = ["FAMILY", "Gemma4", "Rows", "rows_of"]
 
 #: LLaVA-OneVision's layers and the amount of Qwen2-VL; not yet measured on trained weights.
 PRESET = MergeSchedule((5, 6, 7, 8), 0.16, (), 1.0)
+_TOWER: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16}
+_NARROW_TOWER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12}
+#: Decoder layers whose last one in each group attends to everything, and those that share keys, by their number.
+_GROUPS, _SHARED = {35: 5, 42: 6}, {35: 20, 42: 18}
 
 
 class MergingGemma4VisionEncoderLayer(MergingLayer, Gemma4VisionEncoderLayer):  # type: ignore[no-untyped-call]
@@ -70,6 +75,12 @@ class Gemma4(Family):
     presets: Mapping[Modality, MergeSchedule] = MappingProxyType({"image": PRESET, "video": PRESET})
     encoder_layer_types = (Gemma4VisionEncoderLayer,)
     other_tower = "vision_tower has {kind} layers; only Gemma 4's own can be patched; use a stock model"
+    shapes: Mapping[str, PublishedShape] = MappingProxyType(
+        {
+            "gemma-4-e2b": PublishedShape(1536, 6144, 35, 8, 1, "google/gemma-4-E2B-it"),
+            "gemma-4-e4b": PublishedShape(2560, 10240, 42, 8, 2, "google/gemma-4-E4B-it"),
+        }
+    )
     lmms_eval = LmmsEval("simple.gemma4.Gemma4")
     vlmevalkit = ("Gemma4-E4B-it", "Gemma4-E2B-it", "Gemma4-31B-it", "Gemma4-26B-A4B-it")
 
@@ -127,6 +138,60 @@ class Gemma4(Family):
         projector: nn.Module = base.embed_vision
         return projector
 
+    def workload(self, model: Any, load: Workload, generator: torch.Generator) -> dict[str, Tensor]:
+        """Images, or frames of one video, of as many pooled blocks as the patches have, nearly square.
+
+        Raises:
+            InputError: the patches are less than a block, or this release takes no such videos.
+        """
+        config, pool = model.config, model.config.vision_config.pooling_kernel_size
+        blocks = load.patches // pool**2
+        if not blocks:
+            raise InputError(f"patches is {load.patches}; give {pool**2} or more, which are pooled into one token")
+        if load.frames and "num_frames_per_video" not in inspect.signature(type(model).forward).parameters:
+            raise InputError(f"frames is {load.frames}, and this transformers joins no video with text; use frames 0")
+        modality: Modality = "video" if load.frames else "image"
+        token, count = (config.video_token_id, load.frames) if load.frames else (config.image_token_id, load.images)
+        height = isqrt(blocks)
+        width = blocks // height
+        columns, rows = torch.arange(width * pool), torch.arange(height * pool)
+        places = torch.cartesian_prod(rows, columns).flip(1).repeat(load.batch * count, 1, 1)
+        inputs = load.prompt(token, height * width, count, generator, time=bool(load.frames))
+        channels = 3 * config.vision_config.patch_size**2
+        inputs[PIXELS[modality]] = torch.rand(*places.shape[:2], channels, generator=generator)
+        inputs[f"{modality}_position_ids"] = places
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).int() * (2 if load.frames else 1)
+        if load.frames:
+            inputs["num_frames_per_video"] = torch.full((load.batch,), load.frames)
+        return inputs
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """The small ones' tower; in the decoder windows, heads of their own width, and layers that share keys."""
+        from transformers import Gemma4Config
+
+        depth = text["num_hidden_layers"]
+        group, shared = (5, 4) if narrow else (_GROUPS[depth], _SHARED[depth])
+        kinds = ["sliding_attention"] * (group - 1) + ["full_attention"]
+        decoder = {
+            "head_dim": 32 if narrow else 256,
+            "global_head_dim": 64 if narrow else 512,
+            "layer_types": kinds * (depth // group),
+            "num_kv_shared_layers": shared,
+            "use_double_wide_mlp": depth == 35,
+            "vocab_size_per_layer_input": text["vocab_size"],
+            "hidden_size_per_layer_input": 16 if narrow else 256,
+        }
+        vision = _TOWER | (_NARROW_TOWER if narrow else {})
+        heads = {
+            "num_attention_heads": vision["hidden_size"] // 64,
+            "num_key_value_heads": vision["hidden_size"] // 64,
+        }
+        names = {f"{modality}_token_id": token for modality, token in placeholders.items()}
+        more = {"audio_token_id": 7, "boi_token_id": 3, "eoi_token_id": 4, "boa_token_id": 8, "eoa_token_index": 9}
+        return Gemma4Config(
+            vision_config={**vision, **heads}, text_config={**text, **decoder}, audio_config=None, **names, **more
+        )
+
     def pictures(self, model: Any, inputs: Mapping[str, Any]) -> list[Picture]:
         """Each image, and the frames of each video."""
         found, size = list[Picture](), model.config.vision_config.patch_size
@@ -135,102 +200,11 @@ class Gemma4(Family):
                 continue
             pixels, places = inputs[name].detach().double().cpu(), inputs[f"{modality}_position_ids"].cpu()
             counts = frames_of(modality, pixels, inputs)
-            frames = [_picture(*row, size) for row in zip(_flat(pixels), _flat(places), strict=True)]
+            frames = [_picture(*row, size) for row in zip(flat(pixels), flat(places), strict=True)]
             for count in counts:
                 mine, frames = frames[:count], frames[count:]
                 found.append(Picture(modality, tuple((frame,) for frame in _numbered_on(mine))))
         return found
-
-
-# ---------------------------------------------------------------------- rows, block by block
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """How the rows of a call are rearranged: blocks of patches side by side, as wide as the largest image.
-
-    Attributes:
-        lengths: real patches of each row.
-        source: ``(R, W)`` int64, which patch of the processor's row stands at each place; its width on padding.
-        order: ``(R * W,)`` int64, the place among the real patches of the processor's rows, as ``EncoderTraits``.
-    """
-
-    lengths: tuple[int, ...]
-    source: Tensor
-    order: Tensor
-
-    @property
-    def ragged(self) -> bool:
-        """Whether there is padding."""
-        return len(set(self.lengths)) > 1
-
-    def arrange(self, values: Tensor, padding: float) -> Tensor:
-        """``(..., N, C)`` in the processor's order as ``(..., W, C)``, with a value where padding is."""
-        lead, rows = values.shape[:-2], _flat(values)
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 1), value=padding)
-        index = self.source.to(rows.device)
-        return _taken(rows, index).view(*lead, -1, values.shape[-1])
-
-    def put_back(self, hidden: Tensor, width: int) -> Tensor:
-        """``(R, W, C)`` as ``(R, N, C)`` in the processor's order; zeros where it had padding."""
-        index = torch.full((len(self.source), width + 1), self.source.shape[1])
-        index.scatter_(1, self.source, torch.arange(self.source.shape[1]).expand_as(self.source))
-        # The place of padding itself was written as well, and is not shown.
-        return _taken(torch.nn.functional.pad(hidden, (0, 0, 0, 1)), index[:, :width].to(hidden.device))
-
-
-def rows_of(positions: Tensor, pool: int) -> Rows:
-    """Rearranges rows by where their patches lie.
-
-    Args:
-        positions: ``(R, N, 2)`` int64, column and row of each patch; -1 on padding.
-        pool: side of a block.
-
-    Raises:
-        InputError: the patches of an image are no whole blocks.
-    """
-    positions, unit = positions.cpu(), pool * pool
-    real = (positions != -1).any(-1)
-    lengths, width = real.sum(1), positions.shape[1]
-    columns = (positions[..., 0].amax(1, keepdim=True) + 1) // pool
-    block = positions[..., 0] // pool + columns * (positions[..., 1] // pool)
-    sorted_blocks, source = block.masked_fill(~real, width).sort(dim=1, stable=True)
-    place = torch.arange(width)
-    whole = (place >= lengths[:, None]) | (sorted_blocks == place // unit)
-    broken = ~whole.all(1) | (lengths % unit != 0) | (lengths == 0)
-    if bool(broken.any()):
-        raise InputError(
-            f"the {int(lengths[broken][0])} patches of image or frame {int(broken.nonzero()[0])} are no whole "
-            f"{pool} x {pool} blocks, which merge as one; use the model's own processor, or vit_layers=[]"
-        )
-    longest = int(lengths.max())
-    # With padding every row has some, so that none loses its last: a mask is there in each layer, or in none.
-    wide = longest + unit if int(lengths.min()) < longest else longest
-    source = torch.nn.functional.pad(source, (0, unit), value=width)[:, :wide]
-    source = source.masked_fill(torch.arange(wide) >= lengths[:, None], width)
-    rank = torch.nn.functional.pad(real.cumsum(1) - 1, (0, 1)).gather(1, source)
-    rank = torch.where(source < width, rank, torch.arange(wide))
-    order = (rank + torch.arange(len(rank))[:, None] * wide).flatten()
-    return Rows(tuple(lengths.tolist()), source, order)
-
-
-def frames_of(modality: Modality, pixels: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-    """Rows of each image or video; older releases give videos a dimension of frames instead of numbers of them."""
-    if modality == "image":
-        return [1] * len(pixels)
-    counts = inputs.get("num_frames_per_video")
-    found: list[int] = [pixels.shape[1]] * len(pixels) if counts is None else counts.tolist()
-    return found
-
-
-def _flat(values: Tensor) -> Tensor:
-    """``(R, N, C)`` of ``(..., N, C)``."""
-    return values.reshape(-1, *values.shape[-2:])
-
-
-def _taken(rows: Tensor, index: Tensor) -> Tensor:
-    """``(R, W, C)``: the places ``index`` of ``rows`` ``(R, N, C)``."""
-    return rows.gather(1, index[..., None].expand(*index.shape, rows.shape[-1]))
 
 
 # ---------------------------------------------------------------------- around the tower
@@ -259,7 +233,7 @@ class _Features:
         if not merges or positions is None:
             return run_features(self.session, method, args, kwargs, None, self.base.config, lambda output: None)
         vision = self.base.config.vision_config
-        rows = rows_of(_flat(positions), vision.pooling_kernel_size)
+        rows = rows_of(flat(positions), vision.pooling_kernel_size)
         unit = vision.pooling_kernel_size**2
         run = EncoderRun(
             self.session,

@@ -25,6 +25,9 @@ __all__ = ["FAMILY", "GlmOcr", "MergingGlmOcrVisionBlock"]
 # The fractions of depth and of tokens of Qwen2-VL's; not yet measured on trained weights.
 _PRESET = MergeSchedule((9, 10, 11, 12), 0.16, (3, 4, 5), 0.90)
 
+_TOWER: dict[str, Any] = {"depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096}
+_NARROW_TOWER: dict[str, Any] = {"depth": 16, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
+
 
 class MergingGlmOcrVisionBlock(MergingBlock, GlmOcrVisionBlock):  # type: ignore[no-untyped-call]  # by the base class
     """A vision block that merges between attention and MLP."""
@@ -61,7 +64,9 @@ class GlmOcr(Glm4V):
         {GlmOcrVisionBlock: MergingGlmOcrVisionBlock}
     )
     other_tower = "visual has {kind} blocks; use a stock GLM-OCR model"
-    shapes: Mapping[str, PublishedShape] = MappingProxyType({})
+    shapes: Mapping[str, PublishedShape] = MappingProxyType(
+        {"glm-ocr": PublishedShape(1536, 4608, 16, 16, 8, "zai-org/GLM-OCR")}
+    )
     lmms_eval = None
     vlmevalkit = ()
 
@@ -79,6 +84,20 @@ class GlmOcr(Glm4V):
         joined = 2 * vision.hidden_size * patches * wide + 2 * wide * wide + 6 * wide * wide * vision.in_channels
         sizes = (vision.depth, vision.hidden_size, vision.intermediate_size)
         return EncoderShape(*sizes, patches, joined, mlp_matrices=3)
+
+    def published_config(self, text: dict[str, Any], placeholders: Mapping[Modality, int], narrow: bool) -> Any:
+        """The tower, and heads in the decoder that are wider than its width by their number."""
+        from transformers import GlmOcrConfig
+
+        sections, head = ([4, 6, 6], 32) if narrow else ([16, 24, 24], 128)
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, "partial_rotary_factor": 1.0}
+        vision = {**_TOWER, "out_hidden_size": text["hidden_size"]} | (_NARROW_TOWER if narrow else {})
+        return GlmOcrConfig(
+            vision_config=vision,
+            text_config={**text, "head_dim": head, "rope_parameters": rope},
+            image_token_id=placeholders["image"],
+            video_token_id=placeholders["video"],
+        )
 
 
 FAMILY = GlmOcr()

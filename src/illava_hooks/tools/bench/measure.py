@@ -102,7 +102,8 @@ def measure(model: Any, inputs: Mapping[str, Tensor], new_tokens: int = 8) -> Me
         memory = Memory(model.device)
         output = model(**text, mm_encoder_outputs=features, **held, use_cache=True, logits_to_keep=1)
         done, language_peak = watch.look(), memory.peak()
-        layers: list[Any] = [layer for layer in cache.layers if hasattr(layer, "keys")]
+        # Layers that carry a state along, or share the keys of another, hold none.
+        layers: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         kv_bytes = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in layers)
         for _ in range(new_tokens - 1):
             output = model(input_ids=output.logits[:, -1:].argmax(-1), **held, use_cache=True)
