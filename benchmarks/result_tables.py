@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from illava_hooks.tools.bench.plot import axes, save
+from illava_hooks.tools.bench.plot import axes, colour_of_method, save
 from illava_hooks.tools.evaluate import Row
 
 __all__ = ["draw_curves", "quality_table", "speed_table", "sweep_table"]
@@ -41,14 +41,19 @@ def lead(row: Row | None, other: Row | None) -> str:
 
 
 def draw_curves(rows: Sequence[Row], file: Path) -> None:
-    """Accuracy over the kept fraction, one line per method, one picture per stage."""
-    stock = [(1.0, row.accuracy) for row in rows if row.method == "none"]
+    """Accuracy over the kept fraction with its interval, one line per method, one picture per stage."""
+    stock = [row for row in rows if row.method == "none"]
     merged = [row for row in rows if row.method != "none"]
     for stage in dict.fromkeys(row.stage for row in merged):
         figure, plot = axes(7, 4.5)
         for method in dict.fromkeys(row.method for row in merged if row.stage == stage):
-            found = [(row.kept, row.accuracy) for row in merged if (row.method, row.stage) == (method, stage)]
-            plot.plot(*zip(*sorted(found + stock), strict=True), marker="o", markersize=3, label=method)
+            found = [row for row in merged if (row.method, row.stage) == (method, stage)]
+            drawn = sorted(found + stock, key=lambda row: row.kept)
+            kept, accuracy = [row.kept for row in drawn], [row.accuracy or 0.0 for row in drawn]
+            ends = [row.accuracy_interval or (row.accuracy or 0.0,) * 2 for row in drawn]
+            colour = colour_of_method(method)
+            plot.fill_between(kept, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.15)
+            plot.plot(kept, accuracy, marker="o", markersize=3, color=colour, label=method)
         plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=f"{file.stem}, stage: {stage}")
         plot.legend(frameon=False, fontsize=8)
         save(figure, file.with_name(f"{file.stem}-{stage}.png"))

@@ -12,8 +12,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-#: Tests of other libraries run in environments of their own: `make test-clients`, `make test-ray`.
-_OF_OTHERS = {"clients": "ILLAVA_CLIENTS", "ray_data": "ILLAVA_RAY"}
+#: Tests of other libraries run in environments of their own: `make test-clients`, `make test-ray`, `make test-vllm`.
+_OF_OTHERS = {"clients": "ILLAVA_CLIENTS", "ray_data": "ILLAVA_RAY", "vllm_engine": "ILLAVA_VLLM"}
 collect_ignore = [folder for folder, wanted in _OF_OTHERS.items() if not os.environ.get(wanted)]
 
 

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 import reproduce_7b
 import results
 import split
+import tuned
 from families import families, family_of
-from illava_hooks import METHODS
+from illava_hooks import METHODS, patch, tiny, unpatch
 from illava_hooks.cli import app
-from illava_hooks.tools.evaluate import read_header, read_rows
+from illava_hooks.tools.datasets import scene_items
+from illava_hooks.tools.evaluate import predict, read_header, read_rows
 
 BENCHMARKS = Path(results.__file__).parent
 
@@ -164,3 +166,17 @@ class TestReproduce:
             harness = family_of(name).lmms_eval
             assert harness is not None and (published.stock, published.merged) == (harness.stock, f"{name}_illava")
         assert set(reproduce_7b.METHODS) < set(METHODS)
+
+
+def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that holds the preset gains nothing; each figure is that of the answers one by one."""
+    model, processor = tiny.load("llava_onevision")
+    items = scene_items(10, "test")
+    patch(model).config.save(tmp_path / "same.json")
+    answers = predict(model, processor, items)
+    unpatch(model)
+    runs = tuned.compare(model, processor, items, [str(tmp_path / "same.json")])
+    assert [run.values for run in runs] == [runs[0].values] * 2 and runs[0].flops == runs[1].flops < 1
+    assert runs[0].values["accuracy"] == [said == item.answer for said, item in zip(answers, items, strict=True)]
+    tuned.print_runs(runs)
+    assert "| same.json | " in capsys.readouterr().out

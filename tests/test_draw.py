@@ -221,7 +221,8 @@ class TestColours:
             else:
                 untouched += 1
         assert tints and outlines and untouched
-        assert outlines == {colour_of(int(keeper)) for keeper in one.keepers[one.keepers != one.units]}
+        absorbing = {int(keeper) for keeper in one.keepers[one.keepers != one.units]}
+        assert outlines == {colour_of(one.units.tolist().index(keeper)) for keeper in absorbing}
         known = np.array(sorted(outlines))
         nearest = [abs(known - tint).max(1).min() for tint in tints]
         assert max(nearest) < 1

@@ -213,7 +213,7 @@ def test_a_release_whose_masks_cannot_be_told_not_to_look(family: str, monkeypat
 def test_results_before_a_forward(family: str) -> None:
     session = patch(tiny_model(family), **GOOD)
     with pytest.raises(PatchStateError, match="^no report yet: run the model on an image"):
-        _ = session.report
+        _ = session.report.flops
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -325,7 +325,7 @@ def test_every_method_has_a_schedule_it_can_run(family: str, method: str) -> Non
 def test_numpy_numbers_are_numbers(family: str) -> None:
     session = patch(tiny_model(family), np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5))
     assert session.config.image == MergeSchedule((1, 2), 4, (2,), 0.5)
-    assert type(session.config.image.vit_layers[0]) is int and "vit_layers=(1, 2)" in repr(session)
+    assert type(session.config.image.vit_layers[0]) is int and "encoder layers [1, 2]" in repr(session)
 
 
 def test_settings_of_the_helpers_are_accepted() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -468,21 +467,6 @@ class TestFront:
 
 
 class TestProgress:
-    def test_a_terminal_sees_a_bar_with_the_time_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        screen = io.StringIO()
-        monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
-        monkeypatch.setattr(telling.sys, "stderr", screen)
-        bar = Bar()
-        bar.begin(10)
-        bar.step("illava, both, 0.500")
-        for _ in range(5):
-            bar.advance(1)
-            bar._bar.refresh()
-        bar.note("reused")
-        bar.end()
-        drawn = screen.getvalue()
-        assert "illava, both, 0.500" in drawn and "5/10" in drawn and "<" in drawn and "reused\n" in drawn
-
     def test_a_log_gets_a_line_for_every_step(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -46,7 +46,7 @@ def test_a_piece_leaves_its_figures(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_all_pieces_one_after_the_other(tmp_path: Path) -> None:
-    done = command(tmp_path, "--seconds", "3000")
+    done = command(tmp_path, "--seconds", "7200", "--stretch", "60")
     assert done.returncode == 0, done.stdout
     assert done.stdout.split() == [word for name in gpu.PIECES for word in (f"{name}:", "done")]
     again = command(tmp_path)

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -22,12 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "illava_hooks"
 TESTS = ROOT / "tests"
 
+#: vLLM has a class of its own for each family, so what stands in for them and its tests name families.
+OF_VLLM = ("vllm_engine", "test_vllm_plugin.py")
+
 #: Where tests may know a family by its name.
 #: A family written out of the package, which is one of the package by now, is its own.
-OF_ONE_FAMILY = ("families", "families_only", "data", "own_family.py", "test_own_family.py")
+OF_ONE_FAMILY = ("families", "families_only", "data", "own_family.py", "test_own_family.py", *OF_VLLM)
 
 #: Parts of the package that may know a family by its name: the families, and the embedded models.
 KNOW_FAMILIES = ("patchers", "tiny")
+
+#: Where those that stand in for vLLM's classes lie, each named by its family, and the list of them.
+VLLM = "illava_hooks.integrations.vllm."
 
 #: The floor of each part of the package; a part is a module or a folder directly under the package.
 FLOORS = {
@@ -366,6 +373,9 @@ class TestTheHouse:
         names = {kind for known in families() for kind in known.model_types}
         assert len(names) > 2 and set(FAMILIES) <= names
         shared = {name: path for name, path in modules_of(PACKAGE).items() if part_of(name) not in KNOW_FAMILIES}
+        assert {f"{VLLM}settings", f"{VLLM}models"} <= set(shared)
+        of_vllm = {f"{VLLM}{name}" for name in (*names, "models")}
+        shared = {name: path for name, path in shared.items() if name not in of_vllm}
         found = {name: names_in_code(ast.parse(path.read_text()), names) for name, path in shared.items()}
         assert len(shared) > 60
         assert {name: said for name, said in found.items() if said} == {}
@@ -535,41 +545,108 @@ class TestImporting:
 
 
 class TestTheReadme:
-    """The README says what the code does."""
+    """The README says what the code does, and what stands in tables of the docs stands there only."""
 
     text = (ROOT / "README.md").read_text()
 
     def blocks(self, language: str) -> list[str]:
-        return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+        found = re.findall(r"^```(\w*)\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+        return [block for name, block in found if name == language]
 
-    def test_snippets_compile_and_name_what_exists(self) -> None:
-        import importlib
+    def test_runs_from_its_first_line_to_its_last(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """All blocks as one script; what the first prints is what stands under it."""
+        monkeypatch.chdir(tmp_path)
+        first, *others = self.blocks("python")
+        assert first.count("\n") <= 13 and others
+        names: dict[str, Any] = {"__name__": "README"}
+        exec(compile(first, "README, block 0", "exec"), names)
+        assert capsys.readouterr().out == self.blocks("")[0]
+        for number, block in enumerate(others, 1):
+            exec(compile(block, f"README, block {number}", "exec"), names)
 
-        snippets = self.blocks("python")
-        assert len(snippets) >= 3
-        for snippet in snippets:
-            tree = ast.parse(snippet)
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("illava_hooks"):
-                    module = importlib.import_module(node.module)
-                    assert all(hasattr(module, alias.name) for alias in node.names), snippet
+    def test_commands_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With an embedded model in place of a published one, and a photo."""
+        from PIL import Image
+        from typer.testing import CliRunner
+
+        from illava_hooks import tiny
+        from illava_hooks.cli import app
+
+        lines = [line for block in self.blocks("bash") for line in block.splitlines()]
+        assert lines[:2] == ["pip install .", "illava-hooks ask --compare"]
+        monkeypatch.chdir(tmp_path)
+        Image.new("RGB", (90, 60), "teal").save("photo.jpg")
+        for line in lines[1:]:
+            words = shlex.split(re.sub(r"--model \w+/\S+", f"--model {[*tiny.ALIASES][-1]}", line))
+            done = CliRunner().invoke(app, words[1:])
+            assert done.exit_code == 0, (line, done.output)
+
+    def test_figures_are_those_of_the_results(self) -> None:
+        """Of tokens and times from what `bench` wrote, of answers from what `evaluate` wrote."""
+        from illava_hooks import tiny
+
+        rows = [line for line in self.text.splitlines() if line.startswith("| ") and " of " in line]
+        assert len(rows) == 2
+        for row in rows:
+            shape = row.split("|")[1].split(",")[0].strip().lower().replace(" ", "-")
+            found = json.loads((ROOT / "docs" / "results" / f"speed-{shape}-diverse.json").read_text())
+            (visual,) = found["report"]["visuals"]
+            left, whole = visual["language_tokens"][-1], visual["prompt_tokens"]
+            flops, seconds = found["ideal_ratio"], found["ratio"]["prefill, CPU"]
+            assert f"| {left:,} of {whole:,} | {1 / flops:.1f}x less | {1 / seconds:.1f}x faster | |" in row
+        kept = []
+        for model in tiny.ALIASES:
+            file = ROOT / "docs" / "results" / f"{model}-headline.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            kept += [row["loyalty"] for row in lines if row.get("method") == "diverse" and row["kept"] > 0.2]
+        assert len(kept) == 2
+        for share in kept:
+            assert f"| a third | | | {share:.1%} |".replace("%", " %") in self.text
 
     def test_nothing_is_left_to_fill_in(self) -> None:
         assert re.findall(r"^[ \t]*[A-Z_]+[ \t]*$", self.text, re.MULTILINE) == []
 
-    def test_table_has_every_argument(self) -> None:
+    def test_links_lead_somewhere(self) -> None:
+        targets = re.findall(r"\]\((?!https?:|\.\./\.\./actions/)([^)#]+)\)", self.text)
+        assert targets
+        assert [target for target in targets if not (ROOT / target).exists()] == []
+
+    def test_pictures_are_described(self) -> None:
+        for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+            for words in re.findall(r"!\[([^\]]*)\]", file.read_text()):
+                assert len(words) > 4, file
+
+
+class TestThePages:
+    """Tables of the docs have every argument, method, preset and export."""
+
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    methods = (ROOT / "docs" / "methods.md").read_text()
+    api = (ROOT / "docs" / "api.md").read_text()
+
+    def test_every_argument(self) -> None:
         from illava_hooks import patch
 
-        rows = set(re.findall(r"^\| `(\w+)` \|", self.text, re.MULTILINE))
+        rows = set(re.findall(r"^\| `(\w+)` \|", self.settings, re.MULTILINE))
         assert set(inspect.signature(patch).parameters) <= rows
 
-    def test_table_has_every_method_and_every_export_is_mentioned(self) -> None:
+    def test_every_method_score_and_rule(self) -> None:
+        from illava_hooks import METHODS
+        from illava_hooks.merge.rules import RULES
+        from illava_hooks.methods import ENCODER_SCORES, LLM_SCORES
+
+        rows = set(re.findall(r"^\| `([\w-]+)` \|", self.methods, re.MULTILINE))
+        assert rows == {*METHODS, *RULES, *ENCODER_SCORES, *LLM_SCORES}
+
+    def test_every_export_and_nothing_else(self) -> None:
         import illava_hooks
 
-        rows = set(re.findall(r"^\| `([\w-]+)` \|", self.text, re.MULTILINE))
-        assert set(illava_hooks.METHODS) <= rows
-        words = set(re.findall(r"\w+", self.text))
-        assert set(illava_hooks.__all__) - {"__version__"} <= words
+        named = set(re.findall(r"^::: illava_hooks\.(\w+)$", self.api, re.MULTILINE))
+        told = set(re.findall(r"`(?:illava_hooks\.)?(\w+)`", self.api))
+        assert named - {"errors"} <= set(illava_hooks.__all__)
+        assert set(illava_hooks.__all__) - named - told - {"__version__"} == set()
 
     def test_presets_are_those_of_the_code(self) -> None:
         from illava_hooks import PRESETS
@@ -577,13 +654,5 @@ class TestTheReadme:
         for modalities in PRESETS.values():
             for preset in modalities.values():
                 layers, llm_layers = list(preset.vit_layers), list(preset.llm_layers)
-                assert f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |" in self.text
-
-    def test_the_two_commands(self) -> None:
-        lines = [line for block in self.blocks("bash") for line in block.splitlines()]
-        assert lines[:2] == ["make demo", "make test"]
-
-    def test_links_lead_somewhere(self) -> None:
-        targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", self.text)
-        assert targets
-        assert [target for target in targets if not (ROOT / target).exists()] == []
+                row = f"| `{layers}` | `{preset.vit_r}` | `{llm_layers}` | `{preset.llm_ratio:.2f}` |"
+                assert row in self.settings

@@ -555,7 +555,7 @@ def test_sound_is_no_video(tmp_path: Path) -> None:
         frame.sample_rate = 8000
         out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    assert "holds only sound or stills (HEIC)" in refusal(path)
+    assert "has no video in it, only sound, a cover picture or stills (HEIC)" in refusal(path)
 
 
 def test_heic_is_not_taken_for_a_video_of_its_tiles(tmp_path: Path) -> None:

@@ -423,7 +423,7 @@ def test_an_encoder_alone_has_a_report_without_a_language_model() -> None:
     model = llava()
     session = patch(model, **ENCODER)
     with pytest.raises(PatchStateError, match="^no report yet"):
-        _ = session.report
+        _ = session.report.visuals
     forward(model, inputs_of("image"))
     (visual,) = session.report.visuals
     assert visual.vision_tokens[-1] < visual.vision_tokens[0] and visual.language_tokens == ()
@@ -556,7 +556,9 @@ def packed_run(lengths: tuple[int, ...], method: Method, order: Tensor | None, t
     hidden = value[0].transpose(0, 1).flatten(1)
     for layer in run.layers:
         here, tap = run.patch_origins(run.merges_before(layer))[0], run.tap(layer)
-        tap.attend(lambda *_, **__: (None, None), nn.Identity(), query[:, :, here], key[:, :, here], value[:, :, here])
+        heads = query[:, :, here], key[:, :, here], value[:, :, here]
+        if tap is not None:  # scores by place ask for nothing
+            tap.attend(lambda *_, **__: (None, None), nn.Identity(), *heads)
         hidden = run.merge(layer, hidden, tap)
     run.check_finished()
     return run

@@ -142,10 +142,10 @@ def test_provenance_must_be_asked_for(family: str) -> None:
     model = tiny_model(family)
     session = patch(model, **SETTINGS[family])
     with pytest.raises(PatchStateError, match="track is False"):
-        _ = session.provenance
+        _ = session.provenance.merges
     session = patch(model, **SETTINGS[family], track=True)
     with pytest.raises(PatchStateError, match="no provenance yet"):
-        _ = session.provenance
+        _ = session.provenance.merges
     with torch.no_grad():
         model(**inputs_for(model, [CASES["tiles"]]))
     with pytest.raises(PatchStateError, match=r"\('vision', 3\) did not merge"):

@@ -145,7 +145,9 @@ def test_scoring_costs_what_it_should(family: str, back_end: str) -> None:
 def test_text_of_the_report(family: str) -> None:
     *_, report = run(family, RAGGED)
     text = str(report)
-    assert "image of sample 0" in text and "video of sample 2" in text
+    assert text.splitlines()[0] == report.summary
+    for name in ("image 1 (row 0): ", "image 2 (row 0): ", "image 3 (row 2): ", "video 1 (row 2): "):
+        assert sum(line.startswith(name) for line in text.splitlines()) == 1
     assert f"kept fraction of visual tokens: {report.kept_fraction:.3f}" in text
     for stage in ("encoder", "projector", "language model", "prefill in all", "KV cache"):
         assert stage in text

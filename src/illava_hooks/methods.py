@@ -10,10 +10,11 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from illava_hooks.errors import MergeConfigError
-from illava_hooks.merge.rules import RULES, MergeRule
-from illava_hooks.merge.scores import SCORES, Score, ScoreInputs
+from illava_hooks.merge.rules import KEYLESS_RULES, RULES, MergeRule
+from illava_hooks.merge.scores import PLACE_SCORES, SCORES, Score, ScoreInputs
 
 __all__ = [
+    "ABOUT",
     "DEFAULT_METHOD",
     "ENCODER_SCORES",
     "LLM_SCORES",
@@ -83,6 +84,16 @@ class Method:
         """The merge rule as a function, where ``merge`` may be its name."""
         return RULES[self.merge] if isinstance(self.merge, str) else self.merge
 
+    @property
+    def listens_in_encoder(self) -> bool:
+        """Whether queries or keys of merging encoder layers are looked at; by a function of the user's always."""
+        return _listens(self.encoder_score, self.rule)
+
+    @property
+    def listens_in_llm(self) -> bool:
+        """Whether queries or keys in front of merging decoder layers are; if not, no question decides what merges."""
+        return _listens(self.llm_score, self.rule)
+
     def max_removed(self, num_tokens: int) -> int:
         """How many of ``num_tokens`` can be removed at once: by bipartite matching half, else all but one."""
         return num_tokens // 2 if self.merge == "bipartite" else num_tokens - 1
@@ -127,6 +138,11 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
     return found.float()
 
 
+def _listens(score: str | Score, rule: MergeRule) -> bool:
+    function = SCORES.get(score) if isinstance(score, str) else score
+    return function not in PLACE_SCORES or rule not in KEYLESS_RULES
+
+
 def _known(argument: str, value: object, names: tuple[str, ...]) -> None:
     if not callable(value) and value not in names:
         raise MergeConfigError(f"{argument} is {value!r}; choose one of {list(names)} or give a function")
@@ -142,10 +158,27 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("illava-reference", PUBLISHED, PUBLISHED, layout="compact"),
             Method("nearest", merge="nearest"),
             Method("diverse", merge="diverse", proportional=True),
+            Method("novel", "uniform", merge="diverse", proportional=True),
+            Method("novel-agnostic", "uniform", "uniform", merge="diverse", proportional=True),
             Method("tome", "uniform", "uniform", merge="bipartite"),
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),
         )
+    }
+)
+
+
+#: What each method does, in a sentence, for `illava-hooks info`.
+ABOUT: Mapping[str, str] = MappingProxyType(
+    {
+        "illava": "the tokens that receive the least attention become one weighted token (the paper's method)",
+        "illava-v2": "as published at ICLR 2026: a few survivors take up their most similar redundant tokens",
+        "illava-reference": "the arithmetic of the published code, for reproduction; its compact layout",
+        "nearest": "every redundant token is averaged into its most similar survivor",
+        "diverse": "keeps tokens that no better one resembles; recommended where both stages merge",
+        "tome": "bipartite matching by key similarity, after ToMe (2022)",
+        "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
+        "random": "random tokens are dropped, reproducibly: the baseline to beat",
     }
 )
 

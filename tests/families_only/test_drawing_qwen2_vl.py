@@ -31,10 +31,11 @@ def test_files_of_one_image(tmp_path: Path) -> None:
     for one, picture in zip(maps, pictures, strict=False):
         assert (pixels_of(picture) == pixels_of(draw(one)[0])).all()
     side, strip = pictures[0].width, pixels_of(pictures[-1])
-    assert strip.shape[1] >= 4 * side and strip.shape[0] > side
-    step = (strip.shape[1] - side) // 3
+    assert 2 * side < strip.shape[1] < 3 * side and 2 * side < strip.shape[0] < 3 * side, "two rows of two"
+    across, down = strip.shape[1] - side, (strip.shape[0] + 6) // 2
     panels = [draw(maps[0], 1.0)[0], *pictures[:3]]
     for number, panel in enumerate(panels):
-        assert (strip[:side, number * step : number * step + side] == pixels_of(panel)).all()
-        caption = strip[side:, number * step : number * step + side]
+        row, column = number // 2 * down, number % 2 * across
+        assert (strip[row : row + side, column : column + side] == pixels_of(panel)).all()
+        caption = strip[row + side : row + down, column : column + side]
         assert caption.min() < 100, "no caption"

@@ -460,7 +460,7 @@ def test_the_tower_of_each_published_size() -> None:
         assert config.model_type == name.split("-")[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/settings.md"])
+@pytest.mark.parametrize("page", ["docs/settings.md"])
 def test_both_presets_stand_in_the_tables(page: str) -> None:
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     for depth in (27, 12):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from illava_hooks.cli.options import (
+    AsJson,
     Debug,
     Device,
     Dtype,
@@ -50,16 +51,15 @@ def batch(
     frames: Frames = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Answer a file of questions, in several processes, and go on after whatever ended them."""
     import json
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from illava_hooks.integrations.batch import BatchAnswers
     from illava_hooks.integrations.batch_job import BatchJob
+    from illava_hooks.tools.progress import Bar
 
     settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     if method is not None:
@@ -74,13 +74,18 @@ def batch(
         dtype=dtype,
         **({} if no_merge else settings),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("answers", total=None)
-        job = BatchJob(path, output, answers, workers, retry_errors)
-        result = job.run(lambda done, of: progress.update(task, completed=done, total=of))
+    bar = Bar()
+    try:
+        result = BatchJob(path, output, answers, workers, retry_errors).run(
+            lambda done, of: bar.reach(done, of, "answering", "rows")
+        )
+    finally:
+        bar.end()
     with result.open(encoding="utf-8") as file:
         errors = [found["error"] for found in map(json.loads, file) if found["error"] is not None]
-    print(result)
+    if as_json:
+        print(json.dumps({"answers": str(result), "errors": len(errors)}, indent=2))
+    else:
+        print(result)
     if errors:
         print(f"{len(errors)} rows ended with an error, the first: {errors[0]}", file=sys.stderr)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +71,7 @@ def bench(
     """Measure prefill, decoding, memory and the cost of merging, without and with it in turn."""
     from illava_hooks.tools import bench as tool
     from illava_hooks.tools.loading import find_device, find_dtype, load_model, quiet
+    from illava_hooks.tools.progress import Bar, status
 
     quiet()
     if (shape is None) == (model is None):
@@ -83,22 +83,31 @@ def bench(
         raise InputError("give one of --fresh and --sweep")
     load = tool.Workload(tiles, images, frames, patches, batch, text, new_tokens)
     settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
+    bar = Bar()
     if fresh:
-        found = [tool.compare_fresh(_again(context.params), rounds)]
+        bar.begin(2 * rounds, "runs")
+        bar.step("each in a process of its own")
+        found = [tool.compare_fresh(_again(context.params), rounds, bar)]
     else:
         network: Any
-        if shape is not None:
-            target = find_device(device)
-            network = tool.build_shape(shape, str(target), find_dtype(dtype, target, "bfloat16"), attention, narrow)
-        else:
-            network, _ = load_model(str(model), device, dtype)
+        with status(f"loading {shape or model}"):
+            if shape is not None:
+                target = find_device(device)
+                network = tool.build_shape(
+                    shape, str(target), find_dtype(dtype, target, "bfloat16"), attention, narrow
+                )
+            else:
+                network, _ = load_model(str(model), device, dtype)
         if only:
             print(json.dumps(tool.measure_once(network, load, settings, only == "merged")))
             return
         if sweep:
-            found = list(tool.sweep(network, sweep, load, settings, rounds, partial(print, file=sys.stderr)))
+            found = list(tool.sweep(network, sweep, load, settings, rounds, bar.step, bar))
         else:
-            found = [tool.compare(network, load, settings, rounds)]
+            bar.begin(2 * (rounds + 1), "runs")
+            bar.step("unpatched and merged in turn")
+            found = [tool.compare(network, load, settings, rounds, progress=bar)]
+    bar.end()
     if plot is not None:
         tool.plot_comparisons(found, plot)
     if as_json:
@@ -149,21 +158,25 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure accuracy, loyalty and divergence of methods at equal budgets."""
     from illava_hooks.tools.evaluate import evaluate as measure
     from illava_hooks.tools.evaluate import print_rows
-    from illava_hooks.tools.loading import load_model, parse_number, quiet
+    from illava_hooks.tools.loading import load_model, parse_ratio, quiet
+    from illava_hooks.tools.progress import status
 
     quiet()
     check_target("--output", output)
     if keep is not None:
         stages, kept = _one_number(context, keep)
-    fractions = [float(parse_number(part, "--kept") or 0) for part in kept.split(",")]
+    fractions = [parse_ratio(part, "--kept") or 0.0 for part in kept.split(",")]
+    with status(f"loading {model}"):
+        loaded = load_model(model, device, dtype)
     names = [name for name in methods.split(",") if name]
     rows = measure(
-        *load_model(model, device, dtype),
+        *loaded,
         items,
         names or None,
         stages=stages.split(","),
@@ -174,7 +187,10 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    print_rows(rows)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print_rows(rows)
 
 
 def _one_number(context: typer.Context, keep: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,23 @@ import typer
 from illava_hooks import tiny
 from illava_hooks.errors import IllavaHooksError, InputError
 
-Input = Annotated[
+Picture = Annotated[
     Path | None,
-    typer.Option("--input", help="An image, a folder of images (one prompt), or a video; by default a bundled scene."),
+    typer.Argument(
+        metavar="[PICTURE]",
+        help="An image, a folder of images (one prompt), or a video; by default a bundled scene.",
+        show_default=False,
+    ),
 ]
-Question = Annotated[str | None, typer.Option(help="What to ask; a general question when not given.")]
-_MODEL = typer.Option(help=f"{', '.join(tiny.ALIASES)}, a folder, or a hub name.")
+Asked = Annotated[
+    str | None,
+    typer.Argument(metavar="[QUESTION]", help="What to ask; a general question when not given.", show_default=False),
+]
+Input = Annotated[Path | None, typer.Option("--input", help="The picture, as an option.")]
+Question = Annotated[str | None, typer.Option(help="The question, as an option.")]
+_MODEL = typer.Option(
+    help=f"{', '.join(tiny.ALIASES)}, a folder, or a hub name.", autocompletion=lambda: list(tiny.ALIASES)
+)
 Model = Annotated[str, _MODEL]
 ModelOrNone = Annotated[str | None, _MODEL]
 VitLayers = Annotated[str | None, typer.Option(help="Encoder layers that merge: 5-6-7-8. Empty: none.")]
@@ -32,10 +44,15 @@ MethodName = Annotated[
     str | None, typer.Option("--method", help="A name (see `illava-hooks info`) or file.py:NAME; illava by default.")
 ]
 Preset = Annotated[
-    str, typer.Option(help="image, video, auto or a file of settings: for the numbers that are not given.")
+    str,
+    typer.Option(
+        help="image, video, auto or a file of settings: for the numbers that are not given.",
+        autocompletion=lambda: ["image", "video", "auto"],
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+_DEVICES, _DTYPES = ["auto", "cpu", "cuda", "cuda:1"], ["auto", "float32", "bfloat16", "float16"]
+Device = Annotated[str, typer.Option(help=f"{', '.join(_DEVICES)}.", autocompletion=lambda: _DEVICES)]
+Dtype = Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.", autocompletion=lambda: _DTYPES)]
 Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
@@ -64,6 +81,24 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def unbroken_output() -> None:
+    """Lets a terminal that lacks a letter see its escape: answers, questions and file names hold any letter."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def either(given: Any, option: Any, names: tuple[str, str]) -> Any:
+    """What stands for itself, or behind an option.
+
+    Raises:
+        InputError: both are there.
+    """
+    if given is not None and option is not None:
+        raise InputError(f"{names[0]} is {str(given)!r} and {names[1]} is {str(option)!r}; give one of them")
+    return option if given is None else given
+
+
 def check_target(option: str, file: Path | None) -> None:
     """Refuses a file that cannot be written before the work, not after it.
 
@@ -90,7 +125,7 @@ def merge_settings(
             settings cannot be read.
     """
     from illava_hooks.config import check_preset
-    from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
+    from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number, parse_ratio
     from illava_hooks.tools.methods import find_method
 
     for option, amount in (("--vit-r", vit_r), ("--llm-ratio", llm_ratio)):
@@ -101,7 +136,7 @@ def merge_settings(
         "vit_layers": parse_layers(vit_layers, "--vit-layers"),
         "vit_r": parse_number(vit_r, "--vit-r"),
         "llm_layers": parse_layers(llm_layers, "--llm-layers"),
-        "llm_ratio": parse_number(llm_ratio, "--llm-ratio"),
+        "llm_ratio": parse_ratio(llm_ratio, "--llm-ratio"),
         "keep": parse_fraction(keep, "--keep"),
         "preset": preset,
     }

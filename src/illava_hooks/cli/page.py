@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from illava_hooks.cli.options import Debug, Device, Dtype, Frames, Model, friendly
+from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Frames, Model, friendly
 
 __all__ = ["demo"]
 
@@ -24,6 +25,7 @@ def demo(
     frames: Frames = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Serve a page that compares answers with and without merging, and shows what is merged."""
@@ -31,9 +33,12 @@ def demo(
     from illava_hooks.demo.handlers import check_gradio
     from illava_hooks.demo.serve import serve
     from illava_hooks.tools.loading import load_model, quiet
+    from illava_hooks.tools.progress import status
 
     check_gradio()  # where it is missing, the error comes before a large model is loaded
     quiet()
-    engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)
-    engine.warm_up()
-    serve(engine, host, port, max_file_size, browser, lambda line: print(line, flush=True))
+    with status(f"loading {model}"):
+        engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)
+        engine.warm_up()
+    say = (lambda line: print(json.dumps(line), flush=True)) if as_json else lambda line: print(line, flush=True)
+    serve(engine, host, port, max_file_size, browser, say)

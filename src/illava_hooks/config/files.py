@@ -13,7 +13,7 @@ from illava_hooks.config.schedule import MergeSchedule, Modality
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.methods import METHODS, Method
 
-__all__ = ["VERSION", "read_settings", "write_settings"]
+__all__ = ["VERSION", "from_entry", "read_settings", "to_entry", "write_settings"]
 
 #: Raised when a file of before could be misread.
 VERSION = 1
@@ -38,16 +38,22 @@ def write_settings(
         MergeConfigError: the method has functions of one's own, or the file cannot be written.
     """
     target = _json_path(path)
-    body: dict[str, Any] = {"illava_hooks": VERSION, "method": _method_entry(method), "track": track}
-    for modality, schedule in schedules.items():
-        names = _AMOUNTS if schedule.keep is None else _ONE_NUMBER
-        entry = {name: getattr(schedule, name) for name in names}
-        body[modality] = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+    body = to_entry(schedules, method, track)
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in body.items())
     try:
         target.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     except OSError as error:
         raise MergeConfigError(f"path is {str(target)!r}, which cannot be written ({error.strerror})") from error
+
+
+def to_entry(schedules: Mapping[Modality, MergeSchedule], method: Method, track: bool) -> dict[str, Any]:
+    """What a file holds, as JSON's own types; arguments and errors as of ``write_settings``."""
+    body: dict[str, Any] = {"illava_hooks": VERSION, "method": _method_entry(method), "track": track}
+    for modality, schedule in schedules.items():
+        names = _AMOUNTS if schedule.keep is None else _ONE_NUMBER
+        entry = {name: getattr(schedule, name) for name in names}
+        body[modality] = {name: list(value) if isinstance(value, tuple) else value for name, value in entry.items()}
+    return body
 
 
 def read_settings(path: str | os.PathLike[str]) -> tuple[dict[Modality, MergeSchedule], Method, bool]:
@@ -75,6 +81,15 @@ def _parsed(text: str) -> tuple[dict[Modality, MergeSchedule], Method, bool]:
         body = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise MergeConfigError(f"this is no JSON ({error}); give a file that MergeConfig.save wrote") from error
+    return from_entry(body)
+
+
+def from_entry(body: Any) -> tuple[dict[Modality, MergeSchedule], Method, bool]:
+    """The way back from ``to_entry``.
+
+    Raises:
+        MergeConfigError: something in it is not understood.
+    """
     if not isinstance(body, dict) or "illava_hooks" not in body:
         raise MergeConfigError("there is no version under 'illava_hooks'; give a file that MergeConfig.save wrote")
     version = body["illava_hooks"]

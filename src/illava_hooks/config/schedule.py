@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MergeSchedule", "Modality", "llm_removed", "split_keep"]
+__all__ = ["MergeSchedule", "Modality", "describe", "llm_removed", "split_keep"]
 
 Modality = Literal["image", "video"]
 
@@ -136,3 +136,19 @@ def split_keep(
 def _nearest(number: float) -> int:
     """The nearest whole number, halves upwards."""
     return math.floor(number + 0.5)
+
+
+def describe(schedule: MergeSchedule) -> str:
+    """A schedule in a few words."""
+    encoder, decoder = (list(layers) for layers in (schedule.vit_layers, schedule.llm_layers))
+    if schedule.is_identity:
+        return "nothing merges"
+    if schedule.keep is not None:
+        return f"keep={schedule.keep:.4g} over encoder layers {encoder} and decoder layers {decoder}"
+    stages = []
+    if schedule.merges_in_encoder:
+        removed = schedule.vit_r if isinstance(schedule.vit_r, int) else f"{schedule.vit_r:.4g} of the tokens"
+        stages.append(f"encoder layers {encoder} remove {removed} each")
+    if schedule.merges_in_llm:
+        stages.append(f"decoder layers {decoder} keep {schedule.llm_ratio:.4g} of them each")
+    return ", ".join(stages)

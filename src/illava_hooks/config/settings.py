@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from illava_hooks.config.checks import check_keep, check_layers, check_ratio, check_vit_r
-from illava_hooks.config.files import read_settings, write_settings
+from illava_hooks.config.files import from_entry, read_settings, to_entry, write_settings
 from illava_hooks.config.schedule import MergeSchedule, Modality, split_keep
 from illava_hooks.errors import MergeConfigError
 from illava_hooks.methods import DefaultMethod, Method, resolve_method
@@ -77,11 +77,11 @@ class MergeConfig:
         llm_layers: Iterable[int] | None,
         llm_ratio: float | None,
         method: str | Method,
-        preset: str | os.PathLike[str],
+        preset: str | os.PathLike[str] | MergeConfig,
         track: bool,
         keep: float | None = None,
     ) -> MergeConfig:
-        """Fills what is None from the preset and checks every number.
+        """Fills what is None from the preset, which may be other settings, and checks every number.
 
         Raises:
             MergeConfigError: a value is outside of its range; the message names value, range and cure.
@@ -125,6 +125,20 @@ class MergeConfig:
         """
         write_settings(path, {"image": self.image, "video": self.video}, self.method, self.track)
 
+    def to_entry(self) -> dict[str, Any]:
+        """What ``save`` writes, as JSON's own types."""
+        return to_entry({"image": self.image, "video": self.video}, self.method, self.track)
+
+    @classmethod
+    def from_entry(cls, entry: Any) -> MergeConfig:
+        """The way back from ``to_entry``.
+
+        Raises:
+            MergeConfigError: something in it is not understood.
+        """
+        schedules, method, track = from_entry(entry)
+        return cls(schedules["image"], schedules["video"], method, track)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MergeConfig:
         """Reads what ``save`` wrote.
@@ -136,12 +150,14 @@ class MergeConfig:
         return cls(schedules["image"], schedules["video"], method, track)
 
 
-def check_preset(preset: str | os.PathLike[str]) -> MergeConfig | None:
-    """What a preset's file says; None for the name of a preset.
+def check_preset(preset: str | os.PathLike[str] | MergeConfig) -> MergeConfig | None:
+    """What a preset's file says, or settings that stand in for one; None for the name of a preset.
 
     Raises:
         MergeConfigError: it is neither, or the file cannot be read.
     """
+    if isinstance(preset, MergeConfig):
+        return preset
     if isinstance(preset, os.PathLike) or (isinstance(preset, str) and preset.endswith(".json")):
         return MergeConfig.load(preset)
     choices = [*get_args(Modality), "auto"]

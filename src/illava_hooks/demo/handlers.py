@@ -16,7 +16,7 @@ from illava_hooks.tools.loading import default_question
 
 __all__ = ["Handlers", "check_gradio", "gradio"]
 
-CURE = "pip install 'illava-hooks[demo]'"
+CURE = "pip install '.[demo]' in a checkout, or pip install 'illava-hooks[demo]'"
 THUMB = 256  # pixels of a preview's longer side
 
 

@@ -239,6 +239,22 @@ class EncoderTap:
         (query, key), *_ = self._heard
         return query.transpose(1, 2).flatten(0, 1), key.transpose(1, 2).flatten(0, 1)
 
+    def keys(self) -> Tensor:
+        """``(P, G, D)`` keys of all tokens, for rules that compare them."""
+        return self.heads()[1]
+
+    def hear(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Takes down one call of the attention.
+
+        Args:
+            query: ``(s, H, n, D)``, rotated.
+            key: ``(s, G, n, D)``.
+            scale: factor of the logits.
+        """
+        self.scale = scale
+        if self.ranks:
+            self._heard.append((query.detach(), key.detach()))
+
     def attend(
         self,
         attention: Attention,
@@ -250,9 +266,7 @@ class EncoderTap:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``Listener``; calls come in the order of the segments."""
-        self.scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        if self.ranks:
-            self._heard.append((query.detach(), key.detach()))
+        self.hear(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
         plain = attention is sdpa_attention_forward and _is_plain(query, key, value, attention_mask, **kwargs)
         bias = None if self.log_sizes is None else self._bias(self.log_sizes, key)

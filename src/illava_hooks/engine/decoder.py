@@ -19,7 +19,7 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import Fold, MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import Score, ScoreInputs
+from illava_hooks.merge.scores import Score, ScoreInputs, place_scores
 from illava_hooks.merge.segments import Segments, everybody, made_once, scatter_back
 from illava_hooks.methods import checked_scores
 
@@ -36,7 +36,8 @@ class PromptState:
     Attributes:
         places: ``(B, N + 1)`` int64, the compact column that stands for each logical token, and the column of the
             scoring query.
-        tables: ``(B, K, 3)`` int64, ``visual``, ``columns`` and ``origins`` of each column.
+        tables: ``(B, K, 3)`` int64, ``visual``, ``columns`` and ``origins`` of each column; with ``ends``, where
+            somebody asks for them, ``(B, K, 4)``.
         token_size: ``(B, K)`` float32, how many tokens each stands for.
         rope: RoPE tables of the columns side by side, once known.
         rope_widths: the width of each.
@@ -72,6 +73,11 @@ class PromptState:
     def origins(self) -> Tensor:
         """``(B, K)`` int64, where a visual token stood in its image or video before any merge."""
         return self.tables[..., 2]
+
+    @property
+    def ends(self) -> Tensor | None:
+        """``(B, K)`` bool, who stands for the last token of an image or video; None where nobody asks."""
+        return self.tables[..., 3] > 0 if self.tables.shape[-1] > 3 else None
 
     def keep_rope(self, tables: Sequence[Tensor]) -> None:
         """Remembers RoPE tables ``(B, K, D)``."""
@@ -179,7 +185,7 @@ class DecoderRun:
         self.states = [state]
         self.plans: list[MergePlan] = []
         self.is_finished = False
-        self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ranked: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def merges_through(self, layer_idx: int) -> int:
         """How many merges have happened where a layer's attention runs: one on its entry included."""
@@ -188,6 +194,8 @@ class DecoderRun:
     def ranks_for(self, layer_idx: int) -> bool:
         """Whether the attention of a layer ranks the tokens that the next one merges, and they are not ranked yet."""
         following = layer_idx + 1
+        if not self.config.method.listens_in_llm:
+            return False
         return following in self.layers and len(self.plans) == self.layers.index(following)
 
     def stage(self, layer_idx: int) -> PromptState:
@@ -221,6 +229,8 @@ class DecoderRun:
         self._check_reached(merges)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == merges:
+            if not self.config.method.listens_in_llm:
+                self._ranked[layer_idx] = self._by_place(layer_idx), None
             if layer_idx not in self._ranked:
                 raise PatchStateError(
                     f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
@@ -228,8 +238,12 @@ class DecoderRun:
                 )
             scores, keys = self._ranked.pop(layer_idx)
             with torch.no_grad():
-                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys.to(hidden.device))
+                self._decide(merges, hidden.detach(), scores.to(hidden.device), keys)
         return apply_merge(hidden, self.plans[merges])
+
+    def _by_place(self, layer_idx: int) -> Tensor:
+        """``(B, K)`` scores of the tokens that enter a merging layer, by a score that looks at places alone."""
+        return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx)
 
     def check_finished(self) -> None:
         """Every planned merge ran.
@@ -252,7 +266,7 @@ class DecoderRun:
         """``(B, K, C)`` of a stage at the logical length ``(B, N, C)``."""
         return scatter_back(hidden, self.states[merges].kept_at.to(hidden.device))
 
-    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor) -> None:
+    def _decide(self, merges: int, hidden: Tensor, scores: Tensor, keys: Tensor | None) -> None:
         before, after = self.counts[merges], self.counts[merges + 1]
         state = self.states[merges] = self.states[merges].to(hidden.device)
         valid = before.valid(hidden.device)
@@ -265,12 +279,16 @@ class DecoderRun:
             order = torch.argsort(state.visual.flatten(), stable=True)[state.visual.numel() - total :]
             segments = Segments.from_lengths([n for n, _ in counts], order)
             # The query is read after the last layer: it must stay.
+            scores = scores.scatter(1, state.query[:, None], torch.inf)
+            if state.ends is not None:
+                # The query of a prompt that ends with an image, and so of every prompt: no question decides.
+                scores = scores.masked_fill(state.ends, torch.inf)
             inputs = RuleInputs.of(
                 segments,
                 tuple(n - m for n, m in counts),
-                scores.scatter(1, state.query[:, None], torch.inf).flatten(),
+                scores.flatten(),
                 hidden=lambda: hidden.flatten(0, 1),
-                keys=lambda: keys,
+                keys=lambda: _heard(keys).to(hidden.device),
                 token_size=state.token_size.flatten(),
             )
             local = self.config.method.rule(inputs)
@@ -280,6 +298,11 @@ class DecoderRun:
         plan = build_plan(local, segments, exists, after.width, state.token_size, full=full)
         self.plans.append(plan)
         self.states.append(_after(plan, state, after))
+
+
+def _heard(keys: Tensor | None) -> Tensor:
+    assert keys is not None
+    return keys
 
 
 def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptState:

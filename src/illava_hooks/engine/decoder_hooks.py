@@ -124,6 +124,7 @@ class TextModelHook(Hook):
             real_tokens(mask, past.logical, embeds),
             _packed_candidates(kwargs.get("position_ids"), mask, cache),
             allows_holes="recurrent" not in self.family.layer_kinds(config),
+            keeps_ends=not forward.session.config.method.listens_in_llm,
         )
         run = forward.run = self._plan(forward, prompt)
         _refuse_mixed(prompt, run)

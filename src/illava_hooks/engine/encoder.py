@@ -9,7 +9,6 @@ class token); they are split off before anything here looks at it. ``S`` segment
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,7 +28,7 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import OF_PLACES, ScoreInputs, packed_scores, received_attention
+from illava_hooks.merge.scores import PLACE_SCORES, ScoreInputs, packed_scores, place_scores, received_attention
 from illava_hooks.merge.segments import (
     Segments,
     buckets,
@@ -85,6 +84,7 @@ class EncoderRun:
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
+        self._listens = session.config.method.listens_in_encoder
         self.visible, self.padding, self._shrink, self._filled = visible, padding, shrink, filled
         self.layers = self.schedule.vit_layers if self.schedule.merges_in_encoder else ()
         self.lengths = self._plan(lengths)
@@ -178,14 +178,17 @@ class EncoderRun:
         prefix = self.traits.prefix
         return torch.cat([hidden[:, :prefix], hidden[:, prefix:][:, order]], 1) if prefix else hidden[:, order]
 
-    def tap(self, layer_idx: int) -> EncoderTap:
-        """What listens to the attention of a layer that merges or weighs."""
+    def tap(self, layer_idx: int) -> EncoderTap | None:
+        """What listens to the attention of a layer that merges or weighs; None: it has nothing to tell."""
         merges, prefix = self.merges_before(layer_idx), self.traits.prefix
+        log_sizes = self._log_sizes(merges)
+        if log_sizes is None and not self._listens:
+            return None
         lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
-        ranks = self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan of the first run
+        ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan
         removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
         received = removes and self.score is received_attention
-        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=self._log_sizes(merges))
+        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=log_sizes)
 
     def _log_sizes(self, merges: int) -> Tensor | None:
         """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
@@ -258,13 +261,13 @@ class EncoderRun:
     # ------------------------------------------------------------------ merging
 
     @in_region("illava::encoder_merge")
-    def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap) -> Tensor:
+    def merge(self, layer_idx: int, hidden: Tensor, tap: EncoderTap | None) -> Tensor:
         """Merges the patches of one layer.
 
         Args:
             layer_idx: the layer.
             hidden: ``(B, prefix + K * u, C)`` or, for one packed row, ``(K * u, C)``.
-            tap: what its attention left behind.
+            tap: what its attention left behind; None where places alone say who stays.
 
         Returns:
             The survivors, in the form of ``hidden``.
@@ -279,22 +282,23 @@ class EncoderRun:
         merged = apply_merge(units, self.plans[merges])
         return self._join(prefix, merged, hidden.shape[:-2], hidden.shape[-1])
 
-    def _decide(self, merges: int, units: Tensor, tap: EncoderTap) -> None:
-        state, after = self.states[merges], self.segments[merges + 1].lengths
-        scores = unit_scores(self, merges, tap)
+    def _decide(self, merges: int, units: Tensor, tap: EncoderTap | None) -> None:
+        state, shown, after = self.states[merges], self.visible, self.segments[merges + 1].lengths
+        scores = self.scores(merges, tap) if self._listens and tap is not None else _scores_by_place(self, merges)
         segments, kept = self._merge_segments(merges)
         inputs = RuleInputs.of(
             segments,
             tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
             scores,
             hidden=lambda: units.flatten(0, 1),
-            keys=lambda: self._without_prefix(tap.heads()[1]).reshape(scores.numel(), -1),
+            keys=lambda: self._keys(tap).reshape(scores.numel(), -1),
             token_size=state.token_size.flatten(),
-            visible=None if self.visible is None else partial(_visible_rows, self.visible, state),
+            visible=None if shown is None else lambda: shown.survivors(state).flatten(),
         )
         exists = everybody(state.origins.shape, state.origins.device)
-        width = sum(after) // self.num_rows
-        plan = build_plan(self.rule(inputs), segments, exists, width, state.token_size, full=True)
+        plan = build_plan(
+            self.rule(inputs), segments, exists, sum(after) // self.num_rows, state.token_size, full=True
+        )
         self.plans.append(plan)
         self.states.append(
             EncoderState(take_kept(state.origins, plan), plan.follow(state.kept_at), plan.grow(state.token_size))
@@ -302,6 +306,10 @@ class EncoderRun:
         if self.session.config.track:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
+
+    def scores(self, merges: int, tap: EncoderTap) -> Tensor:
+        """As ``unit_scores``; an engine whose ranks hold some of the heads each makes one of all of them here."""
+        return unit_scores(self, merges, tap)
 
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
@@ -328,6 +336,11 @@ class EncoderRun:
             parts += [mine, tuple(n - m for n, m in zip(units, mine, strict=True))]
         return parts
 
+    def _keys(self, tap: EncoderTap | None) -> Tensor:
+        """``(P, G, D)``, what rules by similarity of keys compare."""
+        assert tap is not None
+        return self._without_prefix(tap.keys())
+
     def _without_prefix(self, tokens: Tensor) -> Tensor:
         """``(P, ...)`` without the tokens in front of each row."""
         if not self.traits.prefix:
@@ -337,16 +350,12 @@ class EncoderRun:
     def places(self, merges: int) -> Tensor:
         """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""
         unit, width = self.traits.patches_per_unit, self.states[0].kept_at.shape[1]
-        now, first = self.segments[merges].lengths, accumulate((0, *self.segments[0].lengths))
-        begins = [start % width * unit for start in first][: len(now)]
+        now = self.segments[merges].lengths
+        begins = [n % width * unit for n in accumulate((0, *self.segments[0].lengths))][: len(now)]
         origins = self.patch_origins(merges).flatten()
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
         return origins - repeated(begins, [n * unit for n in now], origins.device)
-
-
-def _visible_rows(visible: Visible, state: EncoderState) -> Tensor:
-    return visible.survivors(state).flatten()
 
 
 def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
@@ -364,16 +373,13 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
     if sum(table.numel() for table in tap.received) == total + prefix * run.num_rows:
         flat = torch.cat([table.flatten() for table in tap.received])
         return run._without_prefix(flat).view(-1, unit).mean(-1)
+    if run.score in PLACE_SCORES:
+        return _scores_by_place(run, merges)
     query, key = tap.heads()
     rows = [n * unit + prefix for n in segments.lengths]
     if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, unit)) is not None:
         return run._without_prefix(packed)
     place, name = run.places(merges), run.session.config.method.name
-    if run.score in OF_PLACES:
-        inputs = ScoreInputs(
-            key, lambda: query, lambda: query[-1], place[None], None, tap.scale, run.layers[merges], False
-        )
-        return run.score(inputs).view(-1, unit).mean(-1)
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():
         members = host_table(numbers, key.device)
@@ -386,6 +392,14 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         found = checked_scores(name, run.score, inputs)[:, prefix:]
         scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
     return scores
+
+
+def _scores_by_place(run: EncoderRun, merges: int) -> Tensor:
+    """As ``unit_scores`` by a score that looks at places alone; patches of padding score 0, as there."""
+    scores = place_scores(run.score, run.places(merges)[None], run.layers[merges])
+    if run.padding is not None:
+        scores = scores * run.padding.real.gather(1, run.patch_origins(merges)).flatten()
+    return scores.view(-1, run.traits.patches_per_unit).mean(-1)
 
 
 def _padded_scores(run: EncoderRun, padding: Padding, merges: int, tap: EncoderTap) -> Tensor:

@@ -48,9 +48,11 @@ class MergeStep:
         Returns:
             The residual stream, merged where the layer merges.
         """
-        listener = self.run.tap(self.layer_idx)
-        with AttentionTap(listener):
+        if (listener := self.run.tap(self.layer_idx)) is None:
             hidden = attend()
+        else:
+            with AttentionTap(listener):
+                hidden = attend()
         return self.run.merge(self.layer_idx, hidden, listener) if self.run.merges_in(self.layer_idx) else hidden
 
 
@@ -95,7 +97,7 @@ def change_layers(
     kinds: Mapping[type[nn.Module], type[MergingLayer]],
     session: MergeSession,
 ) -> None:
-    """Makes encoder layers able to merge: their class is swapped, their attention can be listened to.
+    """Makes encoder layers able to merge: their class is swapped, their attention can be listened to if need be.
 
     Args:
         layers: by index, the layer in each copy of the tower.
@@ -115,8 +117,9 @@ def change_layers(
                 )
             merging = next(kind for stock, kind in kinds.items() if isinstance(layer, stock))
             session.hooks.swap_class(layer, merging)
-            attention = getattr(layer, merging.attention_name)
-            session.hooks.swap(attention, "config", TappedConfig(attention.config))
+            if session.config.method.listens_in_encoder or session.config.method.proportional:
+                attention = getattr(layer, merging.attention_name)
+                session.hooks.swap(attention, "config", TappedConfig(attention.config))
 
 
 class EncoderLayerHook(Hook):

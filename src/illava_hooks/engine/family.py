@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -125,14 +125,11 @@ class Family:
 
         try:
             base = inside(self.base(model))[0]
-            towers = inside(self.tower(base))
             text_models = inside(self.text_model(base)) if "language" in self.stages else []
-            parts = ModelParts(
+            parts = replace(
+                self.locate_encoder(base),
                 top=None if base is model else model,
-                base=base,
-                towers=towers,
                 text_models=text_models,
-                encoder_layers=_by_index([self.layers_of(tower) for tower in towers]),
                 decoder_layers=_by_index([text.layers for text in text_models]),
             )
             seams = [f"get_{modality}_features" for modality in self.modalities]
@@ -148,6 +145,16 @@ class Family:
                 "which patching needs; use a version of transformers that this library supports"
             ) from missing
         return parts
+
+    def locate_encoder(self, base: Any) -> ModelParts:
+        """The parts of the vision stage alone, for a model whose decoder is somebody else's.
+
+        Args:
+            base: the model that joins vision and language.
+        """
+        towers = inside(self.tower(base))
+        layers = _by_index([self.layers_of(tower) for tower in towers])
+        return ModelParts(None, base, towers, [], layers, [])
 
     # ------------------------------------------------------------------ what is possible
 

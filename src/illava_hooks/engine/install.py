@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from illava_hooks.engine.attention_tap import TappedConfig
 from illava_hooks.engine.decoder_hooks import DecoderLayerHook, RankingHook, RestoreLengths, TextModelHook
 from illava_hooks.engine.encoder_layers import EncoderLayerHook
 from illava_hooks.engine.family import Family, ModelParts
-from illava_hooks.engine.hookset import has_hooks
+from illava_hooks.engine.hookset import HookSet, has_hooks
 from illava_hooks.engine.model_hooks import (
     AfterBase,
     AfterHead,
@@ -26,10 +27,28 @@ from illava_hooks.engine.proof import check_scores
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import PatchStateError
 
-__all__ = ["install", "install_encoder"]
+__all__ = ["install", "install_encoder", "taken_off"]
 
 
-def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) -> MergeSession:
+@contextlib.contextmanager
+def taken_off(session: MergeSession, family: Family) -> Iterator[None]:
+    """The model without the changes of a session, while the context is open; then the same session is back.
+
+    Args:
+        session: of a patched model.
+        family: the model's.
+    """
+    session.hooks.remove(session.root)
+    try:
+        yield
+    finally:
+        session.hooks = HookSet()
+        install(family, family.locate(session.root), session.config, session.root, session)
+
+
+def install(
+    family: Family, parts: ModelParts, config: MergeConfig, model: Any, session: MergeSession | None = None
+) -> MergeSession:
     """Makes all changes to a model, or none.
 
     Args:
@@ -37,6 +56,7 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
         parts: where its parts are.
         config: settings that the family has checked.
         model: the model that was given; it gets the session.
+        session: one that has been taken off, to be put on again; None: a new one.
 
     Raises:
         UnsupportedModelError: its language model cannot be ranked, or a layer cannot be changed.
@@ -46,8 +66,8 @@ def install(family: Family, parts: ModelParts, config: MergeConfig, model: Any) 
     _refuse_shared(parts)
     # Before anything is changed: what is compared is the stock layer, and a refusal leaves nothing to undo.
     for text in parts.text_models:
-        check_scores(text, [layer - 1 for layer in config.llm_layers])
-    session = MergeSession(config, model)
+        check_scores(text, _ranking(config))
+    session = MergeSession(config, model) if session is None else session
     try:
         install_encoder(family, parts, session)
         if "language" in family.stages:
@@ -79,7 +99,7 @@ def install_encoder(family: Family, parts: ModelParts, session: MergeSession) ->
 
 
 def _install_language(family: Family, parts: ModelParts, session: MergeSession) -> None:
-    hooks, ranking = session.hooks, {layer - 1 for layer in session.config.llm_layers}
+    hooks, ranking = session.hooks, _ranking(session.config)
     kinds = family.layer_kinds(family.text_config(session.root))
     shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
     for text in parts.text_models:
@@ -93,6 +113,11 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
                 hooks.swap(attention, "config", TappedConfig(attention.config))
                 hooks.after(layer, RankingHook(), always=True)
             hooks.before(layer, DecoderLayerHook(index, kinds[index]))
+
+
+def _ranking(config: MergeConfig) -> list[int]:
+    """The decoder layers whose attention ranks for the next one."""
+    return [layer - 1 for layer in config.llm_layers] if config.method.listens_in_llm else []
 
 
 def _install_around(family: Family, parts: ModelParts, session: MergeSession) -> None:

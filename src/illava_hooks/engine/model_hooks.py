@@ -99,7 +99,9 @@ class BeforeBase(Hook):
         return args, kwargs
 
     def _warn_of_answers(self, module: Any, query: ScoringQuery) -> None:
-        if not query.is_told and module.training and torch.is_grad_enabled() and self.session.config.llm_layers:
+        config = self.session.config
+        asks = bool(config.llm_layers) and config.method.listens_in_llm
+        if not query.is_told and module.training and torch.is_grad_enabled() and asks:
             self.session.warn_once(
                 "a training forward came without labels and logits_to_keep (label smoothing and own losses take the "
                 "labels out): its last token ranks the visual tokens, so an answer may rank those of its own prompt; "

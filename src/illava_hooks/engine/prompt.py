@@ -18,7 +18,7 @@ from illava_hooks.engine.decoder import PromptState, TokenCounts
 from illava_hooks.engine.records import VisualRecord
 from illava_hooks.engine.scoring_query import ScoringQuery
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.segments import counting, everybody, numbered, right_align
+from illava_hooks.merge.segments import counting, everybody, host_table, numbered, right_align
 
 __all__ = ["CompactPrompt", "Visuals", "compact_prompt"]
 
@@ -81,7 +81,13 @@ class _Marks:
 
 
 def compact_prompt(
-    visuals: Visuals, query: ScoringQuery, real: Tensor, text_positions: Tensor | None, allows_holes: bool = True
+    visuals: Visuals,
+    query: ScoringQuery,
+    real: Tensor,
+    text_positions: Tensor | None,
+    *,
+    allows_holes: bool = True,
+    keeps_ends: bool = False,
 ) -> CompactPrompt:
     """Drops what the encoder merged away and all padding; one transfer to the host.
 
@@ -92,6 +98,7 @@ def compact_prompt(
         text_positions: ``(B, N)`` positions to be checked for packed sequences, or None.
         allows_holes: whether padding between real tokens may be dropped; not in front of recurrent layers, whose
             state stock fades there.
+        keeps_ends: whether the last token of every image and video is to stay.
 
     Raises:
         PatchStateError: the positions restart, as in packed training sequences; there are holes; or nothing is real.
@@ -115,7 +122,7 @@ def compact_prompt(
         prompt_lengths=tuple(counted["real"]),
         trailing_text=min(counted["trailing_text"]),
         moves=bool(counted["moves"][0]),
-        state=_state(marks, query, real, counts),
+        state=_state(marks, query, real, counts, records if keeps_ends else []),
         mixed=_mixed(visuals, counted["placeholders"]),
     )
 
@@ -234,7 +241,9 @@ def _restarts(positions: Tensor | None, real: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the compact sequence
 
 
-def _state(marks: _Marks, query: ScoringQuery, real: Tensor, counts: TokenCounts) -> PromptState:
+def _state(
+    marks: _Marks, query: ScoringQuery, real: Tensor, counts: TokenCounts, kept_to_the_end: Sequence[VisualRecord]
+) -> PromptState:
     rank, width = marks.keep.cumsum(1), counts.width
     column = (rank - rank[:, -1:] - 1 + width).clamp_min(0)
     # Padding shows the token before it, leading padding the first one: outputs there mean nothing, as in stock.
@@ -242,11 +251,21 @@ def _state(marks: _Marks, query: ScoringQuery, real: Tensor, counts: TokenCounts
     shown = torch.maximum(column, first_real.clamp_max(width - 1))
     kept_at = torch.where(marks.visual >= 0, column.flatten()[marks.survivor_of.flatten()].view_as(column), shown)
     columns, padding = right_align(marks.keep, width), counts.padding(real.device)
-    tables = torch.stack([marks.visual.gather(1, columns), columns, marks.origin.gather(1, columns)], -1)
+    tables = [marks.visual.gather(1, columns), columns, marks.origin.gather(1, columns)]
+    ends = [_ends(marks, kept_at, width, kept_to_the_end)] if kept_to_the_end else []
+    about = torch.stack(tables + ends, -1)
     if padding is not None:
-        tables[..., :2].masked_fill_(padding[..., None], -1)
+        about[..., :2].masked_fill_(padding[..., None], -1)
     return PromptState(
         places=torch.cat([kept_at, kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])], 1),
-        tables=tables,
+        tables=about,
         token_size=torch.ones(columns.shape, dtype=torch.float32, device=real.device),
     )
+
+
+def _ends(marks: _Marks, kept_at: Tensor, width: int, records: Sequence[VisualRecord]) -> Tensor:
+    """``(B, K)`` int64, 1 in the columns that stand for the last tokens of images and videos."""
+    last = host_table([record.num_tokens - 1 for record in records], kept_at.device)
+    is_last = (marks.visual >= 0) & (marks.origin == last[marks.visual.clamp_min(0)])
+    found = torch.zeros(len(kept_at), width, dtype=torch.int64, device=kept_at.device)
+    return found.scatter_reduce(1, kept_at, is_last.to(torch.int64), "amax")

@@ -135,7 +135,7 @@ class VisualReport:
         return self.language_tokens[-1] if self.language_tokens else self.prompt_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MergeReport:
     """The last forward that introduced visual tokens.
 
@@ -184,29 +184,84 @@ class MergeReport:
         stages = (self.encoder_flops, self.projector_flops, self.llm_flops)
         return sum(s[0] for s in stages), sum(s[1] for s in stages)
 
-    def __str__(self) -> str:
-        """A table to read."""
-        lines = [
-            f"{v.modality} of sample {v.sample}: patches {_steps(v.vision_tokens)}; "
-            f"visual tokens {v.prompt_tokens}" + (f" -> {_steps(v.language_tokens)}" if v.language_tokens else "")
-            for v in self.visuals
+    @property
+    def summary(self) -> str:
+        """One line: by how much merging made what smaller; stages that were left alone are not named."""
+        ranked = [v for v in self.visuals if v.language_tokens]
+        whole, left = sum(v.prompt_tokens for v in ranked), sum(v.left for v in ranked)
+        parts = [
+            (whole, left, "fewer visual tokens"),
+            (self.flops[1], self.flops[0], "less prefill work" if self.llm_flops[1] else "less work in the encoder"),
+            (self.kv_bytes[1], self.kv_bytes[0], "smaller KV cache"),
         ]
+        said = [f"{before / max(1, after):.1f}x {what}" for before, after, what in parts if before]
+        return ", ".join(said) or "nothing was measured"
+
+    def __str__(self) -> str:
+        """The summary, what each image and video lost in which layer, and a table of work and memory."""
+        lines = [self.summary]
+        lines += [f"{name}: {_path(visual)}" for name, visual in self._named()]
         lines.append(f"kept fraction of visual tokens: {self.kept_fraction:.3f}")
+        for name, unit, merged, whole, ratio in self._costs():
+            lines.append(f"{name:<15} {merged:12.3f} of {whole:12.3f} {unit} ({ratio:.3f})")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """The summary; ``str`` and ``print`` tell all."""
+        return f"<MergeReport: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        visuals = "".join(f"<tr><td>{name}</td><td>{_path(visual)}</td></tr>" for name, visual in self._named())
+        costs = "".join(
+            f"<tr><td>{name}</td><td>{merged:.3f}</td><td>{whole:.3f}</td><td>{unit}</td><td>{ratio:.3f}</td></tr>"
+            for name, unit, merged, whole, ratio in self._costs()
+        )
+        head = "<tr><th></th><th>with merging</th><th>without</th><th></th><th>ratio</th></tr>"
+        visuals = visuals.replace("->", "&rarr;")
+        return f"<p><b>{self.summary}</b></p><table>{visuals}</table><table>{head}{costs}</table>"
+
+    def _named(self) -> list[tuple[str, VisualReport]]:
+        """Images and videos, numbered from 1 through the batch, and with the row where there are several rows."""
+        several = len({visual.sample for visual in self.visuals}) > 1 or len(self.prompt_tokens) > 1
+        return [
+            (f"{visual.modality} {number}" + (f" (row {visual.sample})" if several else ""), visual)
+            for of_kind in (self.images, self.videos)
+            for number, visual in enumerate(of_kind, 1)
+        ]
+
+    def _costs(self) -> list[tuple[str, str, float, float, float]]:
+        """Name, unit, with merging, without, ratio; nothing of a stage that did not run."""
         rows = {"encoder": self.encoder_flops, "projector": self.projector_flops, "language model": self.llm_flops}
         if self.llm_flops[1]:
             rows["prefill in all"] = self.flops
-        for name, (merged, whole) in rows.items():
-            if whole:
-                lines.append(f"{name:<15} {merged / 1e9:12.3f} of {whole / 1e9:12.3f} GFLOPs ({merged / whole:.3f})")
-        merged, whole = self.kv_bytes
-        if whole:
-            lines.append(f"{'KV cache':<15} {merged / 1e6:12.3f} of {whole / 1e6:12.3f} MB ({merged / whole:.3f})")
-        return "\n".join(lines)
+        costs = [(name, "GFLOPs", 1e9, *pair) for name, pair in rows.items()]
+        costs.append(("KV cache", "MB", 1e6, *self.kv_bytes))
+        return [
+            (name, unit, merged / scale, whole / scale, merged / whole)
+            for name, unit, scale, merged, whole in costs
+            if whole
+        ]
 
 
-def _steps(counts: Sequence[int]) -> str:
-    """``(9, 9, 7, 7)`` as ``9 -> 7``."""
-    return " -> ".join(str(n) for i, n in enumerate(counts) if i == 0 or n != counts[i - 1]) or "none"
+def _path(visual: VisualReport) -> str:
+    """The counts of one image or video, each with the layer that made it smaller."""
+    said = []
+    if visual.vision_tokens:
+        first, *behind = visual.vision_tokens  # the merge of encoder layer i shows at the entry of the next
+        said.append(f"patches {first}" + _steps(first, behind, "encoder layer"))
+    tokens = f"visual tokens {visual.prompt_tokens}"
+    if visual.language_tokens:
+        entry = visual.language_tokens[0]
+        tokens += f" -> {entry} (encoder)" if entry != visual.prompt_tokens else ""
+        tokens += _steps(entry, visual.language_tokens, "decoder layer")
+    return "; ".join([*said, tokens])
+
+
+def _steps(first: int, counts: Sequence[int], layer: str) -> str:
+    """Every change of a count, and the layer in which it changed."""
+    before = [first, *counts[:-1]]
+    return "".join(f" -> {n} ({layer} {i})" for i, n in enumerate(counts) if n != before[i])
 
 
 def encoder_flops(shape: EncoderShape, segment: Sequence[int]) -> int:

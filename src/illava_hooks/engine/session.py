@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from illava_hooks.config import MergeConfig, Modality
+from illava_hooks.config import MergeConfig, Modality, describe
 from illava_hooks.engine.hookset import Hook, HookSet
 from illava_hooks.engine.provenance import Provenance
 from illava_hooks.engine.report import MergeReport
-from illava_hooks.errors import PatchStateError
+from illava_hooks.errors import NotYet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["MergeSession", "SessionHook"]
 
@@ -23,6 +27,8 @@ logger = logging.getLogger("illava_hooks")
 #: How far from ``keep`` the fraction left of an image or video may be without a word.
 KEEP_WITHIN = 0.02
 
+_NOT_TRACKED = "track is False; call patch(model, ..., track=True) to keep provenance"
+_NO_PROVENANCE = "no provenance yet: run the model on an image or a video with merging enabled first"
 _NO_REPORT = (
     "no report yet: run the model on an image or a video first, with merging enabled and settings that remove "
     "something"
@@ -95,25 +101,44 @@ class MergeSession:
     def report(self) -> MergeReport:
         """Tokens, FLOPs and KV bytes of the last forward that brought visual tokens.
 
-        Raises:
-            PatchStateError: no such forward has run.
+        Before there was one it is false, and its attributes raise ``PatchStateError``.
         """
-        if self._report is None:
-            raise PatchStateError(_NO_REPORT)
-        return self._report
+        return self._report or cast(MergeReport, NotYet(_NO_REPORT))
 
     @property
     def provenance(self) -> Provenance:
         """Which source patches each surviving token of the last forward stands for.
 
-        Raises:
-            PatchStateError: not tracked, or no forward has run.
+        Where it is not tracked, or no forward has run, it is false, and its attributes raise ``PatchStateError``.
         """
         if not self.config.track:
-            raise PatchStateError("track is False; call patch(model, ..., track=True) to keep provenance")
-        if self._provenance is None:
-            raise PatchStateError("no provenance yet: run the model on an image or a video with merging enabled first")
-        return self._provenance
+            return cast(Provenance, NotYet(_NOT_TRACKED))
+        return self._provenance or cast(Provenance, NotYet(_NO_PROVENANCE))
+
+    def show(self, pictures: Any, question: str | None = None, processor: Any = None) -> list[Image]:
+        """Draws what merging does to pictures: where tokens are left after each merging layer, and who took up what.
+
+        The model is asked twice, outside of any forward of yours; report, provenance and settings stay as they are.
+
+        Args:
+            pictures: a picture (PIL) or several in one prompt, the frames ``(F, H, W, 3)`` of a video, or the path of
+                an image, a folder or a video.
+            question: what is asked: it decides what the language model keeps. None: a general question.
+            processor: the model's; None: loaded from where the model was loaded.
+
+        Returns:
+            One picture for each image, an animation for a video; notebooks show them all.
+
+        Raises:
+            PatchStateError: the model is not patched any more.
+            InputError: the pictures cannot be read, there is no processor, or models of this kind cannot be drawn.
+            MergeConfigError: nothing merges with these settings, or the method's survivors do not stay where they are.
+        """
+        # By name: drawing is a tool, floors above, and loaded by nobody who does not ask for pictures.
+        shown: list[Image] = importlib.import_module("illava_hooks.tools.show").show(
+            self, pictures, question, processor
+        )
+        return shown
 
     def warn_once(self, message: str) -> None:
         """Logs a warning the first time that it is said in this session."""
@@ -142,8 +167,10 @@ class MergeSession:
         self._report, self._provenance = report or self._report, provenance
 
     def __repr__(self) -> str:
-        """The switch and the settings."""
-        return f"MergeSession(enabled={self.enabled}, config={self.config})"
+        """The method, the switch, and the settings of images and, where they differ, of videos."""
+        image, video = (describe(self.config.schedule(modality)) for modality in get_args(Modality))
+        said = image if image == video else f"images: {image}; videos: {video}"
+        return f"<MergeSession {self.config.method.name}, {'on' if self.enabled else 'off'}; {said}>"
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings and the hooks, not what the last forward left behind."""

@@ -20,7 +20,7 @@ from illava_hooks.api import patch
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import InputError, PatchStateError
 from illava_hooks.integrations.arguments import known_method
-from illava_hooks.tools.loading import load_model, quiet
+from illava_hooks.tools.loading import check_question, load_model, quiet
 from illava_hooks.tools.media import Media, load_media, to_rgb
 
 __all__ = ["ADDED", "MEDIA", "BatchAnswers"]
@@ -249,6 +249,7 @@ def _inputs(processor: Any, rows: Sequence[_Row]) -> Any:
     """A padded batch; rows may differ in their pictures."""
     texts = []
     for row in rows:
+        check_question(processor, row.question)
         visuals = [{"type": "image"}] * len(row.images) + [{"type": "video"}] * (row.video is not None)
         message = {"role": "user", "content": [*visuals, {"type": "text", "text": row.question}]}
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True))

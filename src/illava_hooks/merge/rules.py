@@ -19,6 +19,7 @@ from illava_hooks.merge.rule_inputs import RuleInputs
 from illava_hooks.merge.segments import everybody, host_table, made_once, repeated
 
 __all__ = [
+    "KEYLESS_RULES",
     "RULES",
     "MergeRule",
     "RuleInputs",
@@ -336,3 +337,6 @@ RULES: dict[str, MergeRule] = {
     "bipartite": bipartite,
     "drop": drop,
 }
+
+#: Rules that look at no keys: where scores need none either, no attention is listened to.
+KEYLESS_RULES: tuple[MergeRule, ...] = (recycle, cluster, diverse, drop)

@@ -21,13 +21,14 @@ from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.segments import borders
 
 __all__ = [
-    "OF_PLACES",
+    "PLACE_SCORES",
     "SCORES",
     "Score",
     "ScoreInputs",
     "attend_and_receive",
     "last_query_attention",
     "packed_scores",
+    "place_scores",
     "query_lse",
     "random_scores",
     "received_attention",
@@ -177,8 +178,30 @@ def uniform(inputs: ScoreInputs) -> Tensor:
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
 
 
-#: Scores of each token's place alone, whatever stands beside it.
-OF_PLACES: tuple[Score, ...] = (random_scores, uniform)
+def place_scores(score: Score, positions: Tensor, layer_idx: int) -> Tensor:
+    """The scores by one of ``PLACE_SCORES``, for which no query and no key need be at hand.
+
+    Args:
+        score: the score.
+        positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
+        layer_idx: the layer that merges.
+
+    Returns:
+        ``(S, N)`` float32.
+    """
+    nothing = positions.new_zeros(len(positions), 1, positions.shape[1], 0, dtype=torch.float32)
+    return score(
+        ScoreInputs(
+            key=nothing,
+            query=lambda: nothing,
+            last_query=lambda: nothing[:, :, -1],
+            positions=positions,
+            key_valid=None,
+            scale=1.0,
+            layer_idx=layer_idx,
+            causal=False,
+        )
+    )
 
 
 def _packed(inputs: ScoreInputs) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -261,6 +284,9 @@ def attend_and_receive(
                 torch.mm(block, values, out=mixed[segment, lines, head])
     return mixed.transpose(1, 2), received[:, 0] / (heads * num)
 
+
+#: Scores that look at places alone: no attention is computed for them, and none is listened to.
+PLACE_SCORES: tuple[Score, ...] = (random_scores, uniform)
 
 #: Scores by name.
 SCORES: dict[str, Score] = {

@@ -154,7 +154,7 @@ class PackedFamily(Family):
     def kept_tokens(self, base: Any, config: MergeConfig, modality: Modality, shape: Sequence[int]) -> int:
         """Of one grid (t, h, w) of patches."""
         time, height, width = shape
-        patches = int(base.visual.spatial_merge_size) ** 2
+        patches = int(base.config.vision_config.spatial_merge_size) ** 2
         traits = self.traits(patches, config.method.is_published)
         units = encoder_counts(config, modality, traits, height * width).units[-1]
         return time * (units * traits.patches_per_unit // patches)

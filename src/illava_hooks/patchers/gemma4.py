@@ -186,8 +186,9 @@ class Gemma4(Family):
             "num_attention_heads": vision["hidden_size"] // 64,
             "num_key_value_heads": vision["hidden_size"] // 64,
         }
-        names = {f"{modality}_token_id": token for modality, token in placeholders.items()}
-        more = {"audio_token_id": 7, "boi_token_id": 3, "eoi_token_id": 4, "boa_token_id": 8, "eoa_token_index": 9}
+        names: dict[str, Any] = {f"{modality}_token_id": token for modality, token in placeholders.items()}
+        more: dict[str, Any] = {"audio_token_id": 7, "boa_token_id": 8, "eoa_token_index": 9}
+        more |= {"boi_token_id": 3, "eoi_token_id": 4}
         return Gemma4Config(
             vision_config={**vision, **heads}, text_config={**text, **decoder}, audio_config=None, **names, **more
         )

@@ -26,8 +26,8 @@ class Answer:
         prompt_tokens: of the prompt, visual ones included.
         new_tokens: generated, the end included.
         prefill_s: seconds until the first token: vision encoder, projector and prompt.
-        decode_s: seconds for each further token; 0 where there is none.
-        report: tokens, FLOPs and KV bytes of both ways; None where merging was off.
+        decode_s: seconds for each further token; 0 where there is none, which is no time.
+        report: tokens, FLOPs and KV bytes of both ways; None where nothing merged.
     """
 
     text: str
@@ -41,8 +41,14 @@ class Answer:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         values = asdict(self)
+        if self.new_tokens < 2:
+            values["decode_s"] = None  # there was no further token to take the time of
         if self.report is not None:
-            values["report"] |= {"kept_fraction": self.report.kept_fraction, "flops": self.report.flops}
+            values["report"] |= {
+                "summary": self.report.summary,
+                "kept_fraction": self.report.kept_fraction,
+                "flops": self.report.flops,
+            }
         return values
 
 
@@ -100,5 +106,5 @@ def answer(
         new_tokens=len(new),
         prefill_s=first - began,
         decode_s=(last - first) / (len(new) - 1) if len(new) > 1 else 0.0,
-        report=session.report if session is not None and merge else None,
+        report=(session.report or None) if session is not None and merge else None,
     )

@@ -22,7 +22,19 @@ from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.modules import unwrapped
 from illava_hooks.errors import InputError
 
-__all__ = ["Frame", "Ints", "Pixels", "View", "colour_of", "compose", "paint", "tabulate", "visuals_of"]
+__all__ = [
+    "Frame",
+    "Ints",
+    "Pixels",
+    "View",
+    "colour_of",
+    "compose",
+    "paint",
+    "sharpened",
+    "tabulate",
+    "tagged",
+    "visuals_of",
+]
 
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -30,6 +42,10 @@ Ints = NDArray[np.int64]
 GAP, MARGIN, PAPER = 8, 6, 255  # between views of one image, between pictures, and their colour
 DARK = 40  # merged-away patches fade into this grey
 TINT = 0.6  # share of the survivor's colour in what it absorbed
+LETTERS = 18  # pixels of captions
+LEAST, MOST = 512, 1280  # pixels of the longer side of a picture that is drawn
+#: How far, on average, a view may be from the original as the encoder would see it: of 255 steps of brightness.
+SAME_PICTURE = 8.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +109,32 @@ def compose(frame: Frame, scale: int) -> View:
     return View(np.concatenate(pixels, 1), np.concatenate(labels, 1))
 
 
+def sharpened(frame: Frame, original: Image.Image) -> Frame:
+    """The views with the pixels of the original picture, where they show all of it and nothing else.
+
+    What the encoder looks at is small and often stretched. A view that was cropped or padded is told by its pixels:
+    then the frame is returned as it is.
+
+    Args:
+        frame: what the encoder looked at.
+        original: the picture before the processor resized it.
+    """
+    for view in frame:
+        seen = original.resize(view.labels.shape[::-1], Image.Resampling.BICUBIC)
+        if abs(np.asarray(seen, np.float64) - view.pixels).mean() > SAME_PICTURE:
+            return frame
+    side = max(original.size)
+    scale = min(1.0, MOST / side) if side >= LEAST else math.ceil(LEAST / side)
+    width, height = (max(1, round(scale * length)) for length in original.size)
+    sharp = original.resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    pixels, views = np.asarray(sharp, np.uint8), []
+    for view in frame:
+        rows, columns = view.labels.shape
+        row, column = np.arange(height) * rows // height, np.arange(width) * columns // width
+        views.append(View(pixels, view.labels[row][:, column]))
+    return tuple(views)
+
+
 def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, width: int) -> Image.Image:
     """Dims or tints the patches that were merged away.
 
@@ -101,7 +143,7 @@ def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, wid
         units: ``(P,)`` what each patch is part of, -1 for nothing.
         keepers: ``(P,)`` the surviving unit that stands for it, -1 for none.
         dim: how much is left of a lost patch.
-        colours: whether to show who took up what.
+        colours: whether to show who took up what, each survivor in the colour of its first patch.
         width: pixels of a survivor's outline.
     """
     absorbing = np.unique(keepers[(keepers != units) & (keepers >= 0)])
@@ -110,7 +152,8 @@ def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, wid
     gone = (view.labels >= 0) & ((unit != keeper) | (unit < 0))
     out = view.pixels.astype(np.float64)
     if colours:
-        table = np.array([colour_of(number) for number in range(max(absorbing, default=0) + 1)])
+        table = np.zeros((max(units, default=0) + 1, 3))
+        table[units[::-1]] = [colour_of(patch) for patch in reversed(range(len(units)))]  # the first patch stays
         tinted, outlined = gone & (keeper >= 0), _border(unit, width) & np.isin(unit, absorbing) & ~gone
         out[tinted] += TINT * (table[keeper[tinted]] - out[tinted])
         out[outlined] = table[unit[outlined]]
@@ -119,16 +162,28 @@ def paint(view: View, units: Ints, keepers: Ints, dim: float, colours: bool, wid
     return Image.fromarray(out.round().clip(0, 255).astype(np.uint8))
 
 
-def colour_of(unit: int) -> tuple[int, int, int]:
-    """The colour of a survivor, the same in every layer; neighbours differ by a golden section of the circle."""
-    hue, saturation = unit * 0.6180339887 % 1, 0.65 + 0.35 * (unit * 0.7548776662 % 1)
+def colour_of(patch: int) -> tuple[int, int, int]:
+    """The colour of the survivor whose first patch this is; neighbours differ by a golden section of the circle."""
+    hue, saturation = patch * 0.6180339887 % 1, 0.65 + 0.35 * (patch * 0.7548776662 % 1)
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, 1.0))
     return red, green, blue
 
 
+def tagged(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A picture of views side by side, as ``compose`` makes it of one original, each with its name in its corner."""
+    picture, font = picture.copy(), ImageFont.load_default(LETTERS)
+    pen, width = ImageDraw.Draw(picture), (picture.width - GAP * (len(names) - 1)) / len(names)
+    for number, name in enumerate(names):
+        at = (round(number * (width + GAP)) + MARGIN, MARGIN)
+        left, top, right, bottom = pen.textbbox(at, name, font=font)
+        pen.rectangle((left - MARGIN, top - MARGIN, right + MARGIN, bottom + MARGIN), fill=(PAPER,) * 3)
+        pen.text(at, name, fill=0, font=font)
+    return picture
+
+
 def tabulate(pictures: Sequence[Image.Image], columns: int, captions: Sequence[str] = ()) -> Image.Image:
     """Pictures of one height in rows, each above its caption."""
-    font = ImageFont.load_default()
+    font = ImageFont.load_default(LETTERS)
     boxes = [font.getbbox(caption) for caption in captions]
     text = math.ceil(max(box[3] for box in boxes)) + MARGIN if boxes else 0
     width = math.ceil(max([picture.width for picture in pictures] + [box[2] for box in boxes])) + MARGIN

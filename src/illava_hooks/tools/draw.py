@@ -9,10 +9,11 @@ Shapes: ``P`` source patches of one image or video, ``K`` survivors.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -22,17 +23,21 @@ from torch import Tensor
 from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.finding import find_family
+from illava_hooks.engine.install import install
 from illava_hooks.engine.modules import unwrapped
 from illava_hooks.engine.provenance import Provenance, TokenProvenance
+from illava_hooks.engine.session import MergeSession
 from illava_hooks.errors import InputError, MergeConfigError, PatchStateError
-from illava_hooks.tools.canvas import Frame, Ints, compose, paint, tabulate, visuals_of
+from illava_hooks.tools.canvas import Frame, Ints, compose, paint, sharpened, tabulate, tagged, visuals_of
 
-__all__ = ["MergeMap", "draw", "merge_maps", "save_maps"]
+__all__ = ["MergeMap", "animation", "draw", "map_captions", "merge_maps", "save_maps", "strip"]
 
 #: A forward whose language model starts with all tokens.
 WHOLE: dict[str, Any] = {"vit_layers": [], "vit_r": 0, "llm_layers": [1], "llm_ratio": 0.5, "method": "fastv"}
 LEAST_PIXELS = 512  # of a picture's longer side
 SHEET_COLUMNS, FRAME_MS = 8, 400
+#: Widths in pixels: of a strip, which then goes on in the next row, of a picture in it, and of one in a contact sheet.
+STRIP_WIDTH, CELL_WIDTH, SHEET_CELL = 1600, 780, 320
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +68,24 @@ class MergeMap:
     keepers: Ints
 
 
-def merge_maps(model: Any, processor: Any, inputs: Mapping[str, Any], **settings: Any) -> list[MergeMap]:
+def merge_maps(
+    model: Any,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    originals: Sequence[Image.Image] = (),
+    *,
+    config: MergeConfig | None = None,
+    **settings: Any,
+) -> list[MergeMap]:
     """Runs a model on one prompt with and without merging and maps what happened.
 
     Args:
         model: an unpatched model; it is unpatched again afterwards.
         processor: the processor that made the inputs.
         inputs: a batch of one sample.
+        originals: the images, or the frames of the one video, as they were before the processor resized them: they
+            are drawn instead of what the encoder looked at.
+        config: the settings of a session, in place of arguments.
         **settings: arguments of ``patch``.
 
     Returns:
@@ -84,12 +100,16 @@ def merge_maps(model: Any, processor: Any, inputs: Mapping[str, Any], **settings
         raise PatchStateError(f"model {type(model).__name__} is patched; call unpatch(model) first")
     if len(inputs["input_ids"]) != 1:
         raise InputError(f"inputs has {len(inputs['input_ids'])} samples; give a batch of one")
-    visuals = visuals_of(model, processor, inputs)
+    visuals = [
+        (modality, _sharpened(frames, originals[number:] if modality == "image" else originals))
+        for number, (modality, frames) in enumerate(visuals_of(model, processor, inputs))
+    ]
     modalities = [modality for modality, _ in visuals]
-    config, provenance = _forward(model, inputs, modalities, settings)
+    begin = partial(patch, **settings) if config is None else partial(_begin, config=config)
+    config, provenance = _forward(model, inputs, modalities, partial(begin, model))
     if not provenance.merges:
         return []
-    whole = _forward(model, inputs, modalities, WHOLE)[1].at("language", 0).images
+    whole = _forward(model, inputs, modalities, partial(patch, model, **WHOLE))[1].at("language", 0).images
     group = find_family(unwrapped(model)).encoder_shape(unwrapped(model)).patches_per_unit
     schedules, maps = [config.schedule(modality) for modality in modalities], []
     encoder = [schedule.vit_layers if schedule.merges_in_encoder else () for schedule in schedules]
@@ -118,7 +138,43 @@ def draw(map: MergeMap, dim: float = 0.25, colours: bool = False, columns: int =
         columns: how many pictures are to stand side by side; the more, the smaller they can be.
     """
     scale, table = _scale(map, columns), (map.units, map.keepers)
-    return [paint(compose(frame, scale), *table, dim, colours, width=min(2, scale)) for frame in map.frames]
+    # As thin as can be seen: two pixels of the least picture, more of a large one.
+    width = max(min(2, scale), scale * map.frames[0][-1].labels.shape[0] // 400)
+    return [paint(compose(frame, scale), *table, dim, colours, width) for frame in map.frames]
+
+
+def strip(maps: Sequence[MergeMap], colours: bool = False) -> Image.Image:
+    """One image, or the first frame of a video: the input, then what is left after each layer, in rows.
+
+    Args:
+        maps: of one image or video.
+        colours: as for ``draw``.
+    """
+    first = maps[0].frames[0]
+    untouched = Image.fromarray(compose(first, _scale(maps[0])).pixels)
+    named = len(first) == 2
+    pictures = [_within(one, CELL_WIDTH) for one in (untouched, *(draw(map, colours=colours)[0] for map in maps))]
+    if named:
+        pictures[0] = tagged(pictures[0], ("overview", "tiles"))
+    captions = ["input: the same picture as overview and as tiles" if named else "input", *map_captions(maps)]
+    columns = max(1, min(len(pictures), STRIP_WIDTH // max(picture.width for picture in pictures)))
+    return tabulate(pictures, columns, captions)
+
+
+def map_captions(maps: Sequence[MergeMap]) -> list[str]:
+    """What each map shows, in words."""
+    words = {"vision": ("encoder", "patches"), "language": ("decoder", "tokens")}
+    return [
+        f"{words[map.stage][0]} layer {map.layer}: {map.kept} of {map.total} {words[map.stage][1]} left"
+        for map in maps
+    ]
+
+
+def animation(maps: Sequence[MergeMap], file: IO[bytes]) -> None:
+    """Writes all frames of a video after its last merge, with colours, as a moving GIF."""
+    first, *rest = [_within(picture, CELL_WIDTH) for picture in draw(maps[-1], colours=True)]
+    first.save(file, "GIF", save_all=True, append_images=rest, duration=FRAME_MS, loop=0)
+    file.seek(0)
 
 
 def save_maps(maps: Sequence[MergeMap], folder: Path, stem: str, colours: bool = False) -> list[Path]:
@@ -145,24 +201,21 @@ def save_maps(maps: Sequence[MergeMap], folder: Path, stem: str, colours: bool =
         drawn = [draw(map, colours=colours) for map in mine]
         for map, pictures in zip(mine, drawn, strict=True):
             columns = min(SHEET_COLUMNS, len(map.frames))
-            sheet = pictures if columns == 1 else [tabulate(draw(map, colours=colours, columns=columns), columns)]
+            sheet = pictures if columns == 1 else [_sheet(map, columns, colours)]
             name = f"{start}-{map.stage}-layer{map.layer:02d}-{map.kept}of{map.total}.png"
             paths.append(_save(sheet, folder / name))
-        untouched = Image.fromarray(compose(mine[0].frames[0], _scale(mine[0])).pixels)
-        captions = ["input", *(f"{map.stage} {map.layer}: {map.kept} of {map.total}" for map in mine)]
-        strip = tabulate([untouched, *(pictures[0] for pictures in drawn)], len(captions), captions)
-        paths.append(_save([strip], folder / f"{start}-strip.png"))
+        paths.append(_save([strip(mine, colours)], folder / f"{start}-strip.png"))
         if mine[-1].modality == "video":
             paths.append(_save(drawn[-1], folder / f"{start}-animated.gif"))
     return paths
 
 
 def _forward(
-    model: Any, inputs: Mapping[str, Any], modalities: Sequence[Modality], settings: Mapping[str, Any]
+    model: Any, inputs: Mapping[str, Any], modalities: Sequence[Modality], begin: Callable[..., MergeSession]
 ) -> tuple[MergeConfig, Provenance]:
-    """The configuration and the provenance of one patched forward; empty where nothing merges."""
+    """The configuration and the provenance of one forward that ``begin`` patches; empty where nothing merges."""
     try:
-        session = patch(model, **{**settings, "track": True})
+        session = begin(track=True)
         config = session.config
         if config.method.layout == "compact" or config.method.is_published:
             raise MergeConfigError(
@@ -175,6 +228,32 @@ def _forward(
             return config, session.provenance
     finally:
         unpatch(model)
+
+
+def _begin(model: Any, config: MergeConfig, track: bool) -> MergeSession:
+    """Patches with settings that have been checked."""
+    family = find_family(model)
+    return install(family, family.locate(model), replace(config, track=track), model)
+
+
+def _sharpened(frames: tuple[Frame, ...], originals: Sequence[Image.Image]) -> tuple[Frame, ...]:
+    """Frames with the pixels of their originals; an encoder that takes two frames at once shows every other one."""
+    if not originals:
+        return frames
+    given = originals if len(frames) > 1 else originals[:1]
+    return tuple(sharpened(frame, given[index * len(given) // len(frames)]) for index, frame in enumerate(frames))
+
+
+def _within(picture: Image.Image, width: int) -> Image.Image:
+    """A picture that is too wide made smaller."""
+    if picture.width <= width:
+        return picture
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+
+
+def _sheet(map: MergeMap, columns: int, colours: bool) -> Image.Image:
+    """All frames of a video in rows."""
+    return tabulate([_within(one, SHEET_CELL) for one in draw(map, colours=colours, columns=columns)], columns)
 
 
 def _keepers(units: Ints, found: TokenProvenance, group: int) -> Ints:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from illava_hooks.config import MergeSchedule, describe
 from illava_hooks.engine.finding import families, find_family
-from illava_hooks.methods import METHODS
+from illava_hooks.methods import ABOUT, METHODS
 
-__all__ = ["environment", "model_info", "torchvision_state"]
+__all__ = ["environment", "model_info", "model_lines", "torchvision_state"]
 
 _PACKAGES = ("illava-hooks", "torch", "torchvision", "transformers", "wrapt", "numpy", "pillow", "av")
 
@@ -31,7 +32,7 @@ def environment() -> dict[str, Any]:
         "torchvision": torchvision_state(),
         "devices": devices,
         "families": [family.name for family in families()],
-        "methods": list(METHODS),
+        "methods": {name: ABOUT.get(name, "") for name in METHODS},
     }
 
 
@@ -71,3 +72,17 @@ def model_info(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "presets": {modality: asdict(schedule) for modality, schedule in limits.presets.items()},
     }
+
+
+def model_lines(facts: dict[str, Any]) -> list[str]:
+    """What ``model_info`` found, in words; ``patch(model)`` alone uses the presets."""
+    lines = [f"{name:<15} {value}" for name, value in facts.items() if name != "presets"]
+    if not facts["presets"]:
+        return [
+            *lines,
+            "presets         none; give vit_layers, vit_r, llm_layers and llm_ratio, or keep and the layers",
+        ]
+    for modality, found in facts["presets"].items():
+        said = describe(MergeSchedule(**found))
+        lines.append(f"preset {modality + ':':<8} {said}")
+    return lines

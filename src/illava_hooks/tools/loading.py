@@ -17,6 +17,7 @@ from illava_hooks.tools.media import Media
 __all__ = [
     "EMBEDDED",
     "build_inputs",
+    "check_question",
     "default_question",
     "find_device",
     "find_dtype",
@@ -24,6 +25,7 @@ __all__ = [
     "parse_fraction",
     "parse_layers",
     "parse_number",
+    "parse_ratio",
     "quiet",
     "unknown_words",
 ]
@@ -136,7 +138,31 @@ def parse_number(text: str | None, name: str) -> int | float | None:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"{name} is {text!r}; give a whole number of tokens or a fraction such as 0.16") from error
+        raise InputError(
+            f"{name} is {text!r}; give a whole number of tokens or a fraction such as {_percent(text, '0.16')}"
+        ) from error
+
+
+def parse_ratio(text: str | None, name: str) -> float | None:
+    """A fraction that is kept, such as ``0.70``; its range is the business of whoever takes it.
+
+    Raises:
+        InputError: it is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(
+            f"{name} is {text!r}; give a fraction between 0 and 1 such as {_percent(text, '0.70')}"
+        ) from error
+
+
+def _percent(text: str, example: str) -> str:
+    """What somebody who wrote a percentage may have meant, as an example."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    return example if found is None else f"{float(found[1]) / 100:.4g}"
 
 
 def parse_fraction(text: str | None, name: str) -> float | None:
@@ -150,7 +176,7 @@ def parse_fraction(text: str | None, name: str) -> float | None:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise InputError(f"{name} is {text!r}; give a fraction such as 1/3 or 0.33") from error
+        raise InputError(f"{name} is {text!r}; give a fraction such as 1/3 or {_percent(text, '0.33')}") from error
 
 
 def default_question(model_name: str, media: Media) -> str:
@@ -169,6 +195,27 @@ def unknown_words(processor: Any, question: str) -> list[str]:
     return [word for word in words if processor.tokenizer.tokenize(word) == [unknown]]
 
 
+def check_question(processor: Any, question: str) -> None:
+    """Refuses a question that says where pictures go: they stand in front of it.
+
+    Raises:
+        InputError: it holds a placeholder of the model, or letters that are no Unicode.
+    """
+    held = {name: value for name, value in vars(processor).items() if name.endswith("_token") and value}
+    for placeholder in sorted({value for value in held.values() if isinstance(value, str)}, key=len, reverse=True):
+        if placeholder in question:
+            raise InputError(
+                f"question contains {placeholder!r}, which stands for a picture in this model; leave it out: pictures "
+                "are put in front of the question anyway"
+            )
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"question is {question!r}, which holds letters that are no Unicode; write it anew"
+        ) from error
+
+
 def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu", dtype: Any = None) -> Any:
     """One user turn with all media, as the stock processor prepares it.
 
@@ -185,6 +232,7 @@ def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu
     count = 1 if media.kind == "video" else len(media.images)
     message = {"role": "user", "content": [*[{"type": media.kind}] * count, {"type": "text", "text": question}]}
     given = {"videos": [media.frames]} if media.kind == "video" else {"images": [list(media.images)]}
+    check_question(processor, question)
     from jinja2 import TemplateError
 
     try:

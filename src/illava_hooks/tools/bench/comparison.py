@@ -17,6 +17,7 @@ from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.bench.measure import Measurement, Stage, measure, measure_alternating
 from illava_hooks.tools.bench.overhead import MergeCost, merge_cost
 from illava_hooks.tools.bench.workload import Workload, build_workload
+from illava_hooks.tools.progress import SILENT, Progress
 
 __all__ = ["SWEEPS", "Comparison", "compare", "compare_fresh", "flops_fit", "measure_once", "sweep"]
 
@@ -74,7 +75,13 @@ def _share(flops: tuple[int, int]) -> float:
 
 
 def compare(
-    model: Any, load: Workload, settings: dict[str, Any], rounds: int, label: str = "", warm_up: bool = True
+    model: Any,
+    load: Workload,
+    settings: dict[str, Any],
+    rounds: int,
+    label: str = "",
+    warm_up: bool = True,
+    progress: Progress = SILENT,
 ) -> Comparison:
     """Alternates in this process.
 
@@ -85,9 +92,10 @@ def compare(
         rounds: runs of each kind.
         label: of the comparison.
         warm_up: whether a run of each kind comes first that does not count.
+        progress: hears of every run.
     """
     inputs = build_workload(model, load)
-    plain, merged = measure_alternating(model, inputs, settings, rounds, load.new, warm_up)
+    plain, merged = measure_alternating(model, inputs, settings, rounds, load.new, warm_up, progress)
     return Comparison(label, plain, merged, merge_cost(model, inputs, settings, load.new - 1))
 
 
@@ -102,12 +110,13 @@ def measure_once(model: Any, load: Workload, settings: dict[str, Any], merged: b
     return {"run": asdict(run), "cost": asdict(merge_cost(model, inputs, settings, load.new - 1))}
 
 
-def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
+def compare_fresh(arguments: Sequence[str], rounds: int, progress: Progress = SILENT) -> Comparison:
     """Alternates in fresh processes, so that no run inherits another one's heap.
 
     Args:
         arguments: of ``illava-hooks bench``; each process gets ``--only`` and what it shall be as well.
         rounds: processes of each kind.
+        progress: hears of every one.
 
     Raises:
         InputError: a process failed.
@@ -123,6 +132,7 @@ def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
             last = json.loads(done.stdout)
             stages: dict[str, Any] = {k: Stage(**v) if isinstance(v, dict) else v for k, v in last["run"].items()}
             found.append(Measurement(**stages))
+            progress.advance(1)
     cost = last["cost"]
     report = cost.pop("report")
     visuals = tuple(VisualReport(**visual) for visual in report.pop("visuals"))
@@ -130,7 +140,13 @@ def compare_fresh(arguments: Sequence[str], rounds: int) -> Comparison:
 
 
 def sweep(
-    model: Any, axis: str, load: Workload, settings: dict[str, Any], rounds: int, told: Callable[[str], None]
+    model: Any,
+    axis: str,
+    load: Workload,
+    settings: dict[str, Any],
+    rounds: int,
+    told: Callable[[str], None],
+    progress: Progress = SILENT,
 ) -> Iterator[Comparison]:
     """One comparison for every value of an axis; the first one warms the process up for all.
 
@@ -141,6 +157,7 @@ def sweep(
         settings: arguments of ``patch``; the axis "methods" goes through a ``Method`` of one's own in them as well.
         rounds: runs of each kind.
         told: is told what runs next.
+        progress: hears of every run.
 
     Raises:
         InputError: there is no such axis.
@@ -151,13 +168,14 @@ def sweep(
     own = settings.get("method")
     if axis == "methods" and isinstance(own, Method) and own.name not in values:
         values.append(own)
+    progress.begin(2 * (rounds * len(values) + 1), "runs")
     for number, value in enumerate(values):
         label = getattr(value, "name", str(value)) if axis == "methods" else f"{value} {axis}"
         told(label)
         if axis == "methods":
-            yield compare(model, load, {**settings, "method": value}, rounds, label, not number)
+            yield compare(model, load, {**settings, "method": value}, rounds, label, not number, progress)
         else:
-            yield compare(model, replace(load, **{axis: value}), settings, rounds, label, not number)
+            yield compare(model, replace(load, **{axis: value}), settings, rounds, label, not number, progress)
 
 
 def flops_fit(comparisons: Sequence[Comparison], merged: bool) -> float:

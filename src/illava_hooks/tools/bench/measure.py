@@ -15,6 +15,7 @@ from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.tooling import PIXELS
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
+from illava_hooks.tools.progress import SILENT, Progress
 
 __all__ = ["Measurement", "Stage", "measure", "measure_alternating", "stage_inputs"]
 
@@ -126,6 +127,7 @@ def measure_alternating(
     rounds: int,
     new_tokens: int,
     warm_up: bool = True,
+    progress: Progress = SILENT,
 ) -> tuple[list[Measurement], list[Measurement]]:
     """Runs a model as it is and patched in turn, after one warm-up each unless the process is warm already.
 
@@ -136,6 +138,7 @@ def measure_alternating(
         rounds: runs of each kind.
         new_tokens: how many tokens are decoded, the first one included.
         warm_up: whether a run of each kind comes first that does not count.
+        progress: hears of every run.
 
     Returns:
         Measurements unpatched, and with merging.
@@ -144,9 +147,11 @@ def measure_alternating(
     merged: list[Measurement] = []
     for _ in range(rounds + warm_up):
         plain.append(measure(model, inputs, new_tokens))
+        progress.advance(1)
         patch(model, **settings)
         try:
             merged.append(measure(model, inputs, new_tokens))
+            progress.advance(1)
         finally:
             unpatch(model)
     return plain[warm_up:], merged[warm_up:]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 import statistics
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,34 @@ from typing import Any
 from illava_hooks.errors import InputError
 from illava_hooks.tools.bench.comparison import Comparison
 
-__all__ = ["axes", "plot_comparisons", "save"]
+__all__ = ["PLOT_CURE", "axes", "colour_of_method", "plot_comparisons", "save"]
+
+#: How to get matplotlib, from a checkout and from an index.
+PLOT_CURE = "pip install '.[plot]' in a checkout, or pip install 'illava-hooks[plot]'"
+
+#: Told apart by the colour-blind, on white and on black; one for each method in every plot.
+_COLOURS = {
+    "none": "#888888",
+    "illava": "#4477aa",
+    "diverse": "#ee6677",
+    "fastv": "#ccbb44",
+    "nearest": "#228833",
+    "tome": "#66ccee",
+    "illava-v2": "#aa3377",
+    "illava-reference": "#223366",
+    "random": "#777755",
+    "uniform": "#bb9977",
+    "downsample": "#ee8833",
+}
+
+
+def colour_of_method(name: str) -> str:
+    """The colour of a method in every plot; a method of one's own has one that follows from its name."""
+    if name in _COLOURS:
+        return _COLOURS[name]
+    hue = zlib.crc32(name.encode()) % 360 / 360
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, 0.7))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def axes(width: float, height: float) -> tuple[Any, Any]:
@@ -23,7 +52,7 @@ def axes(width: float, height: float) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise InputError("a plot needs matplotlib; pip install 'illava-hooks[plot]'") from error
+        raise InputError(f"a plot needs matplotlib; {PLOT_CURE}") from error
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -90,7 +90,7 @@ def print_table(found: Comparison) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a file or a pipe need not wrap
     console.print(table)
-    for line in str(found.report).splitlines()[: len(found.report.visuals) + 1]:
+    for line in str(found.report).splitlines()[: len(found.report.visuals) + 2]:
         print(line)
     print(f"merging takes {found.cost.share:.2%} of the merged prefill")
     if found.cost.decoding:

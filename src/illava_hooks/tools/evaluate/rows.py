@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from illava_hooks.errors import InputError
-from illava_hooks.tools.evaluate.fingerprint import Fingerprint, differences
+from illava_hooks.tools.evaluate.fingerprint import Fingerprint
+from illava_hooks.tools.evaluate.lines import add_line, header_of, is_begun
 from illava_hooks.tools.evaluate.statistics import paired_interval
 
 __all__ = ["Key", "Row", "RowFile", "read_header", "read_rows"]
@@ -99,28 +100,8 @@ class RowFile:
         """
         self.file = file
         self.rows: dict[Key, Row] = {}
-        if not file.exists() or not file.stat().st_size:
-            self._write("w", {"format": FORMAT, "version": VERSION, **mine})
-            return
-        theirs = read_header(file)
-        if theirs is None:
-            raise InputError(
-                f"{str(file)!r} does not say what its rows were measured with (an earlier version wrote it); give "
-                "another file, or delete it to measure anew"
-            )
-        other = differences(mine, theirs)
-        if other:
-            raise InputError(
-                f"{str(file)!r} holds rows of another run ({'; '.join(other)}); give another file, or delete it to "
-                "measure anew"
-            )
-        whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
-        if rest and not _is_json(rest):
-            tell(f"{file.name}: its last line was cut off and is measured anew")
-            file.write_text(whole + "\n", encoding="utf-8")
-        elif rest:
-            self._write("a", None)
-        self.rows = {row.key: row for row in read_rows(file)}
+        if is_begun(file, (FORMAT, VERSION), mine, tell):
+            self.rows = {row.key: row for row in read_rows(file)}
 
     def find(self, key: Key, identity: str | None) -> Row | None:
         """A row that need not be measured again.
@@ -146,12 +127,8 @@ class RowFile:
             said = zip(row.answers, stock.answers, strict=True)
             del body["answers"]
             body["changed"] = {str(index): mine for index, (mine, its) in enumerate(said) if mine != its}
-        self._write("a", body)
+        add_line(self.file, body)
         self.rows[row.key] = row
-
-    def _write(self, mode: str, body: dict[str, Any] | None) -> None:
-        with self.file.open(mode, encoding="utf-8") as lines:
-            lines.write((json.dumps(body, ensure_ascii=False) if body is not None else "") + "\n")
 
 
 _MARKS = {hit: mark for mark, hit in _HITS.items()}
@@ -163,17 +140,7 @@ def read_header(file: Path) -> dict[str, Any] | None:
     Raises:
         InputError: a later version wrote it.
     """
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        first = lines.readline()
-    header = _parsed(first)
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        return None
-    if header.get("version") != VERSION:
-        raise InputError(
-            f"{file.name} is of version {header.get('version')!r} and this one reads {VERSION}; update illava-hooks, "
-            "or give a new file"
-        )
-    return header
+    return header_of(file, (FORMAT, VERSION))
 
 
 def read_rows(file: Path | None) -> list[Row]:
@@ -219,14 +186,3 @@ def _row(body: dict[str, Any], stock: Sequence[str], earlier: bool) -> Row:
     if len(row.right) != row.questions or (not earlier and len(row.answers) != row.questions):
         raise ValueError("answers are missing")
     return row
-
-
-def _is_json(line: str) -> bool:
-    return _parsed(line) is not None
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None

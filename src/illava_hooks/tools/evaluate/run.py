@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from illava_hooks.api import session_of
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.evaluate.matching import MATCHES, is_right
+from illava_hooks.tools.evaluate.sharing import distinct, repeated
 from illava_hooks.tools.items import Item
+from illava_hooks.tools.loading import check_question
 
-__all__ = ["Outcome", "accuracy", "item_inputs", "predict", "run_items"]
+__all__ = ["Outcome", "accuracy", "answering", "item_inputs", "predict", "run_items"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,17 @@ class Outcome:
         return found
 
 
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """The model without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def run_items(
     model: Any,
     processor: Any,
@@ -50,7 +64,7 @@ def run_items(
     max_new_tokens: int = 4,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Outcome:
-    """Greedy answers, in the order of the items.
+    """Greedy answers, in the order of the items; a picture that prompts of a batch share is encoded once.
 
     Args:
         model: any supported model, patched or not.
@@ -70,28 +84,51 @@ def run_items(
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            inputs = item_inputs(processor, [items[index] for index in chosen]).to(model.device, model.dtype)
+            batch = [items[index] for index in chosen]
+            inputs = item_inputs(processor, batch).to(model.device, model.dtype)
             settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
             with torch.inference_mode():
-                done = model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
+                given, places = _encoded_once(model, processor, batch, inputs)
+                done = model.generate(**given, **settings, return_dict_in_generate=True, output_logits=True)
             new = done.sequences[:, inputs["input_ids"].shape[1] :]
             texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
             first = done.logits[0].float().log_softmax(-1).cpu().numpy()
             for index, text, row in zip(chosen, texts, first, strict=True):
                 answers[index], log_probs[index] = text.strip(), row
-            counts = _in_prompt(model, inputs["input_ids"]) if session is None else _kept(session.report)
+            counts = (
+                _in_prompt(model, inputs["input_ids"])
+                if session is None
+                else _kept(session.report, places, len(batch[0].pictures))
+            )
             left, whole = left + counts[0], whole + counts[1]
             advance(len(chosen))
     return Outcome(answers, np.stack(log_probs), left, whole)
 
 
-def _kept(report: MergeReport) -> tuple[int, int]:
+def _encoded_once(model: Any, processor: Any, batch: Sequence[Item], inputs: Any) -> tuple[Any, list[int] | None]:
+    """Arguments of ``generate``, and whose pictures each prompt shows where fewer were encoded than are shown."""
+    first, places = distinct(batch)
+    if len(first) < len(batch):
+        few = item_inputs(processor, [batch[index] for index in first]).to(model.device, model.dtype)
+        if (given := repeated(model, inputs, few, places, batch[0])) is not None:
+            return given, places
+    return inputs, None
+
+
+def _kept(report: MergeReport, places: Sequence[int] | None, each: int) -> tuple[int, int]:
     """Visual tokens of a batch behind the last merging layer, and without merging.
 
-    Where the language model is left alone they are the encoder's.
+    Where the language model is left alone they are the encoder's, whose report knows each picture once.
+
+    Args:
+        report: of the last run.
+        places: whose pictures each prompt shows, if pictures were encoded once; else None.
+        each: pictures of a prompt.
     """
-    left = whole = 0
-    for visual in report.visuals:
+    left, whole, visuals = 0, 0, report.visuals
+    if places is not None and len(visuals) < len(places) * each:
+        visuals = tuple(visuals[place * each + number] for place in places for number in range(each))
+    for visual in visuals:
         merged = visual.left, visual.prompt_tokens
         counts = merged if visual.language_tokens else (visual.vision_tokens[-1], visual.vision_tokens[0])
         left, whole = left + counts[0], whole + counts[1]
@@ -116,6 +153,7 @@ def item_inputs(processor: Any, items: Sequence[Item]) -> Any:
     kind = "video" if items[0].video else "image"
     texts = []
     for item in items:
+        check_question(processor, item.question)
         visuals = [{"type": kind} for _ in item.pictures]
         message = {"role": "user", "content": [*visuals, {"type": "text", "text": item.question}]}
         texts.append(processor.apply_chat_template([message], add_generation_prompt=True))

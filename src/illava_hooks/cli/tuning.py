@@ -1,0 +1,96 @@
+"""The command ``tune``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from illava_hooks.cli.options import Debug, Device, Dtype, Model, check_target, friendly
+from illava_hooks.errors import InputError
+
+__all__ = ["tune"]
+
+
+@friendly
+def tune(
+    items: Annotated[
+        str,
+        typer.Option(
+            "--items", "--input", help="A folder of images or videos, a JSONL file, or scenes, pairs, clips (drawn)."
+        ),
+    ],
+    model: Model = "tiny",
+    question: Annotated[
+        list[str] | None, typer.Option(help="To every picture of a folder; may be given several times.")
+    ] = None,
+    flops: Annotated[
+        str | None, typer.Option(help="Cost: prefill FLOPs of the unpatched model's, 0.5; by default the preset's.")
+    ] = None,
+    loyalty: Annotated[
+        str | None, typer.Option(help="Instead: the cheapest that keeps this share of answers, 0.98.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="The file of settings; rows, front and picture get names beside it.")
+    ] = Path("tuned.json"),
+    methods: Annotated[str, typer.Option(help="Names, separated by commas; by default all but the controls.")] = "",
+    pictures: Annotated[
+        int | None, typer.Option(help="How many at most; by default 200, or all of a JSONL file.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for all.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Of the search.")] = 3,
+    measurements: Annotated[
+        int | None, typer.Option(help="Of the search at most: what a run that ran out of time says.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all choices.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Choose method, layers and amounts from pictures of your own, without answers, for a wanted cost or loyalty."""
+    from illava_hooks.tools.loading import EMBEDDED, load_model, parse_fraction, quiet
+    from illava_hooks.tools.tune import plot_front, print_tuning, write_front
+    from illava_hooks.tools.tune import tune as search
+    from illava_hooks.tools.tune.inputs import QUESTION
+
+    quiet()
+    check_target("--output", output)
+    if output.suffix != ".json":
+        raise InputError(f"--output is {str(output)!r}; give a file that ends in .json, as --preset takes it")
+    front = output.with_suffix(".front.json")
+    found = search(
+        *load_model(model, device, dtype),
+        items,
+        question=question,
+        flops=parse_fraction(flops, "--flops"),
+        loyalty=parse_fraction(loyalty, "--loyalty"),
+        methods=[name for name in methods.split(",") if name] or None,
+        pictures=pictures,
+        minutes=minutes,
+        rounds=rounds,
+        measurements=measurements,
+        seed=seed,
+        rows=output.with_suffix(".rows.jsonl"),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        default_question="how many circles are there ?" if model in EMBEDDED else QUESTION,
+    )
+    print_tuning(found)
+    write_front(found, front)
+    written = [str(front)]
+    if importlib.util.find_spec("matplotlib"):
+        plot_front(found, front.with_suffix(".png"))
+        written.append(str(front.with_suffix(".png")))
+    else:
+        print("no picture of the front: pip install 'illava-hooks[plot]'", file=sys.stderr)
+    if found.config is None:
+        print(f"written: {', '.join(written)}; no settings", file=sys.stderr)
+        raise typer.Exit(1)
+    found.save(output)
+    print(f"written: {', '.join([str(output), *written])}", file=sys.stderr)
+    print(f"use it: patch(model, preset={str(output)!r}), or --preset {output}")

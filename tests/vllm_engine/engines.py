@@ -1,0 +1,43 @@
+"""Engines in this process, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+#: The short form asks fewer questions and leaves out what needs further processes.
+SHORT = os.environ.get("ILLAVA_VLLM") == "short"
+
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 1024,
+    "enforce_eager": True,
+    "max_num_seqs": 16,
+    "limit_mm_per_prompt": {"image": 3, "video": 1},
+    "disable_log_stats": False,
+}
+
+
+@contextlib.contextmanager
+def running(folder: Path, **options: Any) -> Iterator[Any]:
+    """An ``LLM``, gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(str(folder), **{**SMALL, **options})
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def model_of(engine: Any) -> Any:
+    """The model inside, where it runs in this process."""
+    return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
