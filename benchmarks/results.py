@@ -3,6 +3,7 @@
     python benchmarks/results.py                   # the tables and curves of what is in docs/results
     python benchmarks/results.py --measure         # runs the commands first, for all that is not there yet
     python benchmarks/results.py --commands        # prints the commands
+    python benchmarks/results.py --gpu             # the section on GPUs alone, as `make gpu` does
 
 What is there is measured again once its file is deleted. An ``evaluate`` that was broken off goes on with the rows
 that it left in ``build/results``.
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu_section
 from illava_hooks.tools.evaluate import read_header, read_rows
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
 
@@ -156,7 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the commands for what is missing")
     parser.add_argument("--commands", action="store_true", help="print the commands")
+    parser.add_argument("--gpu", action="store_true", help="fill the section on GPUs alone")
     given, page = parser.parse_args(), (DOCS / "RESULTS.md").read_text()
+    page = fill(page, "gpu", "\n".join(gpu_section(DOCS / "results", DOCS / "results" / "launches.json")))
+    if given.gpu:
+        (DOCS / "RESULTS.md").write_text(page)
+        return
     for name, command in {**benches(), **evaluations()}.items():
         if given.commands:
             print(command)

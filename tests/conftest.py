@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = set(out)
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in left_out]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("ILLAVA_GPU_DEVICE"):  # of a rehearsal on a CPU
         return
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operations of this library, and the launches behind each where Triton is.
-OURS = {"illava::row_lse": 1, "illava::column_means": 2, "illava::most_similar": 1}
+OURS = {"illava::row_lse": 1, "illava::column_means": 2, "illava::closest_behind": 1, "illava::match_behind": 1}
 #: Memory without content, and names for what is there already.
 FREE = {
     f"aten::{name}"

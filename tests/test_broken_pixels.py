@@ -17,9 +17,10 @@ from decode_helpers import SETTINGS, patched
 from families import families_and_methods, family_of
 from helpers import key_lengths, keyed
 from illava_hooks import METHODS, Method, merging, patch, session_of
-from illava_hooks.merge.plan import SegmentPlan
+from illava_hooks.merge.plan import build_plan
 from illava_hooks.merge.rules import RULES, RuleInputs
 from illava_hooks.merge.scores import ScoreInputs, random_scores
+from illava_hooks.merge.segments import Segments
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
 #: The second image of the batch is the broken one; it is smaller than the others, which is where padding comes from,
@@ -43,17 +44,25 @@ def rule_inputs(scores: Tensor, hidden: Tensor) -> RuleInputs:
         num_removed=REMOVED,
         hidden=lambda: hidden,
         keys=lambda: hidden.flip(-1),
-        token_size=torch.ones(scores.shape),
+        sizes=lambda: torch.ones(scores.shape),
     )
 
 
-def decide(rule: str, scores: Tensor, hidden: Tensor) -> SegmentPlan:
-    """The plan of a rule, which says how many stay."""
-    plan = RULES[rule](rule_inputs(scores, hidden))
+def decide(rule: str, scores: Tensor, hidden: Tensor) -> list[tuple[Tensor, ...]]:
+    """What a rule's plan says of each segment; and it says how many stay."""
+    segments = Segments.packed([9] * 3, torch.device("cpu"))
     inside = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    assert (plan.kept & inside).sum(1).tolist() == [n - r for n, r in zip(LENGTHS, REMOVED, strict=True)]
-    assert plan.kept.gather(1, plan.survivor_of)[inside].all()
-    return plan
+    most = sum(LENGTHS) - sum(REMOVED)
+    plan = build_plan(RULES[rule](rule_inputs(scores, hidden)), segments, inside.view(1, -1), most, full=True)
+    kept, holders = plan.keep_mask.view(3, 9), plan.holders.view(3, 9)
+    assert (kept & inside).sum(1).tolist() == [n - r for n, r in zip(LENGTHS, REMOVED, strict=True)]
+    assert plan.keep_mask.flatten()[holders][inside].all()
+    said = []
+    for segment in range(3):
+        mine = (plan.absorbed // 9 == segment) & (plan.weights > 0)
+        edges = (plan.absorbed[mine], plan.anchors[mine], plan.weights[mine])
+        said.append((kept[segment], holders[segment], plan.self_weights.view(3, 9)[segment], *edges))
+    return said
 
 
 @pytest.mark.parametrize("where", ["scores", "hidden states", "both"])
@@ -68,20 +77,20 @@ def test_a_rule_keeps_as_many_as_planned(rule: str, which: slice, where: str) ->
     if where != "scores":
         broken_hidden[1, which] = math.nan
     found = decide(rule, broken_scores, broken_hidden)
-    for name in ("kept", "survivor_of", "absorbed", "anchors", "weights", "self_weights"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
-        assert torch.equal(ours[::2], theirs[::2]), f"{name} of a segment without NaN"
+    for segment in (0, 2):
+        for ours, theirs in zip(found[segment], expected[segment], strict=True):
+            assert torch.equal(ours, theirs), f"segment {segment} without NaN"
 
 
 def test_nan_is_the_lowest_score() -> None:
     scores = torch.arange(27.0).view(3, 9)
     scores[1, 3] = math.nan
     hidden = torch.randn(3, 9, 4)
-    kept = RULES["drop"](rule_inputs(scores, hidden)).kept
-    assert kept[1, :5].tolist() == [False, False, True, False, True]
+    kept = decide("drop", scores, hidden)[1][0]
+    assert kept[:5].tolist() == [False, False, True, False, True]
     scores[1, :2] = -math.inf
-    kept = RULES["drop"](rule_inputs(scores, hidden)).kept
-    assert kept[1, :5].tolist() == [False, False, True, False, True]
+    kept = decide("drop", scores, hidden)[1][0]
+    assert kept[:5].tolist() == [False, False, True, False, True]
 
 
 def spoil(family: str, inputs: Inputs, value: float) -> Inputs:

@@ -251,13 +251,15 @@ def test_decode_step_compiles_to_one_graph(family: str) -> None:
     model = patched(family)
     inputs = single(model, IMAGE)
     caches = [StaticCache(config=model.config.text_config, max_cache_len=300) for _ in range(2)]
-    with torch.no_grad():
+    # Neither a break nor a second graph, however long it goes on.
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for cache in caches:
             model(**inputs, **{CACHE: cache})
         compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
         at = torch.tensor([[inputs["input_ids"].shape[1]]])
         positions = next_positions(model, inputs, 1) or {"position_ids": at}
-        for token in (30, 40):
+        positions = {name: p.contiguous() for name, p in positions.items()}
+        for token in range(30, 94):
             step = {"input_ids": torch.tensor([[token]]), **positions}
             expected = model(**step, **{CACHE: caches[0]}).logits
             torch.testing.assert_close(compiled(**step, **{CACHE: caches[1]}).logits, expected, **CLOSE)

@@ -22,7 +22,7 @@ from illava_hooks.engine import attention_tap
 from illava_hooks.merge import rules, scores
 from illava_hooks.merge.kernels import blocks
 from illava_hooks.merge.kernels.devices import uses_triton
-from illava_hooks.merge.kernels.ops import most_similar, received_attention_varlen, row_lse_varlen
+from illava_hooks.merge.kernels.ops import closest_behind, match_behind, received_attention_varlen, row_lse_varlen
 from launches import launches_of
 from tiny_models import tiny_model
 
@@ -166,6 +166,21 @@ def random_order(lengths: list[int]) -> Tensor:
     return torch.cat([torch.randperm(n) for n in lengths])
 
 
+def padded(packed: Tensor, lengths: list[int], fill: Any) -> Tensor:
+    """``(S, L)`` of what lies packed; padding counts on from ``fill``, or is ``fill``."""
+    out = torch.full((len(lengths), max(lengths)), fill if fill is not None else 0, dtype=packed.dtype)
+    for row, part in zip(out, packed.split(lengths), strict=True):
+        row[: len(part)] = part
+        if fill is None:  # a permutation of all places
+            row[len(part) :] = torch.arange(len(part), len(row))
+    return out
+
+
+def search_tables(order: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the tokens, their order and the lengths, as the searches take them."""
+    return padded(torch.arange(sum(lengths)), lengths, 0), padded(order, lengths, None), torch.tensor(lengths)
+
+
 class TestSearch:
     @pytest.mark.parametrize("lengths", [RAGGED, [40, 40], [1], [300]], ids=str)
     @pytest.mark.parametrize("with_splits", [False, True])
@@ -176,12 +191,19 @@ class TestSearch:
         self.check(features, order, lengths, splits)
 
     def check(self, features: Tensor, order: Tensor, lengths: list[int], splits: list[int] | None) -> None:
-        borders = oracle.borders_of(lengths).long()
-        given = None if splits is None else torch.tensor(splits)
-        best, match = most_similar(features, order, borders[:-1], borders[1:], max(lengths), given)
+        tables, starts = search_tables(order, lengths), torch.tensor([0, *lengths]).cumsum(0)
         expected, who = oracle.closest(features, order, lengths, splits)
-        torch.testing.assert_close(best.double(), expected, atol=1e-6, rtol=1e-5, equal_nan=True)
-        assert splits is None or torch.equal(match, who)
+        if splits is None:
+            best = closest_behind(features, *tables, torch.zeros(tables[0].shape))
+            for row, n, mine, places in zip(best, lengths, expected.split(lengths), order.split(lengths), strict=True):
+                torch.testing.assert_close(row[places].double(), mine, atol=1e-6, rtol=1e-5, equal_nan=True)
+                assert (row[n:] == -torch.inf).all()
+            return
+        own, match = match_behind(features, *tables, torch.tensor(splits))
+        for s, n in enumerate(lengths):
+            part = slice(int(starts[s]), int(starts[s]) + n)
+            assert torch.equal(own[s, :n], order[part] + starts[s])
+            assert torch.equal(match[s, :n], who[part] + starts[s])
 
     def test_of_equals_the_first(self) -> None:
         features = torch.randn(3, 8)[torch.randint(3, (50,))]
@@ -193,20 +215,34 @@ class TestSearch:
         features[3], features[25] = torch.nan, 0.0
         self.check(features, random_order([10, 20]), [10, 20], splits)
 
-    def test_room_between_segments(self) -> None:
-        features, order = torch.randn(40, 8), torch.full((40,), 7)
-        real = [*range(10), *range(20, 40)]
-        order[real] = random_order([10, 20])
-        found, match = most_similar(features, order, torch.tensor([0, 20]), torch.tensor([10, 40]), 20)
-        expected, _ = oracle.closest(features[real], order[real], [10, 20], None)
-        torch.testing.assert_close(found[real].double(), expected, atol=1e-6, rtol=1e-5)
-        assert (found[10:20] == -torch.inf).all() and (match[10:20] == 7).all()
+    def test_tokens_lie_in_any_rows(self) -> None:
+        features, order, place = torch.randn(40, 8), random_order([10, 20]), torch.randperm(40)[:30]
+        rows, places, lengths = search_tables(order, [10, 20])
+        lent = padded(place, [10, 20], 0)
+        zeros = torch.zeros(rows.shape)
+        assert torch.equal(
+            closest_behind(features, lent, places, lengths, zeros),
+            closest_behind(features[place], rows, places, lengths, zeros),
+        )
+        splits = torch.tensor([3, 9])
+        there = match_behind(features, lent, places, lengths, splits)
+        here = match_behind(features[place], rows, places, lengths, splits)
+        assert torch.equal(there[:, 0, :10], place[here[:, 0, :10]]) and torch.equal(there[:, 1], place[here[:, 1]])
+
+    def test_who_is_protected_is_close_to_nobody(self) -> None:
+        features, tables = torch.randn(30, 8), search_tables(random_order([10, 20]), [10, 20])
+        scores = torch.zeros(2, 20)
+        before = closest_behind(features, *tables, scores)
+        scores[0, 4] = scores[1, 17] = torch.inf
+        after = closest_behind(features, *tables, scores)
+        assert (after[scores == torch.inf] == -torch.inf).all()
+        assert torch.equal(after[scores == 0], before[scores == 0])
 
     def test_the_oracle_sees_mistakes(self) -> None:
         features, order = torch.randn(30, 8), random_order([30])
+        rows, places, lengths = search_tables(order, [30])
+        wrong = closest_behind(features, rows, places.flip(1), lengths, torch.zeros(1, 30))[0, order]
         with pytest.raises(AssertionError):
-            borders = oracle.borders_of([30]).long()
-            wrong, _ = most_similar(features, order.flip(0), borders[:-1], borders[1:], 30)
             torch.testing.assert_close(wrong.double(), oracle.closest(features, order, [30], None)[0])
 
 
@@ -240,14 +276,14 @@ class TestOperators:
         query, key = tables([5, 9])
         borders, bias = oracle.borders_of([5, 9]), torch.randn(14)
         lse = row_lse_varlen(query, key, borders, SCALE, bias)
-        begins, ends, order = torch.tensor([0, 5]), torch.tensor([5, 14]), random_order([5, 9])
+        features, found = torch.randn(14, 6), search_tables(random_order([5, 9]), [5, 9])
         ours, lengths = torch.ops.illava, [5, 9]
         return [
             (ours.row_lse.default, (query, key, borders, borders, lengths, lengths, SCALE, bias, False)),
             (ours.column_means.default, (query, key, borders, borders, [], [], SCALE, None, None, True)),
             (ours.column_means.default, (query, key, borders, borders, lengths, lengths, SCALE, bias, lse, False)),
-            (ours.most_similar.default, (torch.randn(14, 6), order, begins, None, ends, 9)),
-            (ours.most_similar.default, (torch.randn(14, 6), order, begins, begins + 2, ends, 9)),
+            (ours.closest_behind.default, (features, *found, torch.rand(2, 9))),
+            (ours.match_behind.default, (features, *found, torch.tensor([2, 4]))),
         ]
 
     def test_are_well_formed(self) -> None:
@@ -291,15 +327,14 @@ class TestBlocks:
             assert counter.largest <= max(whole // 2, 2 * blocks.BLOCK_ELEMENTS), counter.largest
 
     @pytest.mark.parametrize("num", [64, 4096])
-    @pytest.mark.parametrize("splits", [False, True])
-    def test_of_the_search_are_few(self, num: int, splits: bool) -> None:
-        features, order = (
+    @pytest.mark.parametrize("search", [blocks.closest_behind, blocks.match_behind])
+    def test_of_the_search_are_few(self, num: int, search: Any) -> None:
+        features, table = (
             torch.empty(2 * num, 64, device="meta"),
-            torch.empty(2 * num, dtype=torch.int64, device="meta"),
+            torch.empty(2, num, dtype=torch.int64, device="meta"),
         )
-        begins = torch.empty(2, dtype=torch.int64, device="meta")
-        given = (features, order, begins, begins if splits else None, begins, num)
-        counter = launches_of("meta", blocks.search, *given)
+        given = table[:, 0] if search is blocks.match_behind else torch.empty(2, num, device="meta")
+        counter = launches_of("meta", search, features, table, table, table[:, 0], given)
         assert counter.total <= blocks.MOST_LAUNCHES, counter.launches
         assert counter.largest <= max(2 * num * num // 2, features.numel())
 

@@ -21,11 +21,11 @@ from illava_hooks.merge import rules, scores
 from launches import LaunchCounter
 from tiny_models import Sample, inputs_for, tiny_model
 
-#: Launches that a merging layer may add: where all segments are equally long and lose as many, and where they are not.
-BUDGET = {"illava": (40, 50), "nearest": (42, 52), "fastv": (45, 55), "diverse": (50, 60)}
+#: Launches that a merging layer may add, whatever the number and the lengths of its segments.
+BUDGET = 40
 #: The layer in front of one that merges in the language model ranks for it.
-RANKING = 12
-METHODS = tuple(BUDGET)
+RANKING = 14
+METHODS = ("illava", "nearest", "fastv", "diverse")
 
 
 class LayerCounter(LaunchCounter):
@@ -58,8 +58,11 @@ class LayerCounter(LaunchCounter):
         if not func._schema.name.startswith("illava::"):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.launches[func._schema.name] += self.own(func)
-        if func._schema.name == "illava::most_similar":
-            return torch.zeros_like(args[1], dtype=torch.float32), args[1].clone()
+        if func._schema.name == "illava::closest_behind":
+            return torch.zeros_like(args[4])
+        if func._schema.name == "illava::match_behind":
+            found = args[1].gather(1, args[2])
+            return torch.stack([found, found.gather(1, args[3][:, None] - 1).expand_as(found)])
         rows = args[1] if func._schema.name == "illava::column_means" else args[0]
         return torch.zeros(args[0].shape[1], len(rows))
 
@@ -80,7 +83,8 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(model: Any, inputs: dict[str, Tensor]) -> tuple[LayerCounter, LayerCounter]:
     """A merging prefill and stock's; tables that are made once are there already."""
     with torch.no_grad():
-        model(**inputs)
+        with LayerCounter(model):  # with the same answers of our operators: who stays decides what is a table
+            model(**inputs)
         with LayerCounter(model) as ours:
             model(**inputs)
         with merging(model, False), LayerCounter(model) as stock:
@@ -97,21 +101,34 @@ ONE = ((64, 64),)
 MANY = {"one": ONE, "five": ONE * 5, "twelve": ONE * 12, "ragged": ((64, 64), (48, 30), (100, 100))}
 
 
+def assert_budget(more: dict[tuple[str, int], int]) -> None:
+    for (stage, index), launches in more.items():
+        if index in MERGING["vit_layers" if stage == "encoder" else "llm_layers"]:
+            assert 0 < launches <= BUDGET, (stage, index, launches)
+        elif stage == "decoder" and index + 1 in MERGING["llm_layers"]:
+            assert launches <= RANKING, (stage, index, launches)
+        else:
+            assert launches <= 8, (stage, index, launches)
+
+
 @pytest.mark.parametrize("kind", MANY)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merging_layer_has_a_budget(family: str, method: str, kind: str) -> None:
     model = tiny_model(family)
     patch(model, **MERGING, method=method)
-    more = added(*counted(model, inputs_for(model, [Sample(1, images=MANY[kind])])))
-    budget = BUDGET[method][kind == "ragged"]
-    for (stage, index), launches in more.items():
-        if index in MERGING["vit_layers" if stage == "encoder" else "llm_layers"]:
-            assert 0 < launches <= budget, (stage, index, launches)
-        elif stage == "decoder" and index + 1 in MERGING["llm_layers"]:
-            assert launches <= RANKING, (stage, index, launches)
-        else:
-            assert launches <= 8, (stage, index, launches)
+    assert_budget(added(*counted(model, inputs_for(model, [Sample(1, images=MANY[kind])]))))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_it_has_in_bfloat16(family: str, method: str) -> None:
+    """Sums in float32 are cast back there; a batch of unequal prompts has padding."""
+    model = tiny_model(family).to(torch.bfloat16)
+    patch(model, **MERGING, method=method)
+    inputs = inputs_for(model, [Sample(1, images=MANY["ragged"]), Sample(2, images=ONE, text=(3, 4))])
+    inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    assert_budget(added(*counted(model, inputs)))
 
 
 @pytest.mark.parametrize("method", METHODS)

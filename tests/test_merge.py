@@ -23,20 +23,10 @@ def make_plan(
     total = sum(lengths)
     keys, scores, sizes = torch.randn(total, 4), torch.rand(total), torch.randint(1, 5, (total,)).float()
     segments = Segments.packed(lengths, torch.device("cpu"))
-    table = segments.take(scores)
-    if segments.valid is not None:
-        table = table.masked_fill(~segments.valid, torch.inf)
-    inputs = RuleInputs(
-        scores=table,
-        lengths=lengths,
-        num_removed=removed,
-        hidden=lambda: segments.take(tokens),
-        keys=lambda: segments.take(keys),
-        token_size=segments.take(sizes),
-        visible=None if visible is None else segments.take(visible),
-    )
+    seen = None if visible is None else (lambda: visible)
+    inputs = RuleInputs.of(segments, removed, scores, lambda: tokens, lambda: keys, sizes, seen)
     exists = torch.ones(1, total, dtype=torch.bool)
-    plan = build_plan(RULES[rule](inputs), segments, exists, total - sum(removed))
+    plan = build_plan(RULES[rule](inputs), segments, exists, total - sum(removed), sizes[None])
     expected, start = [], 0
     for length, count in zip(lengths, removed, strict=True):
         part = slice(start, start + length)
@@ -97,7 +87,7 @@ def test_recycle_by_hand() -> None:
     scores = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
     segments = Segments.packed((4,), torch.device("cpu"))
     tokens = torch.tensor([[[10.0], [6.0], [60.0], [600.0]]])
-    inputs = RuleInputs(scores, (4,), (2,), lambda: tokens, lambda: tokens, torch.ones(1, 4))
+    inputs = RuleInputs(scores, (4,), (2,), lambda: tokens, lambda: tokens, lambda: torch.ones(1, 4))
     plan = build_plan(RULES["recycle"](inputs), segments, torch.ones(1, 4, dtype=torch.bool), 2)
     assert plan.keep_indices.tolist() == [[0, 2]]
     torch.testing.assert_close(apply_merge(tokens, plan), torch.tensor([[[10.0], [3.0 + 200.0 + 10.0]]]))
@@ -116,7 +106,7 @@ def test_recycle_sits_where_the_layout_shows_it() -> None:
 def test_equal_scores_go_by_position(rule: str) -> None:
     segments = Segments.packed((6,), torch.device("cpu"))
     same = torch.ones(1, 6, 3)
-    inputs = RuleInputs(torch.zeros(1, 6), (6,), (2,), lambda: same, lambda: same, torch.ones(1, 6))
+    inputs = RuleInputs(torch.zeros(1, 6), (6,), (2,), lambda: same, lambda: same, lambda: torch.ones(1, 6))
     plan = build_plan(RULES[rule](inputs), segments, torch.ones(1, 6, dtype=torch.bool), 4)
     first = {"recycle": [2, 3, 4, 5], "bipartite": [1, 3, 4, 5]}.get(rule, [2, 3, 4, 5])
     assert plan.keep_indices[0].tolist() == first

@@ -9,10 +9,26 @@ import pytest
 from families import family_of
 from helpers import MERGING
 from illava_hooks import patch
-from test_launches import METHODS, ONE, added, as_on_a_device, counted
+from test_launches import METHODS, ONE, added, as_on_a_device, assert_budget, counted
 from tiny_models import Sample, inputs_for, tiny_model
 
 __all__ = ["as_on_a_device"]
+
+
+#: By family: prompts, and how many segments their encoder sees.
+SIZES = {
+    "llava_onevision": {"10 tiles": (Sample(1, images=ONE * 10), 10), "37 frames": (Sample(1, videos=(37,)), 37)},
+    "qwen2_vl": {"one": (Sample(1, videos=(2,)), 1), "32 slices": (Sample(1, videos=(64,)), 32)},
+}
+
+
+@pytest.mark.parametrize(("family", "size"), [(family, size) for family, sizes in SIZES.items() for size in sizes])
+def test_tiles_frames_and_slices(family: str, size: str) -> None:
+    model = tiny_model(family)
+    patch(model, **MERGING, method="diverse")
+    sample, segments = SIZES[family][size]
+    assert sum(map(len, family_of(model).segments(model, [sample]))) == segments
+    assert_budget(added(*counted(model, inputs_for(model, [sample]))))
 
 
 @pytest.mark.slow

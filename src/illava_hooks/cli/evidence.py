@@ -93,7 +93,9 @@ def bench(
         with status(f"loading {shape or model}"):
             if shape is not None:
                 target = find_device(device)
-                network = tool.build_shape(shape, str(target), find_dtype(dtype, target, "float32"), attention, narrow)
+                network = tool.build_shape(
+                    shape, str(target), find_dtype(dtype, target, "bfloat16"), attention, narrow
+                )
             else:
                 network, _ = load_model(str(model), device, dtype)
         if only:

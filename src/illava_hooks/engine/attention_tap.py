@@ -228,6 +228,7 @@ class EncoderTap:
         self.received: list[Tensor] = []
         self.scale = 1.0
         self._heard: list[tuple[Tensor, Tensor]] = []
+        self._sizes: Tensor | None = None
         self._seen = 0
 
     def heads(self) -> tuple[Tensor, Tensor]:
@@ -266,9 +267,9 @@ class EncoderTap:
     ) -> tuple[Tensor, Tensor | None]:
         """As ``Listener``; calls come in the order of the segments."""
         self.hear(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-        bias = None if self.log_sizes is None else self._bias(self.log_sizes, len(key), key.shape[2])
         # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
         plain = attention is sdpa_attention_forward and _is_plain(query, key, value, attention_mask, **kwargs)
+        bias = None if self.log_sizes is None else self._bias(self.log_sizes, key)
         if self.wanted and plain and not module.training:
             with region(ATTENTION, query, key, value, self.scale):
                 mixed, received = attend_and_receive(query, key, value, self.scale, bias)
@@ -285,7 +286,7 @@ class EncoderTap:
             attention is sdpa_attention_forward or getattr(attention, "__name__", "") == "eager_attention_forward"
         )
         attention = attention if takes_bias else sdpa_attention_forward
-        weighed = bias[:, None, None].to(query)
+        weighed = bias[:, None, None]
         mask = weighed
         if attention_mask is not None:
             shut = attention_mask.dtype == torch.bool
@@ -296,10 +297,12 @@ class EncoderTap:
             )
         return attention(module, query, key, value, mask, **kwargs)
 
-    def _bias(self, sizes: Tensor, segments: int, length: int) -> Tensor:
-        """``(S, N)``: the next tokens' logarithms of sizes."""
-        first, self._seen = self._seen, self._seen + segments * length
-        return sizes[first : self._seen].view(segments, length)
+    def _bias(self, sizes: Tensor, key: Tensor) -> Tensor:
+        """``(S, N)``: the next tokens' logarithms of sizes, in the type of the keys; cast once for all calls."""
+        if self._sizes is None:
+            self._sizes = sizes.to(key)
+        first, self._seen = self._seen, self._seen + len(key) * key.shape[2]
+        return self._sizes[first : self._seen].view(len(key), -1)
 
     def _by_segments(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """``(1, P, H, D)``: SDPA of all segments in one call, for rows that a flash back-end would cut by lengths."""
@@ -309,7 +312,7 @@ class EncoderTap:
         if segments.valid is not None:
             mask = mask.masked_fill(~segments.valid, -torch.inf)
         mixed, _ = sdpa_attention_forward(
-            module, query, key, value, mask[:, None, None].to(query), scaling=self.scale, is_causal=False
+            module, query, key, value, mask[:, None, None], scaling=self.scale, is_causal=False
         )
         longest = mixed.shape[1]
         places = [segment * longest + i for segment, length in enumerate(self.lengths) for i in range(length)]
@@ -325,7 +328,7 @@ class EncoderTap:
         rows = torch.where(valid, first[:, None] + column, 0)
         query, key, value = (table[0].transpose(0, 1)[rows].transpose(1, 2) for table in (query, key, value))
         # An empty window has no key at all: infinity would make its rows, which nobody reads, spoil gradients.
-        mask = bias[0].to(query)[rows].masked_fill(~valid, torch.finfo(query.dtype).min)
+        mask = bias[0][rows].masked_fill(~valid, torch.finfo(query.dtype).min)
         mixed, _ = sdpa_attention_forward(
             module, query, key, value, mask[:, None, None], scaling=self.scale, is_causal=False
         )

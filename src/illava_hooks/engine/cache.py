@@ -125,46 +125,43 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
 
     Attributes:
         ledger: what the keys stand for; layers of equal history share one.
-        trailing_text: how many of the last keys may be cropped, all of them text.
+        text_begins: the number of keys behind which all are text that may be cropped; of a static layer that has not
+            merged a tensor.
         shared: one dict for all layers of a cache; its ``"differs"`` tells whether some of them merged, so that the
             masks of stock, which asks one layer, are wrong for others.
     """
 
     ledger: Ledger
-    trailing_text: int
+    text_begins: Any
     shared: dict[str, bool]
-    _announced: int
 
     def start(self) -> None:
         """Opens the ledger of a layer that has not merged yet."""
-        self.ledger, self.trailing_text, self._announced = Ledger(), 0, 0
+        self.ledger, self.text_begins = Ledger(), self.num_keys() + 0
         self.shared["differs"] = False
 
-    def announce(self, ledger: Ledger, num_new: int, trailing_text: int, *, differs: bool) -> None:
+    @property
+    def trailing_text(self) -> int:
+        """How many of the last keys may be cropped, all of them text; asks the device where it counts them."""
+        return max(0, int(self.num_keys() - self.text_begins))
+
+    def announce(self, ledger: Ledger, num_keys: int, trailing_text: int, *, differs: bool) -> None:
         """Says what the next keys will stand for.
 
         Args:
             ledger: what this layer's keys stand for once they are here (``Ledger.with_prefill``).
-            num_new: how many will come.
+            num_keys: how many there will be then.
             trailing_text: trailing keys that are text.
             differs: whether some keys stand elsewhere than in the logical sequence, seen from the right, or for more
                 than one token.
         """
-        self.ledger, self.trailing_text, self._announced = ledger, trailing_text, num_new
+        self.ledger, self.text_begins = ledger, num_keys - trailing_text
         if differs:
             self.shared["differs"] = True
 
     def forget_mask(self) -> None:
         """Another ``generate`` begins, whose mask is not known yet."""
         self.ledger = replace(self.ledger, knows_mask=False)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores new keys; text that follows a merge may be cropped again."""
-        if self._announced:
-            self._announced = 0
-        else:
-            self.trailing_text += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
 
     def num_keys(self) -> Any:
         """The physical length: keys that are held; of a static layer a tensor."""
@@ -199,7 +196,6 @@ class MergedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # by the b
                 "tokens; start from a new cache"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]  # a method of the stock layers, not of their base
-        self.trailing_text -= removed
         self.ledger = self.ledger.cropped(self.num_keys())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

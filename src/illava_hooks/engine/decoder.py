@@ -8,8 +8,8 @@ stage, which is what lies between two merges (right-aligned, padded on the left)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from torch import Tensor
 from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.regions import in_region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.plan import MergePlan, SegmentPlan, apply_merge, build_plan, take_kept
+from illava_hooks.merge.plan import Fold, MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import Score, ScoreInputs, place_scores
-from illava_hooks.merge.segments import Segments, counting, everybody, host_table, scatter_back
+from illava_hooks.merge.segments import Segments, everybody, made_once, scatter_back
 from illava_hooks.methods import checked_scores
 
 __all__ = ["DecoderRun", "LayerKind", "PromptState", "TokenCounts", "plan_counts"]
@@ -31,34 +31,68 @@ LayerKind = Literal["attention", "recurrent"]
 
 @dataclass(slots=True)
 class PromptState:
-    """The compact sequence between two merges.
+    """The compact sequence between two merges. What is looked up together lies together.
 
     Attributes:
-        kept_at: ``(B, N)`` int64, the compact column that stands for each logical token.
-        visual: ``(B, K)`` int64, number of the image or video of each column, -1 for text and padding.
-        origins: ``(B, K)`` int64, where a visual token stood in its image or video before any merge.
+        places: ``(B, N + 1)`` int64, the compact column that stands for each logical token, and the column of the
+            scoring query.
+        tables: ``(B, K, 3)`` int64, ``visual``, ``columns`` and ``origins`` of each column; with ``ends``, where
+            somebody asks for them, ``(B, K, 4)``.
         token_size: ``(B, K)`` float32, how many tokens each stands for.
-        query: ``(B,)`` int64, column of the scoring query.
-        columns: ``(B, K)`` int64, the logical column of each; -1 for padding.
-        rope: RoPE tables of the columns, once known.
-        ends: ``(B, K)`` bool, who stands for the last token of an image or video; None where nobody asks.
+        rope: RoPE tables of the columns side by side, once known.
+        rope_widths: the width of each.
     """
 
-    kept_at: Tensor
-    visual: Tensor
-    origins: Tensor
+    places: Tensor
+    tables: Tensor
     token_size: Tensor
-    query: Tensor
-    columns: Tensor
-    rope: tuple[Tensor, ...] | None = None
-    ends: Tensor | None = None
+    rope: Tensor | None = None
+    rope_widths: tuple[int, ...] = ()
+
+    @property
+    def kept_at(self) -> Tensor:
+        """``(B, N)`` int64, the compact column that stands for each logical token."""
+        return self.places[:, :-1]
+
+    @property
+    def query(self) -> Tensor:
+        """``(B,)`` int64, column of the scoring query."""
+        return self.places[:, -1]
+
+    @property
+    def visual(self) -> Tensor:
+        """``(B, K)`` int64, number of the image or video of each column, -1 for text and padding."""
+        return self.tables[..., 0]
+
+    @property
+    def columns(self) -> Tensor:
+        """``(B, K)`` int64, the logical column of each; -1 for padding."""
+        return self.tables[..., 1]
+
+    @property
+    def origins(self) -> Tensor:
+        """``(B, K)`` int64, where a visual token stood in its image or video before any merge."""
+        return self.tables[..., 2]
+
+    @property
+    def ends(self) -> Tensor | None:
+        """``(B, K)`` bool, who stands for the last token of an image or video; None where nobody asks."""
+        return self.tables[..., 3] > 0 if self.tables.shape[-1] > 3 else None
+
+    def keep_rope(self, tables: Sequence[Tensor]) -> None:
+        """Remembers RoPE tables ``(B, K, D)``."""
+        self.rope, self.rope_widths = torch.cat([*tables], -1), tuple(table.shape[-1] for table in tables)
+
+    def rope_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The RoPE tables; none before they are known."""
+        return () if self.rope is None else torch.split(self.rope.to(device), [*self.rope_widths], -1)
 
     def to(self, device: torch.device) -> PromptState:
         """The same on another device: layers of one model may lie on several."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        rope = moved.pop("rope")
-        tables: dict[str, Any] = {name: None if table is None else table.to(device) for name, table in moved.items()}
-        return PromptState(**tables, rope=None if rope is None else tuple(table.to(device) for table in rope))
+        rope = None if self.rope is None else self.rope.to(device)
+        return PromptState(
+            self.places.to(device), self.tables.to(device), self.token_size.to(device), rope, self.rope_widths
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +116,19 @@ class TokenCounts:
         """``(B, K)`` bool, False on padding; None when nothing is padded."""
         if min(self.lengths) == self.width:
             return None
-        first = host_table([self.width - n for n in self.lengths], device)
-        return counting(self.width, device) >= first[:, None]
+        return _on_the_right(self.lengths, True, device)
+
+    def padding(self, device: torch.device) -> Tensor | None:
+        """``(B, K)`` bool, True on padding; None when nothing is padded."""
+        return None if min(self.lengths) == self.width else _on_the_right(self.lengths, False, device)
+
+
+@made_once
+def _on_the_right(lengths: tuple[int, ...], valid: bool, device: torch.device) -> Tensor:
+    """``(B, K)`` bool, ``valid`` on the last so many columns of each row and its opposite in front of them."""
+    width = max(lengths)
+    first = torch.tensor([width - n for n in lengths], device="cpu")[:, None]
+    return (torch.arange(width, device="cpu") >= first) == valid
 
 
 def plan_counts(
@@ -238,22 +283,19 @@ class DecoderRun:
             if state.ends is not None:
                 # The query of a prompt that ends with an image, and so of every prompt: no question decides.
                 scores = scores.masked_fill(state.ends, torch.inf)
-            table = segments.take(scores.flatten())
-            if segments.padding is not None:
-                table = table.masked_fill(segments.padding, torch.inf)
-            inputs = RuleInputs(
-                scores=table,
-                lengths=segments.lengths,
-                num_removed=tuple(n - m for n, m in counts),
-                hidden=lambda: segments.take(hidden.flatten(0, 1)),
-                keys=lambda: segments.take(_heard(keys).to(hidden.device)),
-                token_size=segments.take(state.token_size.flatten()),
+            inputs = RuleInputs.of(
+                segments,
+                tuple(n - m for n, m in counts),
+                scores.flatten(),
+                hidden=lambda: hidden.flatten(0, 1),
+                keys=lambda: _heard(keys).to(hidden.device),
+                token_size=state.token_size.flatten(),
             )
             local = self.config.method.rule(inputs)
         else:  # no visual token is left; stages are counted by plans, so there must be one
-            segments = Segments(torch.zeros(1, 1, dtype=torch.int64, device=hidden.device), None, (1,))
-            local = _nothing(hidden.device)
-        plan = build_plan(local, segments, exists, after.width, full=min(after.lengths) == after.width)
+            segments, local = Segments.packed([1], hidden.device), _nothing(hidden.device)
+        full = min(after.lengths) == after.width
+        plan = build_plan(local, segments, exists, after.width, state.token_size, full=full)
         self.plans.append(plan)
         self.states.append(_after(plan, state, after))
 
@@ -265,23 +307,19 @@ def _heard(keys: Tensor | None) -> Tensor:
 
 def _after(plan: MergePlan, state: PromptState, counts: TokenCounts) -> PromptState:
     """The compact sequence behind a merge; columns that became padding belong to nothing."""
-    visual, columns = take_kept(state.visual, plan), take_kept(state.columns, plan)
-    if (valid := counts.valid(visual.device)) is not None:
-        visual, columns = visual.masked_fill(~valid, -1), columns.masked_fill(~valid, -1)
+    tables = take_kept(state.tables, plan)
+    if (padding := counts.padding(tables.device)) is not None:
+        tables[..., :2].masked_fill_(padding[..., None], -1)
     return PromptState(
-        kept_at=plan.follow(state.kept_at),
-        visual=visual,
-        origins=take_kept(state.origins, plan),
+        places=plan.follow(state.places),
+        tables=tables,
         token_size=plan.grow(state.token_size),
-        query=plan.follow(state.query[:, None])[:, 0],
-        columns=columns,
-        rope=None if state.rope is None else tuple(take_kept(table, plan) for table in state.rope),
-        ends=None if state.ends is None else take_kept(state.ends, plan),
+        rope=None if state.rope is None else take_kept(state.rope, plan),
+        rope_widths=state.rope_widths,
     )
 
 
-def _nothing(device: torch.device) -> SegmentPlan:
-    """A plan in which one token keeps itself."""
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    none = zero[:, :0]
-    return SegmentPlan(zero == 0, none, none, none.float(), (zero + 1).float(), zero)
+def _nothing(device: torch.device) -> Fold:
+    """Nobody goes anywhere."""
+    nobody = torch.empty(0, dtype=torch.int64, device=device)
+    return Fold(nobody, nobody, "none")

@@ -245,11 +245,11 @@ class DecoderLayerHook(Hook):
         if run.states[0].rope is None:
             # The text model makes the tables behind our hook: the first layer is the first to see them.
             tables = (cos, sin) if cos.dim() == 3 else compose_tables((cos, sin), module.self_attn.config)
-            run.states[0].rope = tuple(table.expand(hidden.shape[0], -1, -1) for table in tables)
+            run.states[0].keep_rope([table.expand(hidden.shape[0], -1, -1) for table in tables])
         if self.layer_idx in run.layers:
             hidden = run.merge(self.layer_idx, hidden)
-        rope = run.stage(self.layer_idx).rope or ()
-        kwargs["position_embeddings"] = tuple(as_given(table.to(hidden.device), cos) for table in rope)
+        rope = run.stage(self.layer_idx).rope_on(hidden.device)
+        kwargs["position_embeddings"] = tuple(as_given(table, cos) for table in rope)
         # Gaps in positions look like packed sequences to flash attention.
         kwargs["position_ids"] = None
         if prefill.cache is not None and kwargs.get(CACHE) is not None:
@@ -278,7 +278,7 @@ class DecoderLayerHook(Hook):
             valid = prefill.valid[self.layer_idx]
             prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)
         differs = num_logical != num_new or prefill.prompt.moves
-        layer.announce(prefill.ledgers[key], num_new, prefill.prompt.trailing_text, differs=differs)
+        layer.announce(prefill.ledgers[key], past + num_new, prefill.prompt.trailing_text, differs=differs)
 
 
 def _refuse_past(past: Past, layer_idx: int) -> None:

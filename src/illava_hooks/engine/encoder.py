@@ -9,7 +9,7 @@ class token); they are split off before anything here looks at it. ``S`` segment
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -28,8 +28,17 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import ScoreInputs, packed_scores, place_scores, received_attention
-from illava_hooks.merge.segments import Segments, buckets, counting, everybody, host_table, scatter_back, starts
+from illava_hooks.merge.scores import PLACE_SCORES, ScoreInputs, packed_scores, place_scores, received_attention
+from illava_hooks.merge.segments import (
+    Segments,
+    buckets,
+    counting,
+    everybody,
+    host_table,
+    repeated,
+    scatter_back,
+    starts,
+)
 from illava_hooks.methods import checked_scores, find_score
 
 __all__ = ["EncoderRun", "unit_scores"]
@@ -176,8 +185,7 @@ class EncoderRun:
         if log_sizes is None and not self._listens:
             return None
         lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
-        # A replay finds the plan of the first run.
-        ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges
+        ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan
         removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
         received = removes and self.score is received_attention
         return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=log_sizes)
@@ -275,24 +283,22 @@ class EncoderRun:
         return self._join(prefix, merged, hidden.shape[:-2], hidden.shape[-1])
 
     def _decide(self, merges: int, units: Tensor, tap: EncoderTap | None) -> None:
-        state, after = self.states[merges], self.segments[merges + 1].lengths
-        if self._listens and tap is not None:
-            scores = self.scores(merges, tap)
-        else:
-            scores = _scores_by_place(self, merges)
+        state, shown, after = self.states[merges], self.visible, self.segments[merges + 1].lengths
+        scores = self.scores(merges, tap) if self._listens and tap is not None else _scores_by_place(self, merges)
         segments, kept = self._merge_segments(merges)
-        table = segments.take(scores)
-        inputs = RuleInputs(
-            scores=table if segments.padding is None else table.masked_fill(segments.padding, torch.inf),
-            lengths=segments.lengths,
-            num_removed=tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
-            hidden=lambda: segments.take(units.flatten(0, 1)),
-            keys=lambda: segments.take(self._keys(tap).reshape(scores.numel(), -1)),
-            token_size=segments.take(state.token_size.flatten()),
-            visible=None if self.visible is None else segments.take(self.visible.survivors(state).flatten()),
+        inputs = RuleInputs.of(
+            segments,
+            tuple(n - k for n, k in zip(segments.lengths, kept, strict=True)),
+            scores,
+            hidden=lambda: units.flatten(0, 1),
+            keys=lambda: self._keys(tap).reshape(scores.numel(), -1),
+            token_size=state.token_size.flatten(),
+            visible=None if shown is None else lambda: shown.survivors(state).flatten(),
         )
         exists = everybody(state.origins.shape, state.origins.device)
-        plan = build_plan(self.rule(inputs), segments, exists, sum(after) // self.num_rows, full=True)
+        plan = build_plan(
+            self.rule(inputs), segments, exists, sum(after) // self.num_rows, state.token_size, full=True
+        )
         self.plans.append(plan)
         self.states.append(
             EncoderState(take_kept(state.origins, plan), plan.follow(state.kept_at), plan.grow(state.token_size))
@@ -343,13 +349,13 @@ class EncoderRun:
 
     def places(self, merges: int) -> Tensor:
         """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""
-        unit, segments = self.traits.patches_per_unit, self.segments[merges]
-        first = self.segments[0].rows[:, :1] % self.states[0].kept_at.shape[1] * unit
-        sizes = host_table([n * unit for n in segments.lengths], first.device)
+        unit, width = self.traits.patches_per_unit, self.states[0].kept_at.shape[1]
+        now = self.segments[merges].lengths
+        begins = [n % width * unit for n in accumulate((0, *self.segments[0].lengths))][: len(now)]
         origins = self.patch_origins(merges).flatten()
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
-        return origins - first[:, 0].repeat_interleave(sizes, output_size=sum(segments.lengths) * unit)
+        return origins - repeated(begins, [n * unit for n in now], origins.device)
 
 
 def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
@@ -367,11 +373,12 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
     if sum(table.numel() for table in tap.received) == total + prefix * run.num_rows:
         flat = torch.cat([table.flatten() for table in tap.received])
         return run._without_prefix(flat).view(-1, unit).mean(-1)
+    if run.score in PLACE_SCORES:
+        return _scores_by_place(run, merges)
     query, key = tap.heads()
     rows = [n * unit + prefix for n in segments.lengths]
-    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes)) is not None:
-        patches = run._without_prefix(packed)
-        return patches if unit == 1 else patches.view(-1, unit).mean(-1)
+    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, unit)) is not None:
+        return run._without_prefix(packed)
     place, name = run.places(merges), run.session.config.method.name
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():

@@ -250,22 +250,22 @@ def _state(
     first_real = width - rank[:, -1:]
     shown = torch.maximum(column, first_real.clamp_max(width - 1))
     kept_at = torch.where(marks.visual >= 0, column.flatten()[marks.survivor_of.flatten()].view_as(column), shown)
-    columns, valid = right_align(marks.keep, width), counts.valid(real.device)
-    visual = marks.visual.gather(1, columns)
+    columns, padding = right_align(marks.keep, width), counts.padding(real.device)
+    tables = [marks.visual.gather(1, columns), columns, marks.origin.gather(1, columns)]
+    ends = [_ends(marks, kept_at, width, kept_to_the_end)] if kept_to_the_end else []
+    about = torch.stack(tables + ends, -1)
+    if padding is not None:
+        about[..., :2].masked_fill_(padding[..., None], -1)
     return PromptState(
-        kept_at=kept_at,
-        visual=visual if valid is None else visual.masked_fill(~valid, -1),
-        origins=marks.origin.gather(1, columns),
+        places=torch.cat([kept_at, kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])], 1),
+        tables=about,
         token_size=torch.ones(columns.shape, dtype=torch.float32, device=real.device),
-        query=kept_at.gather(1, query.place(real, _last_visual(marks))[:, None])[:, 0],
-        columns=columns if valid is None else columns.masked_fill(~valid, -1),
-        ends=_ends(marks, kept_at, width, kept_to_the_end) if kept_to_the_end else None,
     )
 
 
 def _ends(marks: _Marks, kept_at: Tensor, width: int, records: Sequence[VisualRecord]) -> Tensor:
-    """``(B, K)`` bool, the columns that stand for the last tokens of images and videos."""
+    """``(B, K)`` int64, 1 in the columns that stand for the last tokens of images and videos."""
     last = host_table([record.num_tokens - 1 for record in records], kept_at.device)
     is_last = (marks.visual >= 0) & (marks.origin == last[marks.visual.clamp_min(0)])
-    found = torch.zeros(len(kept_at), width, dtype=torch.uint8, device=kept_at.device)
-    return found.scatter_reduce(1, kept_at, is_last.to(torch.uint8), "amax").bool()
+    found = torch.zeros(len(kept_at), width, dtype=torch.int64, device=kept_at.device)
+    return found.scatter_reduce(1, kept_at, is_last.to(torch.int64), "amax")

@@ -1,6 +1,7 @@
 """A merge plan is data: who stays, who is folded into whom, with which weight.
 
-A rule decides inside segments (``SegmentPlan``); ``build_plan`` makes the plan of the whole batch of it.
+A rule decides inside segments: as a ``Fold``, where each token that goes has one survivor, or as a ``SegmentPlan``,
+which can say anything. ``build_plan`` makes the plan of the whole batch of it.
 
 Shapes: ``B`` rows of ``N`` tokens, ``K`` survivors per row, ``S`` segments of ``L`` tokens (padded), ``E`` edges from
 an absorbed token to its anchor (per segment, or in all).
@@ -10,13 +11,14 @@ Everything that belongs to a token (hidden states, RoPE tables, positions, sizes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from illava_hooks.merge.segments import Segments, counting, made_once, ones, right_align, starts
 
-__all__ = ["MergePlan", "SegmentPlan", "apply_merge", "build_plan", "nearest_kept", "take_kept"]
+__all__ = ["Fold", "MergePlan", "SegmentPlan", "apply_merge", "build_plan", "nearest_kept", "take_kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,24 @@ class SegmentPlan:
     self_weights: Tensor
     survivor_of: Tensor
     sizes: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A rule's decision where each token that goes is folded into one survivor: all else follows from that.
+
+    Attributes:
+        absorbed: ``(E,)`` int64, flat rows of the tokens that go.
+        anchors: ``(E,)`` int64, flat rows of their survivors.
+        weights: how tokens enter their survivor's new value: ``"size"``, the mean by token size; ``"none"``, not at
+            all; or ``(E,)`` float32, and survivors in ``seats`` then consist of these alone.
+        seats: ``(S,)`` int64, flat rows of survivors that are among ``absorbed`` themselves; None: there are none.
+    """
+
+    absorbed: Tensor
+    anchors: Tensor
+    weights: Tensor | Literal["size", "none"]
+    seats: Tensor | None = None
 
 
 def nearest_kept(kept: Tensor, lengths: Tensor | None) -> Tensor:
@@ -74,7 +94,7 @@ class MergePlan:
     Attributes:
         keep_indices: ``(B, K)`` int64, column of each survivor, ascending, right-aligned.
         keep_mask: ``(B, N)`` bool.
-        survivor_of: ``(B, N)`` int64, column of the survivor that represents each token from now on.
+        holders: ``(B * N,)`` int64, flat row of the survivor that represents each token from now on.
         absorbed: ``(E,)`` int64, flat rows (of ``B * N``) that are folded into an anchor.
         anchors: ``(E,)`` int64, flat rows of the survivors that receive them.
         weights: ``(E,)`` float32; edges that only fill up a table have weight 0.
@@ -87,7 +107,7 @@ class MergePlan:
 
     keep_indices: Tensor
     keep_mask: Tensor
-    survivor_of: Tensor
+    holders: Tensor
     absorbed: Tensor
     anchors: Tensor
     weights: Tensor
@@ -95,6 +115,11 @@ class MergePlan:
     new_columns: Tensor
     columns_of: Tensor
     sizes: Tensor | None = None
+
+    @property
+    def survivor_of(self) -> Tensor:
+        """``(B, N)`` int64, column of the survivor that represents each token from now on."""
+        return self.holders.view(self.keep_mask.shape) % self.keep_mask.shape[1]
 
     def follow(self, kept_at: Tensor) -> Tensor:
         """Maps a table of columns before the merge, ``(B, M)``, to the columns after it."""
@@ -113,47 +138,88 @@ class MergePlan:
 
 
 def build_plan(
-    local: SegmentPlan, segments: Segments, keep_mask: Tensor, num_kept: int, *, full: bool = False
+    local: SegmentPlan | Fold,
+    segments: Segments,
+    keep_mask: Tensor,
+    num_kept: int,
+    token_size: Tensor | None = None,
+    *,
+    full: bool = False,
 ) -> MergePlan:
     """Turns decisions inside segments into a plan for the batch.
 
     Args:
-        local: the rule's decision, in token numbers inside each segment.
+        local: the rule's decision.
         segments: where the segments lie among the ``B * N`` flat rows.
         keep_mask: ``(B, N)`` bool, tokens that exist (False on padding); tokens outside of all segments stay.
         num_kept: ``K``, planned on the host.
+        token_size: ``(B, N)`` float32, how many original tokens each token stands for; None: itself.
         full: whether the host knows that each row keeps so many.
     """
-    shape, device = keep_mask.shape, keep_mask.device
-    kept = segments.put(keep_mask.flatten(), local.kept).view(shape)
+    shape = keep_mask.shape
+    single = ones((shape.numel(),), keep_mask.device)
+    rows = counting(shape.numel(), keep_mask.device)
+    if isinstance(local, Fold):
+        sizes = single if token_size is None else token_size.flatten()
+        decided = _folded(local, keep_mask.flatten(), rows, sizes, single)
+    else:
+        decided = _Decided(
+            kept=segments.put(keep_mask.flatten(), local.kept),
+            holders=segments.put(rows, segments.rows_of(local.survivor_of)),
+            absorbed=segments.rows_of(local.absorbed).flatten(),
+            anchors=segments.rows_of(local.anchors).flatten(),
+            weights=local.weights.flatten(),
+            self_weights=segments.put(single, local.self_weights),
+            sizes=None if local.sizes is None else segments.put(single, local.sizes),
+        )
+    kept = decided.kept.view(shape)
     rank = kept.cumsum(-1)
     if not full:  # shorter rows lie on the right
         rank = rank + (num_kept - rank[:, -1:])
-    new_columns, survivor_of = (rank - 1).clamp_min_(0), _columns(segments, local.survivor_of, shape)
-    single = ones((shape.numel(),), device)
+    new_columns = rank - 1
     return MergePlan(
         keep_indices=right_align(kept, num_kept),
         keep_mask=kept,
-        survivor_of=survivor_of,
-        absorbed=segments.rows_of(local.absorbed).flatten(),
-        anchors=segments.rows_of(local.anchors).flatten(),
-        weights=local.weights.flatten(),
-        self_weights=segments.put(single, local.self_weights).view(shape),
+        holders=decided.holders,
+        absorbed=decided.absorbed,
+        anchors=decided.anchors,
+        weights=decided.weights,
+        self_weights=decided.self_weights.view(shape),
         new_columns=new_columns,
-        columns_of=new_columns.gather(1, survivor_of),
-        sizes=None if local.sizes is None else segments.put(single, local.sizes).view(shape),
+        columns_of=new_columns.flatten()[decided.holders].view(shape),
+        sizes=None if decided.sizes is None else decided.sizes.view(shape),
     )
 
 
-def _columns(segments: Segments, survivor_of: Tensor, shape: torch.Size) -> Tensor:
-    """``(B, N)`` int64, the column of each token's survivor, of numbers inside the segments ``(S, L)``."""
-    width, device = shape[1], survivor_of.device
-    if segments.dense and survivor_of.shape[1] == width:
-        return survivor_of
-    if shape[0] == 1:
-        return segments.put(counting(width, device), segments.rows_of(survivor_of)).view(shape)
-    columns = counting(width, device).expand(shape).reshape(-1)
-    return segments.put(columns, segments.rows_of(survivor_of) % width).view(shape)
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """A decision in flat rows: as in ``MergePlan``, ``(B * N,)`` each."""
+
+    kept: Tensor
+    holders: Tensor
+    absorbed: Tensor
+    anchors: Tensor
+    weights: Tensor
+    self_weights: Tensor
+    sizes: Tensor | None
+
+
+def _folded(fold: Fold, exists: Tensor, rows: Tensor, sizes: Tensor, single: Tensor) -> _Decided:
+    """What follows from who goes where; ``sizes`` and ``single``, ones, are ``(B * N,)`` float32."""
+    absorbed, anchors, weights = fold.absorbed, fold.anchors, fold.weights
+    kept, holders = exists.scatter(0, absorbed, False), rows.scatter(0, absorbed, anchors)
+    if weights == "none":
+        nobody = absorbed[:0]
+        return _Decided(kept, holders, nobody, nobody, single[:0], single, sizes)
+    mass = sizes[absorbed]
+    if isinstance(weights, Tensor):
+        own = single
+        if fold.seats is not None:
+            kept, own = kept.scatter(0, fold.seats, True), single.scatter(0, fold.seats, 0.0)
+            sizes = sizes.scatter(0, fold.seats, 0.0)
+        return _Decided(kept, holders, absorbed, anchors, weights, own, sizes.index_add(0, anchors, mass))
+    total = sizes.index_add(0, anchors, mass)
+    return _Decided(kept, holders, absorbed, anchors, mass / total[anchors], sizes / total, total)
 
 
 def take_kept(tokens: Tensor, plan: MergePlan) -> Tensor:

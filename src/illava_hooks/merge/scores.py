@@ -113,7 +113,7 @@ def query_lse(inputs: ScoreInputs) -> Tensor:
 
 
 def packed_scores(
-    score: Score, query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, bias: Tensor | None
+    score: Score, query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, bias: Tensor | None, unit: int = 1
 ) -> Tensor | None:
     """The scores of all segments at once where a kernel gives them; None: each length goes through ``score``.
 
@@ -124,9 +124,10 @@ def packed_scores(
         lengths: tokens of each segment.
         scale: factor of the attention logits.
         bias: ``(P,)`` float32 added to the logits of each key, or None.
+        unit: neighbours whose mean is asked for.
 
     Returns:
-        ``(P,)`` float32, or None.
+        ``(P / unit,)`` float32, or None.
     """
     if score not in (received_attention, query_lse) or not takes(key.device):
         return None
@@ -139,7 +140,8 @@ def packed_scores(
         "lengths": lengths,
     }
     if score is query_lse:
-        return row_lse_varlen(query, key, **packing).mean(0)
+        return row_lse_varlen(query, key, **packing).view(query.shape[1], -1, unit).mean((0, 2))
+    packing["unit"] = unit
     return received_attention_varlen(query, key, **packing)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "made_once",
     "numbered",
     "ones",
+    "repeated",
     "right_align",
     "scatter_back",
 ]
@@ -80,6 +81,16 @@ def _table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def host_table(values: Sequence[int], device: torch.device) -> Tensor:
     """Numbers of the host on a device, ``(n,)`` int64, made once: never write to it."""
     return _table(tuple(values), torch.int64, device)
+
+
+@made_once
+def _repeated(values: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+
+
+def repeated(values: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
+    """``(sum(counts),)`` int64, each value so many times; made once: never write to it."""
+    return _repeated(tuple(values), tuple(counts), device)
 
 
 @made_once

@@ -97,8 +97,10 @@ class PackedFamily(Family):
         tables = kwargs["position_embeddings"]
         state, borders = run.states[merges], self.borders(kwargs, run, merges)
         if state.rope is None or state.rope[0] is not tables:  # all layers between two merges are given the same
-            origins = run.patch_origins(merges)[0].to(tables[0].device)
-            state.rope = tables, tuple(table[origins] for table in tables)
+            # Whole units of patches lie side by side.
+            units = run.states[merges].origins[0].to(tables[0].device)
+            shape = run.states[0].origins.shape[1], -1
+            state.rope = tables, tuple(t.reshape(shape)[units].view(-1, t.shape[-1]) for t in tables)
         return {**kwargs, "position_embeddings": state.rope[1], **borders}
 
     def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-__all__ = ["column_means", "row_lse", "search"]
+__all__ = ["closest_behind", "column_means", "match_behind", "row_lse"]
 
 #: Operations of one call, at any length.
 MOST_LAUNCHES = 64
@@ -163,46 +163,48 @@ def _numbers(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(len(lengths), device=device).repeat_interleave(sizes, output_size=sum(lengths))
 
 
-def search(
-    features: Tensor, order: Tensor, begins: Tensor, splits: Tensor | None, ends: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
-    """As ``ops.most_similar``."""
-    place = torch.arange(longest, device=order.device)
-    inside = place < (ends - begins)[:, None]
-    # Beyond a segment's end its first place stands in: what is written there twice is the same.
-    places = begins[:, None] + torch.where(inside, place, 0)
-    rows = order[places]  # numbers inside the segment
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    table = torch.nn.functional.normalize(wide, dim=-1)[rows + begins[:, None]]
-    best = torch.full_like(rows, -torch.inf, dtype=torch.float32)
-    match = rows.clone()
-    asked = inside if splits is None else inside & (place < splits[:, None])
-    others = inside if splits is None else inside ^ asked
-    nobody = ~others[:, None]
+def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
+    """As ``ops.closest_behind``."""
+    length = order.shape[1]
+    place, table = torch.arange(length, device=order.device), _ordered(features, rows, order)
+    padding = place >= lengths[:, None]
+    best = torch.empty_like(order, dtype=torch.float32)
+    for lines in _thirds(length):
+        cosine = _cosines(table, lines, slice(lines.start, None))
+        hidden = padding[:, None, lines.start :] | (place[lines.start :] <= place[lines, None])
+        best[:, lines] = cosine.masked_fill_(hidden, -torch.inf).amax(-1)
+    best.masked_fill_(best == torch.inf, torch.nan).masked_fill_(padding, -torch.inf)
+    return torch.empty_like(best).scatter_(1, order, best).masked_fill_(scores == torch.inf, -torch.inf)
+
+
+def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+    """As ``ops.match_behind``."""
+    length = order.shape[1]
+    place, table = torch.arange(length, device=order.device), _ordered(features, rows, order)
+    asks = place < splits[:, None]
+    nobody = (asks | (place >= lengths[:, None]))[:, None]
+    match = torch.empty_like(order)
     far = torch.iinfo(torch.int64).max
-    step = -(-longest // _SEARCH_BLOCKS)
-    for first in range(0, longest, step):
-        lines, behind = slice(first, first + step), slice(first if splits is None else 0, None)
-        cosine = (table[:, lines] @ table[:, behind].transpose(1, 2)).float()
-        # No number, which broken pixels give, comes out on top, and out of here as it is.
-        cosine.nan_to_num_(torch.inf, torch.inf, -torch.inf)
-        hidden = nobody[..., behind]
-        if splits is None:
-            hidden = hidden | (place[behind] <= place[lines, None])
-        top = cosine.masked_fill_(hidden, -torch.inf).amax(-1)
-        best[:, lines] = top
-        if splits is not None:
-            # Of equals the first row.
-            match[:, lines] = rows[:, None].masked_fill(cosine < top[..., None], far).amin(-1)
-    best.masked_fill_(~asked, -torch.inf)
-    match = torch.where(best == -torch.inf, rows, match)
-    best.masked_fill_(best == torch.inf, torch.nan)
-    return (
-        torch.full(order.shape, -torch.inf, device=order.device).index_copy_(0, *_same_first(places, inside, best)),
-        order.clone().index_copy_(0, *_same_first(places, inside, match)),
-    )
+    for lines in _thirds(length):
+        cosine = _cosines(table, lines, slice(None)).masked_fill_(nobody, -torch.inf)
+        # Of equals the first.
+        others = order[:, None].masked_fill(cosine < cosine.amax(-1, keepdim=True), far)
+        match[:, lines] = others.masked_fill_(nobody, far).amin(-1)
+    return torch.stack([rows.gather(1, order), rows.gather(1, torch.where(asks, match, order))])
 
 
-def _same_first(places: Tensor, inside: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Places and values ``(Q,)``, where a place that stands in several times always gets its own value."""
-    return places.flatten(), torch.where(inside, values, values[:, :1]).flatten()
+def _ordered(features: Tensor, rows: Tensor, order: Tensor) -> Tensor:
+    """``(S, L, C)`` unit vectors in the order of each segment, in float32 at least."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.nn.functional.normalize(wide, dim=-1)[rows.gather(1, order)]
+
+
+def _thirds(length: int) -> Iterator[slice]:
+    step = -(-length // _SEARCH_BLOCKS)
+    return (slice(first, min(first + step, length)) for first in range(0, length, step))
+
+
+def _cosines(table: Tensor, lines: slice, others: slice) -> Tensor:
+    """``(S, n, m)`` float32; no number, which broken pixels give, comes out on top."""
+    cosine = (table[:, lines] @ table[:, others].transpose(1, 2)).float()
+    return cosine.nan_to_num_(torch.inf, torch.inf, -torch.inf)

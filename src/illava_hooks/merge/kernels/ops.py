@@ -18,7 +18,7 @@ from torch import Tensor
 from illava_hooks.merge.kernels import blocks
 from illava_hooks.merge.kernels.devices import uses_triton
 
-__all__ = ["most_similar", "received_attention_varlen", "row_lse_varlen"]
+__all__ = ["closest_behind", "match_behind", "received_attention_varlen", "row_lse_varlen"]
 
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,8 +35,9 @@ def received_attention_varlen(
     cu_seqlens_q: Tensor | None = None,
     lengths_q: Sequence[int] = (),
     causal: bool = False,
+    unit: int = 1,
 ) -> Tensor:
-    """Mean over heads and queries of the attention that each token receives inside its segment: ``(P,)``.
+    """Mean over heads and queries of the attention that each token receives inside its segment: ``(P / unit,)``.
 
     ``sum_i exp(q_i k_j scale + bias_j - lse_i)``, divided by heads and queries. Two launches and a sum.
 
@@ -51,12 +52,13 @@ def received_attention_varlen(
         cu_seqlens_q: borders of the queries where keys of a cache stand in front; None: as the keys.
         lengths_q: the same as lengths on the host.
         causal: whether a query sees only keys up to its own; the last query and the last key of a segment meet.
+        unit: neighbours whose mean is asked for.
     """
     query_borders = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     counts = lengths if cu_seqlens_q is None else lengths_q
     _check(query, key, query_borders)
     per_head: Tensor = _column_means(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, lse, causal)
-    return per_head.mean(0)
+    return per_head.view(len(per_head), -1, unit).mean((0, 2))
 
 
 def row_lse_varlen(
@@ -79,25 +81,38 @@ def row_lse_varlen(
     return found
 
 
-def most_similar(
-    features: Tensor, order: Tensor, begins: Tensor, ends: Tensor, longest: int, splits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """For each place of an order of tokens, the largest cosine to a token further behind in its segment.
+def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
+    """The largest cosine of each token to one that stands behind it in its segment's order.
 
     Args:
         features: ``(P, C)``, as they are: their lengths are divided by here.
-        order: ``(P,)`` int64, the order of the tokens inside each segment: their numbers from its first one on.
-        begins: ``(S,)`` int64, the row where each segment begins, ascending from 0.
-        ends: ``(S,)`` int64, where it ends; what lies between two segments is nobody.
-        longest: rows of the longest segment, what lies behind it included.
-        splits: ``(S,)`` int64 or None: the first so many places of a segment look for the most similar of its other
-            places; None: each place looks for the most similar behind it.
+        rows: ``(S, L)`` int64, the row of each token of the padded segments.
+        order: ``(S, L)`` int64, for each segment a permutation of its tokens' numbers, padding at the end.
+        lengths: ``(S,)`` int64, tokens of each segment.
+        scores: ``(S, L)`` float32; who has the score infinity is protected, and closest to nobody.
 
     Returns:
-        ``(P,)`` float32, the cosine; minus infinity where nobody is to be found, or asks. And ``(P,)`` int64, the
-        number of who was found, of equals the first, else the token's own; meaningful with ``splits`` only.
+        ``(S, L)`` float32, by token; minus infinity where nobody is behind.
     """
-    found: tuple[Tensor, Tensor] = _search(features, order, begins, splits, ends, longest)
+    found: Tensor = _closest(features, rows, order, lengths, scores)
+    return found
+
+
+def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+    """For the first so many tokens of each segment's order the most similar of the segment's others.
+
+    Args:
+        features: as ``closest_behind``.
+        rows: as ``closest_behind``.
+        order: as ``closest_behind``.
+        lengths: as ``closest_behind``.
+        splits: ``(S,)`` int64, how many look for a match.
+
+    Returns:
+        ``(2, S, L)`` int64: the row of the token in each place of the order, and the row of its match, of equals the
+        one with the lowest number; who does not look matches itself.
+    """
+    found: Tensor = _match(features, rows, order, lengths, splits)
     return found
 
 
@@ -193,19 +208,29 @@ def _(
     return query.new_empty(query.shape[1], key.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("illava::most_similar", mutates_args=())
-def _search(
-    features: Tensor, order: Tensor, begins: Tensor, splits: Tensor | None, ends: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("illava::closest_behind", mutates_args=())
+def _closest(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
     if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
         from illava_hooks.merge.kernels import search_triton
 
-        return search_triton.search(features, order, begins, splits, ends, longest)
-    return blocks.search(features, order, begins, splits, ends, longest)
+        return search_triton.closest_behind(features, rows, order, lengths, scores)
+    return blocks.closest_behind(features, rows, order, lengths, scores)
 
 
-@_search.register_fake
-def _(
-    features: Tensor, order: Tensor, begins: Tensor, splits: Tensor | None, ends: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(order, dtype=torch.float32), torch.empty_like(order)
+@_closest.register_fake
+def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
+    return torch.empty(order.shape, dtype=torch.float32, device=order.device)
+
+
+@torch.library.custom_op("illava::match_behind", mutates_args=())
+def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+    if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
+        from illava_hooks.merge.kernels import search_triton
+
+        return search_triton.match_behind(features, rows, order, lengths, splits)
+    return blocks.match_behind(features, rows, order, lengths, splits)
+
+
+@_match.register_fake
+def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+    return torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)

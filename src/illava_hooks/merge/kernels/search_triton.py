@@ -13,91 +13,123 @@ from torch import Tensor
 
 from illava_hooks.merge.kernels.tuning import launcher
 
-__all__ = ["search"]
+__all__ = ["closest_behind", "match_behind"]
 
 
 @triton.jit
 def _search(
-    features, order, begins, splits, ends, best, match,
-    feature_row, width, segments, places, longest, length_class,
+    features, rows, order, lengths, given, best, match,
+    feature_row, width, places, longest, length_class,
     HAS_SPLIT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """For each place of an order the largest cosine to one behind it, or with a split to one behind that."""
+    """For each place of an order the largest cosine to one behind it, or with splits who of those behind it is that.
+
+    ``given`` are the scores of the tokens, or the splits of the segments; one of ``best`` and ``match`` is written.
+    """
     tiles = tl.cdiv(longest, TILE)
     segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    begin = tl.load(begins + segment).to(tl.int64)
-    count = (tl.load(ends + segment) - begin).to(tl.int32)
-    # Up to the next segment: the room between is written as well.
-    room = (tl.load(begins + segment + 1, mask=segment + 1 < segments, other=places) - begin).to(tl.int32)
+    begin = segment.to(tl.int64) * longest
+    count = tl.load(lengths + segment).to(tl.int32)
     asking = count
     if HAS_SPLIT:
-        asking = tl.load(splits + segment).to(tl.int32)
-    if tile * TILE < room:
-        place = tile * TILE + tl.arange(0, TILE)
-        number = tl.load(order + begin + place, mask=place < room, other=0)
-        rows = features + (begin + number)[:, None] * feature_row
-        top = tl.full([TILE], float("-inf"), tl.float32)
-        found = number
-        start = tile * TILE
-        if HAS_SPLIT:
-            start = asking
-        if tile * TILE >= asking:
-            start = count  # nobody asks here
-        for other in range(start, count, STEP):
-            behind = other + tl.arange(0, STEP)
-            partner = tl.load(order + begin + behind, mask=behind < count, other=0)
-            partners = features + (begin + partner)[:, None] * feature_row
-            product = tl.zeros([TILE, STEP], tl.float32)
-            own, theirs = tl.zeros([TILE], tl.float32), tl.zeros([STEP], tl.float32)
-            for channel in range(0, width, PART):
-                part = channel + tl.arange(0, PART)
-                inside = (part < width)[None]
-                left = tl.load(rows + part[None], mask=(place < asking)[:, None] & inside, other=0.0)
-                right = tl.load(partners + part[None], mask=(behind < count)[:, None] & inside, other=0.0)
-                if WIDEN:
-                    left, right = left.to(tl.float32), right.to(tl.float32)
-                product = tl.dot(left, tl.trans(right), acc=product, input_precision="ieee")
-                wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
-                own += tl.sum(wide_left * wide_left, 1)
-                theirs += tl.sum(wide_right * wide_right, 1)
-            # As in `normalize`: a token of zeros resembles nobody.
-            lengths = tl.maximum(tl.sqrt(own), 1e-12)[:, None] * tl.maximum(tl.sqrt(theirs), 1e-12)[None]
-            cosine = product / lengths
-            # No number, which broken pixels give, comes out on top, and out of here as it is.
-            cosine = tl.where(cosine == cosine, cosine, float("inf"))
-            allowed = (behind < count)[None]
-            if not HAS_SPLIT:
-                allowed = allowed & (behind[None] > place[:, None])
-            cosine = tl.where(allowed, cosine, float("-inf"))
-            highest = tl.max(cosine, 1)
-            # Of equals the first: an order by score must not decide between copies.
-            first = tl.min(tl.where((cosine == highest[:, None]) & allowed, partner[None], 9223372036854775807), 1)
-            better = (highest > top) | ((highest == top) & (first < found) & (highest > float("-inf")))
-            top, found = tl.where(better, highest, top), tl.where(better, first, found)
-        asks = place < asking
+        asking = tl.load(given + segment).to(tl.int32)
+    place = tile * TILE + tl.arange(0, TILE)
+    inside = place < longest
+    number = tl.load(order + begin + place, mask=inside, other=0)
+    row = tl.load(rows + begin + number, mask=inside, other=0)
+    top = tl.full([TILE], float("-inf"), tl.float32)
+    found = number
+    start = tile * TILE
+    if HAS_SPLIT:
+        start = asking
+    if tile * TILE >= asking:
+        start = count  # nobody asks here
+    for other in range(start, count, STEP):
+        behind = other + tl.arange(0, STEP)
+        partner = tl.load(order + begin + behind, mask=behind < count, other=0)
+        partner_row = tl.load(rows + begin + partner, mask=behind < count, other=0)
+        product = tl.zeros([TILE, STEP], tl.float32)
+        own, theirs = tl.zeros([TILE], tl.float32), tl.zeros([STEP], tl.float32)
+        for channel in range(0, width, PART):
+            part = channel + tl.arange(0, PART)
+            known = (part < width)[None]
+            left = tl.load(
+                features + row[:, None] * feature_row + part[None], mask=(place < asking)[:, None] & known, other=0.0
+            )
+            right = tl.load(
+                features + partner_row[:, None] * feature_row + part[None],
+                mask=(behind < count)[:, None] & known,
+                other=0.0,
+            )
+            if WIDEN:
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            product = tl.dot(left, tl.trans(right), acc=product, input_precision="ieee")
+            wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
+            own += tl.sum(wide_left * wide_left, 1)
+            theirs += tl.sum(wide_right * wide_right, 1)
+        # As in `normalize`: a token of zeros resembles nobody.
+        norms = tl.maximum(tl.sqrt(own), 1e-12)[:, None] * tl.maximum(tl.sqrt(theirs), 1e-12)[None]
+        cosine = product / norms
+        # No number, which broken pixels give, comes out on top, and out of here as it is.
+        cosine = tl.where(cosine == cosine, cosine, float("inf"))
+        allowed = (behind < count)[None]
+        if not HAS_SPLIT:
+            allowed = allowed & (behind[None] > place[:, None])
+        cosine = tl.where(allowed, cosine, float("-inf"))
+        highest = tl.max(cosine, 1)
+        # Of equals the first: an order by score must not decide between copies.
+        first = tl.min(tl.where((cosine == highest[:, None]) & allowed, partner[None], 9223372036854775807), 1)
+        better = (highest > top) | ((highest == top) & (first < found) & (highest > float("-inf")))
+        top, found = tl.where(better, highest, top), tl.where(better, first, found)
+    asks = place < asking
+    if HAS_SPLIT:
+        tl.store(match + begin + place, row, mask=inside)
+        whose = tl.load(rows + begin + tl.where(asks, found, number), mask=inside, other=0)
+        tl.store(match + places + begin + place, whose, mask=inside)
+    else:
+        score = tl.load(given + begin + number, mask=inside, other=0.0)
         top = tl.where(top == float("inf"), float("nan"), top)
-        tl.store(best + begin + place, tl.where(asks, top, float("-inf")), mask=place < room)
-        tl.store(match + begin + place, tl.where(asks, found, number), mask=place < room)
+        tl.store(best + begin + number, tl.where(asks & (score < float("inf")), top, float("-inf")), mask=inside)
 
 
-_launch_search = launcher(_search, ["width", "length_class"], PART=32)
+_launch_search = launcher(_search, ["width", "length_class", "HAS_SPLIT"], PART=32)
 
 
-def search(
-    features: Tensor, order: Tensor, begins: Tensor, splits: Tensor | None, ends: Tensor, longest: int
-) -> tuple[Tensor, Tensor]:
-    """As ``ops.most_similar``."""
-    best, match = torch.empty_like(order, dtype=torch.float32), torch.empty_like(order)
+def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
+    """As ``ops.closest_behind``."""
+    best = torch.empty_like(order, dtype=torch.float32, memory_format=torch.contiguous_format)
+    _run(features, rows, order, lengths, scores.contiguous(), best, order, has_split=False)
+    return best
+
+
+def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+    """As ``ops.match_behind``."""
+    match = torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)
+    _run(features, rows, order, lengths, splits, order, match, has_split=True)
+    return match
+
+
+def _run(
+    features: Tensor,
+    rows: Tensor,
+    order: Tensor,
+    lengths: Tensor,
+    given: Tensor,
+    best: Tensor,
+    match: Tensor,
+    *,
+    has_split: bool,
+) -> None:
+    segments, longest = order.shape
     features = features if features.stride(-1) == 1 else features.contiguous()
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(longest, meta["TILE"]) * len(begins),)
+        return (triton.cdiv(longest, meta["TILE"]) * segments,)
 
     _launch_search(
         grid,
         longest,
-        *(features, order, begins, begins if splits is None else splits, ends, best, match),
-        *(features.stride(0), features.shape[1], len(begins), len(order)),
-        HAS_SPLIT=splits is not None,
+        *(features, rows.contiguous(), order.contiguous(), lengths, given, best, match),
+        *(features.stride(0), features.shape[1], order.numel()),
+        HAS_SPLIT=has_split,
     )
-    return best, match

@@ -1,0 +1,138 @@
+"""What only a device can show; `make gpu` runs this file there. ``ILLAVA_GPU_DEVICE=cpu`` rehearses it on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernel_oracles as oracle
+from families import FAMILIES, family_of
+from helpers import MERGING
+from illava_hooks import merging, patch
+from illava_hooks.merge.kernels.ops import closest_behind, match_behind, received_attention_varlen, row_lse_varlen
+from tiny_models import Sample, inputs_for, tiny_model
+
+DEVICE = torch.device(os.environ.get("ILLAVA_GPU_DEVICE", "cuda"))
+pytestmark = pytest.mark.gpu
+
+SCALE = 0.1
+#: One token, one less and one more than a tile, and many.
+LENGTHS = [1, 63, 65, 700, 4097] if DEVICE.type == "cuda" else [1, 7, 65]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [64, 72, 80, 128])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_scores_against_float64(width: int, groups: int, dtype: torch.dtype) -> None:
+    query = torch.randn(sum(LENGTHS), 4, width).to(dtype)
+    key = torch.randn(sum(LENGTHS), groups, width).to(dtype)
+    bias = torch.randn(sum(LENGTHS))
+    borders = oracle.borders_of(LENGTHS).to(DEVICE)
+    for given in (None, bias):
+        there = [query.to(DEVICE), key.to(DEVICE), borders, SCALE, None if given is None else given.to(DEVICE)]
+        lse = row_lse_varlen(*there, lengths=LENGTHS)
+        received = received_attention_varlen(*there, lengths=LENGTHS)
+        expected = oracle.lse(query, key, LENGTHS, SCALE, given)
+        torch.testing.assert_close(lse.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        expected = oracle.received(query, key, LENGTHS, SCALE, given)
+        torch.testing.assert_close(received.cpu().double(), expected, atol=1e-6, rtol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_searches_against_float64(dtype: torch.dtype) -> None:
+    lengths = [1, 40, 129]
+    longest, total = max(lengths), sum(lengths)
+    features = torch.randn(total, 200).to(dtype)
+    orders = [torch.randperm(n) for n in lengths]
+    order = torch.stack([torch.cat([o, torch.arange(len(o), longest)]) for o in orders])
+    first = torch.tensor([0, *lengths]).cumsum(0)[:-1, None]
+    counts = torch.tensor(lengths)
+    rows = first + torch.minimum(torch.arange(longest).expand(3, -1), counts[:, None] - 1)
+    there = [table.to(DEVICE) for table in (features, rows, order, counts)]
+    found = closest_behind(*there, torch.zeros(order.shape, device=DEVICE)).cpu()
+    splits = [n // 2 for n in lengths]
+    match = match_behind(*there, torch.tensor(splits, device=DEVICE)).cpu()
+    flat = torch.cat(orders)
+    expected, _ = oracle.closest(features, flat, lengths, None)
+    most, _ = oracle.closest(features, flat, lengths, splits)
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    start = 0
+    for s, n in enumerate(lengths):
+        mine = found[s, orders[s]].double()
+        torch.testing.assert_close(mine, expected[start : start + n], atol=TOLERANCE[dtype], rtol=0)
+        for place in range(splits[s]):  # of almost equals another may be found: as close it must be
+            cosine = unit[match[0, s, place]] @ unit[match[1, s, place]]
+            torch.testing.assert_close(cosine, most[start + place], atol=TOLERANCE[dtype], rtol=0)
+        start += n
+
+
+@contextmanager
+def waits_are_errors(model: Any) -> Iterator[list[str]]:
+    """Inside each encoder and decoder layer the device is not waited for; notes the layers that were watched."""
+    watched: list[str] = []
+
+    def enter(module: Any, *_: Any) -> None:
+        watched.append(type(module).__name__)
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+
+    def leave(*_: Any) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+    layers = [*family_of(model).encoder_layers(model), *family_of(model).language(model).layers]
+    handles = [layer.register_forward_pre_hook(enter, prepend=True) for layer in layers]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
+    try:
+        yield watched
+    finally:
+        leave()
+        for handle in handles:
+            handle.remove()
+
+
+def on_device(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(DEVICE, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("method", ["illava", "diverse", "nearest", "fastv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_waits_for_the_device(family: str, method: str) -> None:
+    model = tiny_model(family).to(DEVICE)
+    patch(model, **MERGING, method=method)
+    inputs = on_device(inputs_for(model, [Sample(1, images=((64, 64), (48, 30)))]), torch.float32)
+    with torch.no_grad():
+        model(**inputs)  # tables that are made once, kernels that are compiled and tuned
+        with merging(model, False):
+            stock = model(**inputs).logits
+        with waits_are_errors(model) as watched:
+            merged = model(**inputs).logits
+    assert len(watched) > 4 and merged.shape == stock.shape and not torch.equal(merged, stock)
+
+
+@pytest.mark.parametrize("method", ["illava", "diverse", "nearest"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_device_merges_as_a_cpu_does(family: str, method: str) -> None:
+    model = tiny_model(family)
+    patch(model, **MERGING, method=method)
+    inputs = inputs_for(model, [Sample(1, images=((64, 64), (48, 30)))])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = model.to(DEVICE)(**on_device(inputs, torch.float32)).logits.cpu()
+    torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_generates(family: str) -> None:
+    model = tiny_model(family).to(DEVICE, torch.bfloat16)
+    patch(model, **MERGING, method="diverse")
+    inputs = on_device(inputs_for(model, [Sample(1, images=((64, 64),))]), torch.bfloat16)
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert ids.shape[1] == inputs["input_ids"].shape[1] + 4
