@@ -117,6 +117,8 @@ def test_the_table_of_splits(name: str, flags: list[str], capsys: pytest.Capture
 class TestReproduce:
     """`make reproduce-7b`, with a harness that only writes what the real one writes."""
 
+    MODEL, PUBLISHED = list(reproduce_7b.MODELS.items())[-1]
+
     def harness(self, folder: Path, code: int = 0) -> str:
         """A Python that notes how it was called and writes one figure, better with each run."""
         program = folder / "harness"
@@ -141,25 +143,25 @@ class TestReproduce:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(reproduce_7b, "BUILD", tmp_path / "build")
-        wanted = ["--python", self.harness(tmp_path), "--models", "qwen2-vl", "--tasks", "mmstar", "--limit", "20"]
+        wanted = ["--python", self.harness(tmp_path), "--models", self.MODEL, "--tasks", "mmstar", "--limit", "20"]
         reproduce_7b.main([*wanted, "--dry-run"])
         assert not (tmp_path / "log").exists() and "mmstar | average" not in capsys.readouterr().out
         reproduce_7b.main(wanted)
-        row = "| qwen2-vl | mmstar | average | 0.5 | 0.625 | 0.75 |"
+        row = f"| {self.MODEL} | mmstar | average | 0.5 | 0.625 | 0.75 |"
         assert row in capsys.readouterr().out
         reproduce_7b.main(wanted)
         printed = capsys.readouterr().out
         assert row in printed and printed.count("done before: ") == 3
         calls = (tmp_path / "log").read_text().splitlines()
-        assert [call.split()[3] for call in calls] == ["qwen2_vl", "qwen2_vl_illava", "qwen2_vl_illava"]
+        assert [call.split()[3] for call in calls] == [self.PUBLISHED.stock, *2 * [self.PUBLISHED.merged]]
         assert "method" not in calls[0] and "method=illava" in calls[1] and "method=diverse" in calls[2]
         reproduce_7b.main([*wanted[:-1], "30", "--dry-run"])  # another number of questions is another run
         assert "done before" not in capsys.readouterr().out
 
     def test_a_run_without_figures_ends_with_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reproduce_7b, "BUILD", tmp_path / "build")
-        with pytest.raises(SystemExit, match="qwen2-vl, mme, unpatched: the harness wrote no figures"):
-            reproduce_7b.main(["--python", self.harness(tmp_path, 1), "--models", "qwen2-vl", "--tasks", "mme"])
+        with pytest.raises(SystemExit, match=f"{self.MODEL}, mme, unpatched: the harness wrote no figures"):
+            reproduce_7b.main(["--python", self.harness(tmp_path, 1), "--models", self.MODEL, "--tasks", "mme"])
 
     def test_names_are_those_of_the_families(self) -> None:
         for name, published in zip(families(lmms_eval=True, embedded=True), reproduce_7b.MODELS.values(), strict=True):
