@@ -238,7 +238,7 @@ def test_the_encoder_alone_leaves_the_decoder_and_the_head_alone(name: str) -> N
         found, expected = model(**inputs).logits, stock(**inputs).logits
     assert found.shape == expected.shape and not torch.equal(found, expected)
     with pytest.raises(PatchStateError, match="^no report"):
-        _ = session.report
+        _ = session.report.kept_fraction
 
 
 @pytest.mark.parametrize("name", FAMILIES)
