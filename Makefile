@@ -15,16 +15,16 @@ demo: $(SETUP)  ## answers about a bundled scene with and without merging, and p
 	$(PYTHON) -m illava_hooks visualize --question "how many triangles are there ?" --output merge-pictures
 
 test: $(SETUP)  ## all tests, with the examples as smoke tests
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 test-families: $(SETUP)  ## the same, with tests of the engine on every family; `make test` runs those on two
-	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
 	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray test-vllm
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
-	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup tests/test_fuzz.py
+	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
 
 hf-tests: $(SETUP)  ## transformers' own model tests on stock and patched models; HF_TESTS=--all is all of it, HF_TESTS="--all --write" fills docs/COMPATIBILITY.md
 	PYTHONPATH="tests$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m transformers_suite.run --workers $(WORKERS) $(HF_TESTS)
@@ -62,7 +62,7 @@ $(VLMEVAL)/ready: pyproject.toml constraints.txt
 CLIENTS := build/clients
 OLDER := peft-0.18.1 peft-0.20.0 trl-1.8.0
 test_clients = ILLAVA_CLIENTS=$(1) PYTHONPATH=$(CURDIR)/$(CLIENTS)-$(1):$(CURDIR)/src \
-	$(CLIENTS)/bin/python -m pytest -n $(WORKERS) --dist loadgroup $(2)
+	$(CLIENTS)/bin/python -m pytest -n $(WORKERS) $(2)
 
 test-clients: $(SETUP) $(CLIENTS)/ready $(OLDER:%=$(CLIENTS)-%/ready)  ## PEFT, TRL and others around a patched model
 	$(call test_clients,newest,tests/clients tests/test_client_peft.py)

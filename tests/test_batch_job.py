@@ -247,6 +247,7 @@ def test_the_lines_of_the_docs_are_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_torchrun_goes_on_after_a_process_died(tmp_path: Path) -> None:
     """The launcher starts all processes again; they answer what is left."""
     questions, output = write_questions(tmp_path, 40), tmp_path / "out"

@@ -347,7 +347,9 @@ def test_forward_in_threads(family: str) -> None:
 
 @needs_tracing
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in FAMILIES[1:])]
+)
 def test_forward_compiled(family: str) -> None:
     model = tiny_model(family, vision=family_of(family).shallow(1), text={"num_hidden_layers": 2})
     patch(model, vit_layers=[0], vit_r=0.25, llm_layers=[1], llm_ratio=0.5)

@@ -118,6 +118,7 @@ def test_compare_outputs() -> None:
     assert text.count("unpatched: ") == 2
 
 
+@pytest.mark.nightly
 def test_compare_outputs_refuses_unknown_methods() -> None:
     with pytest.raises(AssertionError, match="invalid choice: 'best'"):
         run("compare_outputs.py", "--tiny", "--method", "best")

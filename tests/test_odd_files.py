@@ -258,7 +258,9 @@ def test_a_photo_is_turned_whatever_else_its_camera_wrote(tmp_path: Path) -> Non
 
 
 class TestTerminals:
-    @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+    @pytest.mark.parametrize(
+        "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("cp1252", "utf-8"))]
+    )
     def test_that_lack_a_letter_get_its_escape(self, tmp_path: Path, encoding: str) -> None:
         name = os.fsdecode(b"pict\xffure.png")
         Image.new("RGB", (64, 64)).save(tmp_path / "p.png")

@@ -32,7 +32,7 @@ def test_tiles_frames_and_slices(family: str, size: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["illava", "diverse"])
+@pytest.mark.parametrize("method", [pytest.param("illava", marks=pytest.mark.nightly), "diverse"])
 def test_from_256_to_16384_patches(method: str) -> None:
     model = tiny_model("qwen2_vl")
     patch(model, **MERGING, method=method)

@@ -125,6 +125,7 @@ def merge_settings(
             settings cannot be read.
     """
     from illava_hooks.config import check_preset
+    from illava_hooks.config.checks import check_keep
     from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number, parse_ratio
     from illava_hooks.tools.methods import find_method
 
@@ -140,5 +141,7 @@ def merge_settings(
         "keep": parse_fraction(keep, "--keep"),
         "preset": preset,
     }
+    if settings["keep"] is not None:
+        check_keep("keep", settings["keep"])
     # Where none is given, a file of settings may say it.
     return settings if method is None else {**settings, "method": find_method(method)}
