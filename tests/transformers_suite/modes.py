@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from families import FAMILIES, Family, Suite, _gemma3, _gemma4, family
-from illava_hooks import MergeSession, PatchStateError, patch
+from illava_hooks import MergeSession, patch
 
 __all__ = [
     "ABSENT",
@@ -99,8 +99,7 @@ _under_construction: list[Any] = []
 
 def merged(session: MergeSession) -> bool:
     """Whether a model ran a forward that removed tokens."""
-    try:
-        report = session.report
-    except PatchStateError:
+    report = session.report
+    if not report:
         return False
     return report.kept_fraction < 1 or report.encoder_flops[0] < report.encoder_flops[1]
