@@ -11,12 +11,14 @@ import typer
 
 from illava_hooks.cli.options import (
     AsJson,
+    BatchSize,
     Debug,
     Device,
     Dtype,
     Keep,
     LlmLayers,
     LlmRatio,
+    MaxNewTokens,
     MethodName,
     Model,
     Preset,
@@ -154,8 +156,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Rows and answers as JSON lines; an interrupted run goes on with them.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
+    batch_size: BatchSize = 32,
+    max_new_tokens: MaxNewTokens = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,

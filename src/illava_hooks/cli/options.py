@@ -54,6 +54,8 @@ _DEVICES, _DTYPES = ["auto", "cpu", "cuda", "cuda:1"], ["auto", "float32", "bflo
 Device = Annotated[str, typer.Option(help=f"{', '.join(_DEVICES)}.", autocompletion=lambda: _DEVICES)]
 Dtype = Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.", autocompletion=lambda: _DTYPES)]
 Frames = Annotated[int, typer.Option(help="Frames taken of a video, evenly spaced.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts in a batch.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of an answer at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 

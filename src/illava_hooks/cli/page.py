@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Frames, Model, friendly
+from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Frames, MaxNewTokens, Model, friendly
 
 __all__ = ["demo"]
 
@@ -21,7 +21,7 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page.")] = False,
     max_file_size: Annotated[int, typer.Option(min=1, help="Largest file that can be uploaded, in MB.")] = 100,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     frames: Frames = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from illava_hooks.cli.options import AsJson, Debug, Device, Dtype, Model, check_target, friendly
+from illava_hooks.cli.options import (
+    AsJson,
+    BatchSize,
+    Debug,
+    Device,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    check_target,
+    friendly,
+)
 from illava_hooks.errors import InputError
 
 __all__ = ["tune"]
@@ -47,8 +57,8 @@ def tune(
         int | None, typer.Option(help="Of the search at most: what a run that ran out of time says.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all choices.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer at most.")] = 4,
+    batch_size: BatchSize = 32,
+    max_new_tokens: MaxNewTokens = 4,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -56,11 +66,17 @@ def tune(
 ) -> None:
     """Choose method, layers and amounts from pictures of your own, without answers, for a wanted cost or loyalty."""
     from illava_hooks.tools.bench.plot import PLOT_CURE
-    from illava_hooks.tools.loading import EMBEDDED, load_model, parse_fraction, quiet
+    from illava_hooks.tools.loading import (
+        EMBEDDED,
+        EMBEDDED_QUESTION,
+        QUESTION,
+        load_model,
+        parse_fraction,
+        quiet,
+    )
     from illava_hooks.tools.progress import status
     from illava_hooks.tools.tune import plot_front, print_tuning, write_front
     from illava_hooks.tools.tune import tune as search
-    from illava_hooks.tools.tune.inputs import QUESTION
 
     quiet()
     check_target("--output", output)
@@ -84,7 +100,7 @@ def tune(
         rows=output.with_suffix(".rows.jsonl"),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        default_question="how many circles are there ?" if model in EMBEDDED else QUESTION,
+        default_question=EMBEDDED_QUESTION if model in EMBEDDED else QUESTION,
     )
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))

@@ -185,7 +185,7 @@ class DecoderRun:
         self.states = [state]
         self.plans: list[MergePlan] = []
         self.is_finished = False
-        self._ranked: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._ranked: dict[int, tuple[Tensor, Tensor]] = {}
 
     def merges_through(self, layer_idx: int) -> int:
         """How many merges have happened where a layer's attention runs: one on its entry included."""
@@ -229,21 +229,25 @@ class DecoderRun:
         self._check_reached(merges)
         # A replay under gradient checkpointing finds the plan of the first run.
         if len(self.plans) == merges:
-            if not self.config.method.listens_in_llm:
-                self._ranked[layer_idx] = self._by_place(layer_idx), None
-            if layer_idx not in self._ranked:
-                raise PatchStateError(
-                    f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
-                    "call patch(model, ...) again after wrapping or replacing parts of the model"
-                )
-            scores, keys = self._ranked.pop(layer_idx)
+            scores, keys = self._ranking(layer_idx)
             with torch.no_grad():
                 self._decide(merges, hidden.detach(), scores.to(hidden.device), keys)
         return apply_merge(hidden, self.plans[merges])
 
-    def _by_place(self, layer_idx: int) -> Tensor:
-        """``(B, K)`` scores of the tokens that enter a merging layer, by a score that looks at places alone."""
-        return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx)
+    def _ranking(self, layer_idx: int) -> tuple[Tensor, Tensor | None]:
+        """``(B, K)`` scores of the tokens that enter a merging layer, and their keys where attention was listened to.
+
+        Raises:
+            PatchStateError: it should have been, and was not.
+        """
+        if not self.config.method.listens_in_llm:
+            return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx), None
+        if layer_idx not in self._ranked:
+            raise PatchStateError(
+                f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "
+                "call patch(model, ...) again after wrapping or replacing parts of the model"
+            )
+        return self._ranked.pop(layer_idx)
 
     def check_finished(self) -> None:
         """Every planned merge ran.

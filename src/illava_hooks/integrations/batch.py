@@ -18,7 +18,7 @@ from PIL import Image
 
 from illava_hooks.api import patch
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.errors import InputError, PatchStateError
+from illava_hooks.errors import InputError
 from illava_hooks.integrations.arguments import known_method
 from illava_hooks.tools.loading import check_question, load_model, quiet
 from illava_hooks.tools.media import Media, load_media, to_rgb
@@ -263,12 +263,10 @@ def _inputs(processor: Any, rows: Sequence[_Row]) -> Any:
 
 def _count(session: MergeSession, rows: Sequence[_Row]) -> None:
     """Visual tokens of each row before and after merging; nothing where the settings remove nothing."""
-    try:
-        visuals = session.report.visuals
-    except PatchStateError:
+    if not session.report:
         return
     for index, row in enumerate(rows):
-        own = [visual for visual in visuals if visual.sample == index]
+        own = [visual for visual in session.report.visuals if visual.sample == index]
         row.visual_tokens = sum(visual.prompt_tokens for visual in own)
         row.kept_tokens = sum(visual.left for visual in own)
 

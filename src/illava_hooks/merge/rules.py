@@ -226,19 +226,14 @@ def bipartite(inputs: RuleInputs) -> Fold:
     if odd.shape[1] == 0:
         return drop(inputs)
     similarity = even @ odd.transpose(1, 2)
-    similarity = similarity.masked_fill(_beyond(inputs.lengths, inputs.scores.device)[:, None, 1::2], -torch.inf)
+    beyond = _slots_in_use(inputs.lengths, False, inputs.scores.device)
+    similarity = similarity.masked_fill(beyond[:, None, 1::2], -torch.inf)
     best, partner = similarity.max(-1)
     # A protected or padded token proposes to nobody.
     best = best.masked_fill(inputs.scores[:, ::2] == torch.inf, -torch.inf)
     order = torch.argsort(best, dim=-1, descending=True, stable=True)[:, : max(inputs.num_removed)]
     absorbed, anchors = 2 * order, 2 * partner.gather(1, order) + 1
     return Fold(inputs.rows(absorbed, inputs.num_removed), inputs.rows(anchors, inputs.num_removed), "size")
-
-
-@made_once
-def _beyond(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """``(S, L)`` bool, True on padding."""
-    return torch.arange(max(lengths), device="cpu") >= torch.tensor(lengths, device="cpu")[:, None]
 
 
 def _fold(inputs: RuleInputs, features: Tensor, order: Tensor) -> Fold:

@@ -16,6 +16,8 @@ from illava_hooks.tools.media import Media
 
 __all__ = [
     "EMBEDDED",
+    "EMBEDDED_QUESTION",
+    "QUESTION",
     "build_inputs",
     "check_question",
     "default_question",
@@ -32,6 +34,10 @@ __all__ = [
 
 #: The embedded models by their names in commands.
 EMBEDDED = tiny.ALIASES
+
+#: What is asked about an image when nothing is asked, in words that an embedded model knows, and in general.
+EMBEDDED_QUESTION = "how many circles are there ?"
+QUESTION = "Describe what is shown here in one sentence."
 
 
 def quiet() -> None:
@@ -182,8 +188,8 @@ def parse_fraction(text: str | None, name: str) -> float | None:
 def default_question(model_name: str, media: Media) -> str:
     """What is asked when nothing is asked."""
     if model_name in EMBEDDED:
-        return "which way does the circle move ?" if media.kind == "video" else "how many circles are there ?"
-    return "What happens in this video?" if media.kind == "video" else "Describe what is shown here in one sentence."
+        return "which way does the circle move ?" if media.kind == "video" else EMBEDDED_QUESTION
+    return "What happens in this video?" if media.kind == "video" else QUESTION
 
 
 def unknown_words(processor: Any, question: str) -> list[str]:

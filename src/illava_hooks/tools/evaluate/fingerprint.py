@@ -6,7 +6,7 @@ Two runs whose fingerprints are equal measure the same thing, so one may go on w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ import torch
 from illava_hooks.errors import InputError
 from illava_hooks.tools.items import Item
 
-__all__ = ["Fingerprint", "differences", "digest", "fingerprint"]
+__all__ = ["Fingerprint", "differences", "digest", "fingerprint", "shown"]
 
 #: By part ("model", "items", "versions", "settings"), then by name.
 Fingerprint = dict[str, dict[str, Any]]
@@ -122,9 +122,14 @@ def _processor(processor: Any) -> Iterable[bytes]:
 def _items(items: Sequence[Item]) -> Iterable[bytes]:
     for item in items:
         yield _json([item.kind, item.video, item.question, item.answer, item.others])
-        for picture in item.pictures:
-            yield str(picture.shape).encode()
-            yield picture.tobytes()
+        yield from shown(item)
+
+
+def shown(item: Item) -> Iterator[bytes]:
+    """What an item shows, for ``digest``: shape and pixels of each picture."""
+    for picture in item.pictures:
+        yield str(picture.shape).encode()
+        yield picture.tobytes()
 
 
 def _json(value: Any) -> bytes:

@@ -11,8 +11,9 @@ import numpy as np
 
 from illava_hooks.errors import InputError
 from illava_hooks.tools.datasets import clip_items, pair_items, read_items, scene_items
-from illava_hooks.tools.evaluate.fingerprint import digest
+from illava_hooks.tools.evaluate.fingerprint import digest, shown
 from illava_hooks.tools.items import Item, make_item
+from illava_hooks.tools.loading import QUESTION
 from illava_hooks.tools.media import load_media
 
 __all__ = ["SUITES", "Choice", "read_choice"]
@@ -25,7 +26,6 @@ SUITES: Mapping[str, Callable[[int], list[Item]]] = {
 }
 #: Questions to each picture of a suite, and how many a suite must be asked for to hold as many pictures.
 _EACH, _ASKED = 2, 5
-QUESTION = "Describe what is shown here in one sentence."
 
 
 class Choice:
@@ -51,8 +51,7 @@ class Choice:
         """
         groups: dict[str, list[Item]] = {}
         for item in items:
-            shown = [part for picture in item.pictures for part in (str(picture.shape).encode(), picture.tobytes())]
-            groups.setdefault(digest(shown), []).append(replace(item, answer=None, others=()))
+            groups.setdefault(digest(shown(item)), []).append(replace(item, answer=None, others=()))
         names = list(groups)[:pictures]
         if each is not None:
             for place, name in enumerate(names):

@@ -16,9 +16,10 @@ from illava_hooks.tools.evaluate.budgets import CONTROLS
 from illava_hooks.tools.evaluate.front import default_methods
 from illava_hooks.tools.evaluate.run import answering
 from illava_hooks.tools.items import Item
+from illava_hooks.tools.loading import QUESTION
 from illava_hooks.tools.methods import find_method
 from illava_hooks.tools.progress import SILENT, Bar, Progress
-from illava_hooks.tools.tune.inputs import QUESTION, read_choice
+from illava_hooks.tools.tune.inputs import read_choice
 from illava_hooks.tools.tune.judge import Judge
 from illava_hooks.tools.tune.measure import Limit, Meter, Record
 from illava_hooks.tools.tune.result import Tuning, conclude
