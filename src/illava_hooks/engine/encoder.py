@@ -379,8 +379,7 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
     rows = [n * unit + prefix for n in segments.lengths]
     pooled = 1 if prefix else unit  # what stands in front of a row belongs to no unit
     if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, pooled)) is not None:
-        flat = run._without_prefix(packed)
-        return flat if pooled == unit else flat.view(-1, unit).mean(-1)
+        return run._without_prefix(packed).view(-1, unit // pooled).mean(-1)
     place, name = run.places(merges), run.session.config.method.name
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():
@@ -391,8 +390,7 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         tokens = patches if not prefix else _with_prefix(patches, run, prefix)
         places = torch.nn.functional.pad(place[patches], (prefix, 0))
         inputs = _score_inputs(run, merges, tap, query, key, tokens, places)
-        found = checked_scores(name, run.score, inputs)[:, prefix:]
-        scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
+        scores[units.flatten()] = checked_scores(name, run.score, inputs)[:, prefix:].reshape(-1, unit).mean(-1)
     return scores
 
 
