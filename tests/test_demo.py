@@ -237,7 +237,7 @@ class TestView:
         values = [torch.tensor(list(one.convert("L").tobytes())).float().mean() for one in seen if one is not None]
         assert len(values) == 4 and values[0] > values[1] > values[2]
         coloured = view.picture(maps, 2, colours=True)
-        assert coloured is not None and coloured.tobytes() != seen[2].tobytes()  # type: ignore[union-attr]
+        assert coloured is not None and coloured.tobytes() != seen[2].tobytes()
         captions = [view.caption(maps, step) for step in range(4)]
         here = [m for m in maps if (m.stage, m.layer) == view.steps(maps)[0]]
         kept, total = sum(m.kept for m in here), sum(m.total for m in here)
@@ -259,7 +259,7 @@ class TestView:
             assert found is not None
             before, after = found
             assert before.size == after.size and before.tobytes() != after.tobytes()
-            assert before.tobytes() == view.picture(maps, 0).tobytes()  # type: ignore[union-attr]
+            assert before.tobytes() == view.picture(maps, 0).tobytes()
         assert view.compared((), 0, True) is None
 
     def test_the_headline_has_the_question_and_the_ratios(self, engine: Engine) -> None:

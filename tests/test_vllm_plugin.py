@@ -130,6 +130,7 @@ class TestSettings:
         assert "\n" not in str(refused.value)
 
     def test_what_asks_nothing_of_the_language_model_is_taken(self) -> None:
+        given: dict[str, Any]
         for given in ({"llm_layers": []}, {"llm_ratio": 1.0}, {"keep": None}):
             assert settings_of(configuration("qwen2_vl", {"vit_layers": [1], "vit_r": 0.5, **given})) is not None
 
@@ -215,7 +216,8 @@ class TestCounts:
         """Against the shared function, by hand; the whole of it against runs is in `test_counts`."""
         served = settings(name, vit_layers=family(name).merging_layers[:2], vit_r=0.25)
         counts = KeptCounts(served, configuration(name, {}))
-        traits = find_family(tiny_model(name)).traits(4, False)
+        found: Any = find_family(tiny_model(name))
+        traits = found.traits(4, False)
         for _ in range(20):
             time, height, width = draw.randint(1, 4), 2 * draw.randint(1, 12), 2 * draw.randint(1, 12)
             strength = draw.choice([AS_SERVED, Strength(vit_r=draw.randint(0, 40)), Strength(keep_encoder=0.3)])
