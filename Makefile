@@ -154,6 +154,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --config-file tests/mypy.ini
 
 format: $(SETUP)
 	$(PYTHON) -m ruff check --fix .
