@@ -546,7 +546,7 @@ class TestImporting:
 
 
 class TestTheReadme:
-    """The README says what the code does, and what stands in tables of the docs stands there only."""
+    """The README says what the code does; of tables in the docs it has that of the families alone."""
 
     text = (ROOT / "README.md").read_text()
 
@@ -588,7 +588,7 @@ class TestTheReadme:
         """Of tokens and times from what `bench` wrote, of answers from what `evaluate` wrote."""
         from illava_hooks import tiny
 
-        rows = [line for line in self.text.splitlines() if line.startswith("| ") and " of " in line]
+        rows = [line for line in self.text.splitlines() if line.startswith("| ") and "x less |" in line]
         assert len(rows) == 2
         for row in rows:
             shape = row.split("|")[1].split(",")[0].strip().lower().replace(" ", "-")
@@ -605,6 +605,19 @@ class TestTheReadme:
         assert len(kept) == 2
         for share in kept:
             assert f"| a third | | | {share:.1%} |".replace("%", " %") in self.text
+
+    def test_families_are_those_of_the_code(self) -> None:
+        """One row names each, with the stages in which it merges; the same as in the docs."""
+        from illava_hooks.engine.finding import families
+
+        table = re.compile(r"^\| family \| merges in .*\n((?:\|.*\n)+)", re.MULTILINE)
+        (ours,) = table.findall(self.text)
+        assert table.findall((ROOT / "docs" / "COMPATIBILITY.md").read_text()) == [ours]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ours.splitlines()[1:]]
+        for known in families():
+            (stages,) = (row[1] for row in rows if known.title in re.split(r", | and ", row[0]))
+            assert stages == ("encoder, language model" if "language" in known.stages else "encoder"), known.name
+        assert all("published weights" in row[-1] for row in rows)
 
     def test_nothing_is_left_to_fill_in(self) -> None:
         assert re.findall(r"^[ \t]*[A-Z_]+[ \t]*$", self.text, re.MULTILINE) == []
