@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import vllm
 from asking import Reference, ask_engine, largest_difference, request_of
-from engines import SHORT, running
+from engines import counted, running
 
 from illava_hooks import Method, PatchStateError
 from illava_hooks.integrations.vllm import overrides, version_of
@@ -46,9 +46,9 @@ def cropped_items(count: int) -> list[Item]:
 def questions() -> dict[str, list[Item]]:
     """By kind."""
     return {
-        "cropped": cropped_items(20 if SHORT else 100),
-        "whole": scene_items(8 if SHORT else 40),
-        "clips": clip_items(4 if SHORT else 40),
+        "cropped": cropped_items(counted(100)),
+        "whole": scene_items(counted(40)),
+        "clips": clip_items(counted(40)),
     }
 
 
@@ -115,10 +115,11 @@ def differs(engine: Any, ours: Expected, amount: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_chunks_of_sixteen(folder: Callable[[str], Path], ours: Expected) -> None:
     chunked = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_chunked_prefill": True}
     options = {"model_impl": "transformers", "hf_overrides": overrides(**SETTINGS), **chunked}
-    items = questions()["cropped"][:8]
+    items = questions()["cropped"]
     with running(folder(NAME), **options) as engine:
         found = ask_engine(engine, [request_of(ours.processor, item) for item in items])
-    assert largest_difference(found, ours.by_kind["cropped"][:8]) < CLOSE
+    assert largest_difference(found, ours.by_kind["cropped"]) < CLOSE
