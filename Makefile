@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray test-vllm test-vllm-newest test-vllm-oldest reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly test-lowest fuzz hf-tests test-integrations test-clients test-ray test-vllm test-vllm-newest test-vllm-oldest reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -21,7 +21,23 @@ test-families: $(SETUP)  ## the same, with tests of the engine on every family; 
 	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
-	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all VLLM_TESTS=all test-families fuzz hf-tests test-clients test-integrations test-ray test-vllm
+	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all VLLM_TESTS=all test-families test-lowest fuzz hf-tests test-clients test-integrations test-ray test-vllm
+
+# The oldest releases that pyproject.toml allows, in a folder in front of the environment's own.
+LOWEST := build/lowest
+lowest = PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTHON) -m pytest -n $(WORKERS)
+CORE := $(patsubst %,tests/test_%.py,attention batching cache decoding errors generate golden identity merge provenance \
+	reference report shapes tools_inference)
+
+test-lowest: $(SETUP) $(LOWEST)/ready  ## the engine's tests on the oldest releases; ILLAVA_ONE_OF=2 takes half of those that each family has
+	ILLAVA_ONE_OF=1 ILLAVA_FAMILIES=embedded $(lowest) $(CORE)
+	$(lowest) tests/test_every_family.py tests/families_only
+
+$(LOWEST)/ready: pyproject.toml
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(@D) \
+		$$(sed -n 's/^ *"\(transformers\|torch\|torchvision\)>=\([0-9.]*\).*/\1==\2.0/p' pyproject.toml)
+	touch $@
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
