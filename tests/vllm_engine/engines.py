@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: How many questions are asked: "all" of them, at night; a "sample"; a "short" form, which leaves out what needs further
-#: engines and processes.
+#: How many questions are asked: "all" of them, at night; a "sample"; few in a "short" form, which also leaves out what
+#: needs further engines and processes.
 FORM = os.environ.get("ILLAVA_VLLM", "sample")
 SHORT = FORM == "short"
 

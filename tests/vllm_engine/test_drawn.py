@@ -87,7 +87,7 @@ class TestMutations:
     """What these towers have beside Qwen2-VL's; a strength of its own each time, so that no cache answers."""
 
     def differs(self, engine: Any, ours: Reference, name: str, amount: float) -> bool:
-        items = scene_items(4) + clip_items(2)
+        items = scene_items(4) + clip_items(3)  # of 4, 4 and 8 frames
         try:
             found = ask_engine(engine, requests(ours, items, {"illava_vit_r": amount}))
             return largest_difference(found, ours.ask(items, {**SETTINGS[name], "vit_r": amount})) > CLOSE

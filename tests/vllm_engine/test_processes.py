@@ -135,8 +135,8 @@ def test_four_requests_at_once(server: Server, ours: Reference) -> None:
         (expected,) = ours.ask([item], SETTINGS)
         assert answer == ours.processor.decode(expected.ids, skip_special_tokens=True).strip()
         assert tokens == expected.prompt
-    counted = server.get("/metrics").decode()
-    (line,) = [line for line in counted.splitlines() if line.startswith("vllm:prompt_tokens_total{")]
+    metrics = server.get("/metrics").decode()
+    (line,) = [line for line in metrics.splitlines() if line.startswith("vllm:prompt_tokens_total{")]
     assert float(line.split()[-1]) == sum(tokens for _, tokens in found)
 
 

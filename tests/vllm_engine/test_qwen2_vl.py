@@ -177,6 +177,23 @@ class TestMutations:
         self.differs(engine, ours, 0.295)
         assert self.differs(engine, ours, 0.15)
 
+    def test_settings_are_in_hashes(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the server, beside the strength of a request: other servers may share what is cached."""
+        from vllm.multimodal.processing.inputs import ProcessorInputs
+
+        from illava_hooks.integrations.vllm.settings import settings_of
+
+        seen, right = set[str](), ProcessorInputs.get_mm_hashes
+
+        def told(self: Any, model: str, *given: Any) -> Any:
+            seen.add(model)
+            return right(self, model, *given)
+
+        monkeypatch.setattr(ProcessorInputs, "get_mm_hashes", told)
+        ask_engine(engine, requests(ours, scene_items(1)))
+        served = settings_of(engine.llm_engine.model_config.hf_config)
+        assert served is not None and {name.split("#")[1] for name in seen} == {f"illava-{served.digest}"}
+
     def test_attention(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of queries that are keys."""
         from illava_hooks.engine.attention_tap import EncoderTap
