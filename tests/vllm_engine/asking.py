@@ -105,11 +105,13 @@ class Reference:
         pixels = tuple((picture.shape, picture.tobytes()) for picture in item.pictures)
         key = item.question, pixels, None if settings is None else repr(sorted(settings.items()))
         if key not in self._given:
-            self._given[key] = self._answer(self._inputs(item), settings)
+            self._given[key] = self.answer(item, settings)
         return self._given[key]
 
     @torch.no_grad()
-    def _answer(self, inputs: Any, settings: Mapping[str, Any] | None) -> Answer:
+    def answer(self, item: Item, settings: Mapping[str, Any] | None) -> Answer:
+        """Of one question, asked now."""
+        inputs = self._inputs(item)
         session = None if settings is None else patch(self.model, **settings, llm_layers=[])
         try:
             out = self.model.generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +147,31 @@ class TestMutations:
 
         monkeypatch.setattr(qwen3_vl.StackedTower, "apart", False)
         assert self.differs(engine, ours, name, 0.296)
+
+
+def test_runs_of_tokens_are_shortened() -> None:
+    """Equally, and text between them stays; other runs than those that are expected are refused."""
+    from vllm.multimodal.processing import PromptUpdateDetails
+
+    from illava_hooks import MergeConfigError
+    from illava_hooks.integrations.vllm.processing import shortened
+
+    two = PromptUpdateDetails.select_token_id([1, 7, 7, 7, 2, 3, 7, 7, 7, 4], 7)
+    assert list(shortened(two, 4, 2).full) == [1, 7, 7, 2, 3, 7, 7, 4]
+    assert shortened([7, 7, 7], 2) == [7, 7]
+    for count, spans in ((4, 1), (3, 2)):
+        with pytest.raises(MergeConfigError, match="separators"):
+            shortened(two, count, spans)
+
+
+def test_an_attention_with_tables_of_its_own_is_refused() -> None:
+    from illava_hooks import UnsupportedModelError
+    from illava_hooks.engine.traits import EncoderTraits
+    from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
+
+    tower = SimpleNamespace(attn_backend=SimpleNamespace(name="FLASHINFER"))
+    with pytest.raises(UnsupportedModelError, match="FLASHINFER"):
+        TowerMerging(tower, MergingBlock, EncoderTraits(4, granularity=4), False)
 
 
 @pytest.mark.slow
