@@ -76,7 +76,7 @@ def _is_left_out(item: pytest.Item) -> bool:
 
     if item.get_closest_marker("nightly"):
         return True
-    if item.path.parent.name == "families_only":
+    if item.path.parent.name in ("families_only", *_OF_OTHERS):
         return False
     values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
     if not any(isinstance(v, str) and v in FAMILIES and family(v).embedded is None for v in values or ()):

@@ -38,7 +38,8 @@ def rotated(table: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.no_grad()
 def tower_again(model: Any, pixels: Tensor, grids: list[list[int]], rule: str) -> list[dict[int, Tensor]]:
     """Features of the surviving groups of every slice, each slice by itself."""
-    visual, seen = model.model.visual, {}
+    visual = model.model.visual
+    seen: dict[str, Any] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs, hidden=args[0])

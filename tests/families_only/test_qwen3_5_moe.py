@@ -137,7 +137,8 @@ def test_static_cache() -> None:
     model = tiny_model(NAME)
     patch(model, **MERGING)
     inputs = inputs_for(model, [IMAGES, TEXT, IMAGE, BOTH])
-    ids = [steps(model, inputs, **more)[0] for more in ({}, {"cache_implementation": "static"})]
+    caches: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}]
+    ids = [steps(model, inputs, **cache)[0] for cache in caches]
     assert torch.equal(*ids)
 
 
