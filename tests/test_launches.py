@@ -57,7 +57,7 @@ class LayerCounter(LaunchCounter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func._schema.name.startswith("illava::"):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self.launches[func._schema.name] += self.own(func)
+        self.launches[func._schema.name] += self.own(func, args)
         if func._schema.name == "illava::closest_behind":
             return torch.zeros_like(args[4])
         if func._schema.name == "illava::match_behind":
@@ -74,10 +74,14 @@ class LayerCounter(LaunchCounter):
 
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores and rules go the way of other devices, and no attention is answered in blocks of a CPU's cache."""
-    for module in (scores, rules):
+    """Attention, scores and rules go the way of other devices."""
+    go_as_on_a_device(monkeypatch)
+
+
+def go_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until ``monkeypatch`` is undone."""
+    for module in (scores, rules, attention_tap):
         monkeypatch.setattr(module, "takes", lambda device: True)
-    monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
 
 
 def counted(model: Any, inputs: dict[str, Tensor]) -> tuple[LayerCounter, LayerCounter]:
