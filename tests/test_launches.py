@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from families import FAMILIES, family_of
 from helpers import MERGING
-from illava_hooks import merging, patch
+from illava_hooks import Method, merging, patch
 from illava_hooks.engine import attention_tap
 from illava_hooks.merge import rules, scores
 from launches import LaunchCounter
@@ -162,8 +162,21 @@ def test_the_counter_counts(family: str) -> None:
     handle = layer.register_forward_hook(lambda module, args, out: None if not torch.is_tensor(out) else out + 0)
     ours, _ = counted(model, inputs)
     handle.remove()
-    assert ours.launches["illava::column_means"] == 2 * len(MERGING["vit_layers"])
+    assert ours.launches["illava::column_means"] == len(MERGING["vit_layers"])
     assert before["encoder", 1] > 20 and ours.launches["aten::add"] > 0
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_kernel_makes_an_lse_that_the_attention_gave(family: str, back_end: str) -> None:
+    """One attention in a merging layer: only where a back-end keeps its LSE to itself a kernel runs for it."""
+    model = tiny_model(family, attn_implementation=back_end)
+    inputs = inputs_for(model, [Sample(2, images=MANY["ragged"])])
+    merges = len(MERGING["vit_layers"])
+    for score, kernel, launches in (("received_attention", "column_means", 1), ("query_lse", "row_lse", 0)):
+        patch(model, **MERGING, method=Method("own", encoder_score=score))
+        ours, _ = counted(model, inputs)
+        assert ours.launches[f"illava::{kernel}"] == merges * (launches + (back_end == "eager"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,10 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from illava_hooks.engine.regions import ATTENTION, region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.attention import attend_and_receive, attend_with_lse
+from illava_hooks.merge.attention import as_mask, attend_and_receive, attend_with_lse
 from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.scores import Score, received_attention
-from illava_hooks.merge.segments import Segments, host_table
+from illava_hooks.merge.segments import Segments, host_table, in_words
 
 __all__ = [
     "Attention",
@@ -240,12 +240,13 @@ class EncoderTap:
         self._heard: list[tuple[Tensor, Tensor]] = []
         self._lse: list[Tensor] = []
         self._sizes: Tensor | None = None
-        self._seen = 0
+        self._rows: Tensor | None = None
+        self._seen = self._segment = 0
 
     @property
     def bias(self) -> Tensor | None:
-        """``(P,)`` float32, ``log_sizes`` as the attention added them: rounded, in half precision."""
-        return self.log_sizes if self._sizes is None else self._sizes.float()
+        """``(P,)``, ``log_sizes`` as the attention added them: in half precision rounded."""
+        return self.log_sizes if self._sizes is None else self._sizes
 
     def row_lse(self) -> Tensor | None:
         """``(H, P)`` float32 of all tokens; None: some call was answered by an attention that gives none."""
@@ -308,7 +309,7 @@ class EncoderTap:
             attention is sdpa_attention_forward or getattr(attention, "__name__", "") == "eager_attention_forward"
         )
         attention = attention if takes_bias else sdpa_attention_forward
-        weighed = bias[:, None, None]
+        weighed = as_mask(bias)
         mask = weighed
         if attention_mask is not None:
             shut = attention_mask.dtype == torch.bool
@@ -339,10 +340,15 @@ class EncoderTap:
         """``(S, N)``: the next tokens' logarithms of sizes, in the type of the keys; cast once for all calls."""
         if self._sizes is None:
             self._sizes = sizes.to(key)
-        first, self._seen = self._seen, self._seen + len(key) * key.shape[2]
-        bias = self._sizes[first : self._seen].view(len(key), -1)
-        # CUDA kernels refuse a bias that starts between 16-byte words; SDPA copies only rows that end between them.
-        return bias.clone() if first % 16 and not key.shape[2] % 16 else bias
+        calls, num = len(key), key.shape[2]
+        first, self._seen = self._seen, self._seen + calls * num
+        segment, self._segment = self._segment, self._segment + calls
+        if list(self.lengths[segment : self._segment]) == [num] * calls:
+            # CUDA kernels refuse a bias that starts between 16-byte words, and SDPA would copy one that ends there.
+            self._rows = in_words(self._sizes, self.lengths) if self._rows is None else self._rows
+            return self._rows[segment : self._segment, :num]
+        bias = self._sizes[first : self._seen].view(calls, num)
+        return bias.clone() if first % 16 and not num % 16 else bias
 
     def _by_segments(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """``(1, P, H, D)``: SDPA of all segments in one call, for rows that a flash back-end would cut by lengths."""

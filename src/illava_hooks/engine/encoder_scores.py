@@ -138,5 +138,5 @@ def _score_inputs(
         scale=tap.scale,
         layer_idx=layer.layer_idx,
         causal=False,
-        key_bias=None if bias is None else bias[tokens],
+        key_bias=None if bias is None else bias[tokens].float(),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-__all__ = ["attend_and_receive", "attend_with_lse"]
+__all__ = ["as_mask", "attend_and_receive", "attend_with_lse"]
 
 #: Elements of one block of the attention map (4 MB in float32).
 BLOCK_ELEMENTS = 1 << 20
@@ -84,7 +84,7 @@ def attend_with_lse(
         logarithm of the sum over the keys of ``exp(q k scale + bias)``. None where SDPA would take an operator without
         an LSE (plain products), pad the heads, or cast the tables.
     """
-    mask = None if bias is None else bias[:, None, None]
+    mask = None if bias is None else as_mask(bias)
     kind = query.device.type
     chosen = torch._fused_sdp_choice(query, key, value, mask, 0.0, False, scale=scale)
     operator = _WITH_LSE.get((kind, chosen))
@@ -93,6 +93,11 @@ def attend_with_lse(
     mixed, lse, *_ = operator(query, key, value, mask, scale)
     # The memory-efficient operator fills rows up to a multiple of 32; cuDNN's has a last dimension of 1.
     return mixed, lse.reshape(*query.shape[:2], -1)[..., : query.shape[2]].float()
+
+
+def as_mask(bias: Tensor) -> Tensor:
+    """``(S, N)`` as ``(S, 1, 1, N)``, whose strides are those of the rows: SDPA copies what seems to lie askew."""
+    return bias.as_strided((len(bias), 1, 1, bias.shape[1]), (*[bias.stride(0)] * 3, bias.stride(1)))
 
 
 _Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Any]
@@ -111,7 +116,9 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None:
         # As in SDPA: rows start at multiples of 16 elements, and every head and query is given the same ones.
         num = key.shape[2]
-        mask = torch.nn.functional.pad(mask, (0, -num % 16))[..., :num].expand(*query.shape[:3], num)
+        if mask.stride(0) % 16:
+            mask = torch.nn.functional.pad(mask, (0, -num % 16))[..., :num]
+        mask = mask.expand(*query.shape[:3], num)
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, scale=scale)
 
 

@@ -130,7 +130,7 @@ def packed_scores(
         key: ``(P, G, D)``.
         lengths: tokens of each segment.
         scale: factor of the attention logits.
-        bias: ``(P,)`` float32 added to the logits of each key, or None.
+        bias: ``(P,)`` of any type, added to the logits of each key in float32; or None.
         unit: neighbours whose mean is asked for.
         lse: ``(H, P)`` float32 of the attention that ran, so that it is not computed again; None: it gave none.
 
