@@ -72,9 +72,11 @@ def unit_scores(layer: ScoredLayer, tap: EncoderTap) -> Tensor:
         flat = torch.cat([table.flatten() for table in tap.received])
         return without_prefix(flat, layer.num_rows, prefix).view(-1, unit).mean(-1)
     query, key = tap.heads()
-    packed = packed_scores(layer.score, query, key, rows, tap.scale, tap.bias, unit, tap.row_lse())
+    pooled = 1 if prefix else unit  # what stands in front of a row belongs to no unit
+    packed = packed_scores(layer.score, query, key, rows, tap.scale, tap.bias, pooled, tap.row_lse())
     if packed is not None:
-        return without_prefix(packed, layer.num_rows, prefix)
+        flat = without_prefix(packed, layer.num_rows, prefix)
+        return flat if pooled == unit else flat.view(-1, unit).mean(-1)
     place = layer.places()
     scores = torch.empty(len(place) // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():
