@@ -75,8 +75,9 @@ def sweep(
     Raises:
         InputError: there are no items, no such stage or comparison, a fraction is out of range, two methods have one
             name, or ``file`` holds rows of another run; nothing has run then.
-        MergeConfigError: there is no such method.
+        MergeConfigError: there is no such method, or one cannot keep as little; nothing has run then.
         PatchStateError: the model is patched.
+        UnsupportedModelError: the model cannot merge like that; nothing has run then.
     """
     progress = progress or Progress()
     if session_of(model) is not None:
@@ -94,6 +95,7 @@ def sweep(
     if known:
         progress.note(f"reused from {file}: {'; '.join(_label(key) for key in known)}")
     missing = [key for key in planned if key not in known]
+    _check(model, [planned[key] for key in missing])
     if missing or STOCK not in known:
         unlabelled = sum(not item.accepted for item in items)
         if unlabelled:
@@ -152,6 +154,19 @@ def _planned(
                 settings = {kind: {**numbers, "method": method} for kind, numbers in by_kind.items()}
                 planned[name, stage, kept] = _Plan(what, settings)
     return planned
+
+
+def _check(model: Any, plans: Iterable[_Plan]) -> None:
+    """Whether the model takes all settings, before a long run begins.
+
+    Raises:
+        MergeConfigError: a method cannot keep as little in these layers.
+        UnsupportedModelError: the model cannot merge like that.
+    """
+    for plan in plans:
+        for settings in (plan.settings or {}).values():
+            patch(model, **settings)
+            unpatch(model)
 
 
 def _by_name(methods: Iterable[str | Method]) -> dict[str, Method | None]:
