@@ -19,7 +19,7 @@ from illava_hooks.tools.evaluate.fingerprint import fingerprint
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.evaluate.matching import Match, find_match, is_right
 from illava_hooks.tools.evaluate.rows import Key, Row, RowFile
-from illava_hooks.tools.evaluate.run import Outcome, answering, run_items
+from illava_hooks.tools.evaluate.run import Outcome, Prompts, answering, run_items
 from illava_hooks.tools.evaluate.statistics import interval
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.methods import find_method
@@ -202,6 +202,7 @@ class _Run:
         self.model, self.processor, self.items = model, processor, items
         self.lengths = batch_size, max_new_tokens
         self.match, self.progress = match, progress
+        self.prompts = Prompts(processor)
 
     def rows(self, planned: Mapping[Key, _Plan], before: Row | None) -> Iterator[Row]:
         """The unpatched model, then what is planned.
@@ -227,7 +228,7 @@ class _Run:
             yield self._row(key, plan.identity, outcome, stock, measured)
 
     def _outcome(self, items: Sequence[Item]) -> Outcome:
-        return run_items(self.model, self.processor, items, *self.lengths, self.progress.advance)
+        return run_items(self.model, self.processor, items, *self.lengths, self.progress.advance, self.prompts)
 
     def _merged(self, settings: Mapping[Modality, dict[str, Any]]) -> Outcome:
         """Images and videos one after the other, each with its own settings; answers in the order of the items."""
