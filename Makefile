@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly fuzz hf-tests test-integrations test-clients test-ray test-vllm reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly test-lowest fuzz hf-tests test-integrations test-clients test-ray test-vllm test-vllm-newest test-vllm-oldest reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -21,7 +21,23 @@ test-families: $(SETUP)  ## the same, with tests of the engine on every family; 
 	ILLAVA_FAMILIES=all $(PYTHON) -m pytest -n $(WORKERS) $(TESTS)
 
 nightly:  ## all that takes hours, one after the other; what fails does not keep the rest from running
-	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all test-families fuzz hf-tests test-clients test-integrations test-ray test-vllm
+	$(MAKE) --keep-going --jobs 1 HF_TESTS=--all VLLM_TESTS=all test-families test-lowest fuzz hf-tests test-clients test-integrations test-ray test-vllm
+
+# The oldest releases that pyproject.toml allows, in a folder in front of the environment's own.
+LOWEST := build/lowest
+lowest = PYTHONPATH=$(CURDIR)/$(LOWEST) $(PYTHON) -m pytest -n $(WORKERS)
+CORE := $(patsubst %,tests/test_%.py,attention batching cache decoding errors generate golden identity merge provenance \
+	reference report shapes tools_inference)
+
+test-lowest: $(SETUP) $(LOWEST)/ready  ## the engine's tests on the oldest releases; ILLAVA_ONE_OF=2 takes half of those that each family has
+	ILLAVA_ONE_OF=1 ILLAVA_FAMILIES=embedded $(lowest) $(CORE)
+	$(lowest) tests/test_every_family.py tests/families_only
+
+$(LOWEST)/ready: pyproject.toml
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(@D) \
+		$$(sed -n 's/^ *"\(transformers\|torch\|torchvision\)>=\([0-9.]*\).*/\1==\2.0/p' pyproject.toml)
+	touch $@
 
 fuzz: $(SETUP)  ## 2,000 random settings on random prompts
 	ILLAVA_FUZZ_CASES=2000 $(PYTHON) -m pytest -n $(WORKERS) tests/test_fuzz.py
@@ -121,12 +137,18 @@ gpu-pack: $(SETUP)  ## wheels for `make gpu` where there is no network; GPU_PACK
 # beside is listed. The oldest version that is supported lies in a folder in front of it.
 VLLM := build/vllm
 VLLM_OLDEST := 0.29.0
-VLLM_TESTS ?= all
-test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist $(2)
+VLLM_TESTS ?= sample
+VLLM_VERSIONS := newest $(if $(filter-out short,$(VLLM_TESTS)),oldest)
+test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist tests/vllm_engine $(2)
 
-test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter all,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=short is three minutes of it
-	$(call test_vllm,,tests/vllm_engine)
-	$(if $(filter all,$(VLLM_TESTS)),$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine -m "not slow"))
+test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter-out short,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=all asks all questions, short a few of one version
+	$(MAKE) --keep-going --jobs 2 --output-sync $(VLLM_VERSIONS:%=test-vllm-%)
+
+test-vllm-newest:
+	$(call test_vllm)
+
+test-vllm-oldest:
+	$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),$(if $(filter all,$(VLLM_TESTS)),,-m "not slow"))
 
 $(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
@@ -154,6 +176,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --config-file tests/mypy.ini
 
 format: $(SETUP)
 	$(PYTHON) -m ruff check --fix .

@@ -186,7 +186,9 @@ def speed(setting: Setting, given: Speed) -> None:
     for label, load in given.loads.items():
         if setting.is_over:
             break
-        small = {name: small_of(name, value) if setting.tiny else value for name, value in load.items()}
+        small: dict[str, Any] = {
+            name: small_of(name, value) if setting.tiny else value for name, value in load.items()
+        }
         work = Workload(**small, new=3 if setting.tiny else 17)
         try:
             found = as_dict(compare(model, work, {"method": given.method}, 1 if setting.tiny else 3, label))

@@ -51,7 +51,8 @@ def launches(family: str, method: str) -> dict[str, Any]:
             stage = "ranking" if ranks else stage
             most[stage] = max(most[stage], more)
     deep = tiny_model(family, **DEEP[family])
-    patch(deep, method=method, **({"vit_r": 2} if family == "llava_onevision" else {}))
+    fraction: dict[str, Any] = {"vit_r": 2} if family == "llava_onevision" else {}
+    patch(deep, method=method, **fraction)
     ours, stock = counted(deep, inputs_for(deep, [Sample(1, images=ONE)]))
     return {"family": family_of(deep).name, "method": method, **most, "stock": stock.total, "merged": ours.total}
 

@@ -222,9 +222,9 @@ def photos() -> Iterator[Image.Image]:
     import sklearn.datasets
 
     names = ("rocket.jpg", "coffee.png", "chelsea.png", "motorcycle_left.png", "hubble_deep_field.jpg", "gravel.png")
-    names += ("grass.png", "brick.png", "astronaut.png")
+    more = ("grass.png", "brick.png", "astronaut.png")
     folder, other = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
-    for file in (*(folder / name for name in names), other / "china.jpg", other / "flower.jpg"):
+    for file in (*(folder / name for name in (*names, *more)), other / "china.jpg", other / "flower.jpg"):
         if file.exists():
             with Image.open(file) as opened:
                 yield opened.convert("RGB")

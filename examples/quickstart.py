@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedModel
@@ -44,7 +45,8 @@ def main() -> None:
 
     for family in offline.FAMILIES:
         model, processor = offline.build(family, tiny=tiny)
-        for kind, visual in {"photo": offline.photo(), "video": offline.video(4 if tiny else 8)}.items():
+        visuals: dict[str, Any] = {"photo": offline.photo(), "video": offline.video(4 if tiny else 8)}
+        for kind, visual in visuals.items():
             inputs = offline.ask(processor, "What is happening here?", visual)
             stock_ids, stock_logits = generate(model, inputs), model(**inputs).logits
 

@@ -18,7 +18,7 @@ from tiny_models import IMAGE_ID, Inputs, Sample, Side, inputs_for, real_positio
 (INSIDE,) = (name for name in families() if "colqwen2" in family_of(name).retrievers)
 PAGE, LETTER = Sample(3, images=((64, 96),)), Sample(1, images=((48, 40),), text=(3, 9))
 QUERY = Sample(2, text=(12,))
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def retrieval_inputs(samples: list[Sample], side: Side = "left") -> Inputs:
@@ -109,7 +109,7 @@ def check_stages(make: Any, names: tuple[str, ...], stage: str) -> None:
     """One stage alone merges."""
     model = tiny_retriever(make)
     inputs = retrieval_inputs([PAGE])
-    off = {"llm_layers": []} if stage == "encoder" else {"vit_layers": []}
+    off: dict[str, Any] = {"llm_layers": []} if stage == "encoder" else {"vit_layers": []}
     settings = SETTINGS[INSIDE] | off
     stock = embeddings(model, inputs, names)
     patch(model, **settings)

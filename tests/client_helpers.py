@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from families import families, family
-from helpers import forward
+from helpers import forward, under
 from illava_hooks import patch, tiny
 from tiny_models import FIRST_TEXT_ID, VOCAB_SIZE, Inputs
 
@@ -24,7 +24,7 @@ EMBEDDED: dict[str, dict[str, Any]] = {name: dict(family(name).embedded_settings
 QUESTION = "how many triangles are there ?"
 ANSWER = 3  #: tokens of the answer in `labelled`
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def client(name: str) -> Any:
@@ -82,7 +82,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert list(ours) == list(theirs) and theirs
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, msg=lambda text, name=name: f"{name}\n{text}", **CLOSE)
+        torch.testing.assert_close(ours[name], expected, msg=under(name), **CLOSE)
 
 
 # ------------------------------------------------------------------------------------ embedded models
@@ -120,7 +120,7 @@ def logits_of(model: Any, inputs: Inputs, **kwargs: Any) -> Tensor:
     return forward(model, inputs, **kwargs)["forward.logits"]
 
 
-class Forced(LogitsProcessor):  # type: ignore[misc]  # untyped in older releases
+class Forced(LogitsProcessor):
     """Makes `generate` write given tokens `(B, T)` behind prompts of a length."""
 
     def __init__(self, tokens: Tensor, length: int) -> None:

@@ -64,7 +64,10 @@ OF_EVERY_FAMILY = {
 }
 
 #: Of their cases, families without an embedded model get one of so many, each family others; all of the first file.
-WHOLE, ONE_OF = "test_every_family.py", 4
+WHOLE, ONE_OF = "test_every_family.py", 8
+
+#: Of all tests one of so many: where another run has them all, as on the lowest releases.
+SHARE = int(os.environ.get("ILLAVA_ONE_OF", "1"))
 
 
 def _is_left_out(item: pytest.Item) -> bool:
@@ -73,22 +76,27 @@ def _is_left_out(item: pytest.Item) -> bool:
 
     if item.get_closest_marker("nightly"):
         return True
-    if item.path.parent.name == "families_only":
+    if item.path.parent.name in ("families_only", *_OF_OTHERS):
         return False
     values = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
     if not any(isinstance(v, str) and v in FAMILIES and family(v).embedded is None for v in values or ()):
         return False
     if item.path.name not in OF_EVERY_FAMILY or os.environ.get("ILLAVA_FAMILIES") == "embedded":
         return True
-    return item.path.name != WHOLE and zlib.crc32(item.nodeid.encode()) % ONE_OF != 0
+    return item.path.name != WHOLE and not _in_sample(item.nodeid, ONE_OF)
+
+
+def _in_sample(name: str, one_of: int) -> bool:
+    return zlib.crc32(name.encode()) % one_of == 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what `make test-families` is for; skip what is marked `gpu` on a machine without one."""
+    out = [item for item in items if not _in_sample(item.nodeid[::-1], SHARE)]  # another sample than that of families
     if os.environ.get("ILLAVA_FAMILIES") != "all":
-        out = [item for item in items if _is_left_out(item)]
-        left_out = set(out)
-        config.hook.pytest_deselected(items=out)
+        out += [item for item in items if _is_left_out(item)]
+    if left_out := set(out):
+        config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available() or os.environ.get("ILLAVA_GPU_DEVICE"):  # of a rehearsal on a CPU
         return

@@ -61,7 +61,12 @@ def run(
     method: str = "illava",
 ) -> list[MergeMap]:
     """All settings in the order of ``patch``."""
-    settings = {"vit_layers": vit_layers, "vit_r": vit_r, "llm_layers": llm_layers, "llm_ratio": llm_ratio}
+    settings: dict[str, Any] = {
+        "vit_layers": vit_layers,
+        "vit_r": vit_r,
+        "llm_layers": llm_layers,
+        "llm_ratio": llm_ratio,
+    }
     return merge_maps(model, processor, inputs, **settings, method=method)
 
 

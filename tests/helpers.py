@@ -162,13 +162,16 @@ def query_width(model: Any) -> int:
     return width
 
 
+def under(name: str) -> Callable[[str], str]:
+    """`msg` of `assert_close`: its own words under a name."""
+    return lambda message: f"{name}\n{message}"
+
+
 def assert_near(ours: Found, theirs: Found, *, atol: float, rtol: float = 0.0) -> None:
     """The same tensors at the same places up to a tolerance."""
     assert list(ours) == list(theirs)
     for name, expected in theirs.items():
-        torch.testing.assert_close(
-            ours[name], expected, atol=atol, rtol=rtol, msg=lambda message, name=name: f"{name}\n{message}"
-        )
+        torch.testing.assert_close(ours[name], expected, atol=atol, rtol=rtol, msg=under(name))
 
 
 def assert_differ(ours: Tensor, theirs: Tensor, by: float = 1e-3) -> None:

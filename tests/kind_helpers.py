@@ -19,9 +19,9 @@ from tiny_models import Inputs
 #: What forwards and `generate` of this release call the cache.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 #: For padded rows: some stock forwards count positions over padding.
-PADDED = {"atol": 2e-4, "rtol": 0.0}
+PADDED: dict[str, Any] = {"atol": 2e-4, "rtol": 0.0}
 
 
 def tower(model: Any) -> nn.Module:
@@ -34,7 +34,7 @@ def vision_layers(model: Any) -> Any:
     return family_of(model).encoder_layers(model)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any) -> Any:
     """The layers of the language model."""
     return family_of(model).language(model).layers
 

@@ -31,10 +31,10 @@ from illava_hooks.merge.segments import scatter_back
 class MergingCLIPEncoderLayer(MergingLayer, CLIPEncoderLayer):
     """A CLIP layer that merges between attention and MLP."""
 
-    def attend(self, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def attend(self: Any, hidden: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         return hidden + self.self_attn(self.layer_norm1(hidden), attention_mask=attention_mask, **kwargs)[0]
 
-    def feed_forward(self, hidden: Tensor) -> Tensor:
+    def feed_forward(self: Any, hidden: Tensor) -> Tensor:
         return hidden + self.mlp(self.layer_norm2(hidden))
 
 

@@ -32,9 +32,12 @@ RECYCLER_SHARE = 0.05
 class MethodLike(Protocol):
     """The choices of a method that the reference knows; the library's `Method` has the same names."""
 
-    encoder_score: str
-    llm_score: str
-    merge: str
+    @property
+    def encoder_score(self) -> str: ...
+    @property
+    def llm_score(self) -> str: ...
+    @property
+    def merge(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Merge:
 
     def apply(self, values: Sequence[Tensor]) -> list[Tensor]:
         """New values of the survivors, from the values of all tokens."""
-        merged = []
+        merged: list[Any] = []
         for token in self.kept:
             if token in self.recipe:
                 merged.append(sum(weight * values[member] for member, weight in self.recipe[token]))
@@ -163,7 +166,7 @@ def cluster(scores: Sequence[float], num_removed: int, hidden: Tensor) -> Merge:
     strongest: dict[int, float] = {}
     for recycler in kept[:num_recyclers]:
         similarity = dict(zip(redundant, (hidden[redundant] @ hidden[recycler]).tolist(), strict=True))
-        taken = sorted(redundant, key=lambda token, of=similarity: (-of[token], token))[:TAKEN_BY_RECYCLER]
+        taken = sorted(redundant, key=lambda token: (-similarity[token], token))[:TAKEN_BY_RECYCLER]
         weights = _softmax([similarity[token] / math.sqrt(hidden.shape[1]) for token in taken])
         recipe[recycler] = [(recycler, 0.5)]
         for token, weight in zip(taken, weights, strict=True):
@@ -188,7 +191,7 @@ def nearest(scores: Sequence[float], num_removed: int, keys: Tensor, sizes: Sequ
     order = ascending(scores)
     redundant, kept = order[:num_removed], sorted(order[num_removed:])
     cosine = _cosines(keys)
-    anchors = {token: max(kept, key=lambda other, t=token: (cosine[t][other], -other)) for token in redundant}
+    anchors = {token: max(kept, key=lambda other: (cosine[token][other], -other)) for token in redundant}
     return _averaged(kept, anchors, sizes)
 
 
@@ -212,7 +215,7 @@ def diverse(scores: Sequence[float], num_removed: int, hidden: Tensor, sizes: Se
             novelty[token] = 1 - max(cosine[token][better] for better in order[place + 1 :])
     redundant = ascending(novelty)[:num_removed]
     kept = sorted(set(order) - set(redundant))
-    anchors = {token: max(kept, key=lambda other, t=token: (cosine[t][other], -other)) for token in redundant}
+    anchors = {token: max(kept, key=lambda other: (cosine[token][other], -other)) for token in redundant}
     return _averaged(kept, anchors, sizes)
 
 
@@ -229,7 +232,7 @@ def bipartite(num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
     """
     cosine = _cosines(keys)
     even, odd = range(0, len(keys), 2), range(1, len(keys), 2)
-    best = {token: max(odd, key=lambda other, t=token: (cosine[t][other], -other)) for token in even if len(odd)}
+    best = {token: max(odd, key=lambda other: (cosine[token][other], -other)) for token in even if len(odd)}
     proposals = sorted(best, key=lambda token: (-cosine[token][best[token]], token))
     absorbed = proposals[: min(num_removed, len(keys) // 2)]
     kept = [token for token in range(len(keys)) if token not in absorbed]
@@ -462,12 +465,10 @@ def choose_by_mass(
     by_mass = sorted(range(len(masses)), key=lambda position: (-masses[position], position))
     chosen = sorted(by_mass[:num_kept])
     held = [
-        position
-        if position in chosen
-        else min(chosen, key=lambda other, p=position: (_distance(p, other, columns), other))
+        position if position in chosen else min(chosen, key=lambda other: (_distance(position, other, columns), other))
         for position in range(len(masses))
     ]
-    folded = {}
+    folded: dict[int, Any] = {}
     for seat in chosen:
         members = [position for position in range(len(masses)) if held[position] == seat]
         total = sum(masses[position] for position in members)
@@ -761,7 +762,7 @@ def _decoder_layer(
     projected, key, value = (
         projection(normed) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    gate = 1
+    gate: Tensor | int = 1
     if projected.shape[1] == 2 * attention.o_proj.in_features:  # of each head the query, then its gate
         by_head = projected.view(len(projected), -1, 2, attention.head_dim)
         projected, gate = by_head[:, :, 0].flatten(1), torch.sigmoid(by_head[:, :, 1].flatten(1))
@@ -772,8 +773,8 @@ def _decoder_layer(
     if cache is not None:
         key, value = torch.cat([cache[0], key], dim=1), torch.cat([cache[1], value], dim=1)
     groups = len(query) // len(key)
-    repeated = (part.repeat_interleave(groups, dim=0) for part in (key, value))
-    hidden = hidden + attention.o_proj(attend(query, *repeated, causal=True) * gate)
+    keys, values = (part.repeat_interleave(groups, dim=0) for part in (key, value))
+    hidden = hidden + attention.o_proj(attend(query, keys, values, causal=True) * gate)
     hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
     return hidden, query, key, (key, value)
 

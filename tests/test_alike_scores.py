@@ -17,7 +17,7 @@ from transformers_suite.alike import CLOSE, AlikeScores
 
 def given(monkeypatch: pytest.MonkeyPatch, scores: Tensor) -> Any:
     """Inputs of a score, and what it says of them."""
-    monkeypatch.setitem(SCORES, "received_attention", lambda inputs: scores)  # type: ignore[arg-type]
+    monkeypatch.setitem(SCORES, "received_attention", lambda inputs: scores)
     return type("Inputs", (), {"layer_idx": 0})()
 
 

@@ -53,7 +53,7 @@ class Attention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        return attend(self, query, key, value, mask, scaling=0.3, **kwargs)[0]  # type: ignore[no-any-return]
+        return attend(self, query, key, value, mask, scaling=0.3, **kwargs)[0]
 
 
 def eager_attention_forward(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

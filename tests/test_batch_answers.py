@@ -52,7 +52,7 @@ def test_rows_of_every_kind_answer_as_alone(name: str) -> None:
     """Images, pairs, a clip and text in one batch, in an order that is not theirs when they run."""
     answers = BatchAnswers(name, max_new_tokens=4, batch_size=3)
     pair = [str(file) for file in sorted(PAIR.iterdir())]
-    batch = {
+    batch: dict[str, Any] = {
         "id": [7, 3, 5, 1, 2],
         "question": [QUESTIONS["video"], *[QUESTIONS["image"]] * 4],
         "images": [None, [str(SCENE)], pair, [], str(SCENE)],
@@ -100,7 +100,8 @@ def test_forms_of_a_picture(form: str) -> None:
     answers = BatchAnswers("tiny", max_new_tokens=4)
     column = np.empty(1, dtype=object)
     column[0] = given[form]
-    found = answers({"question": np.array([QUESTIONS["image"]]), "image": column})
+    batch: dict[str, Any] = {"question": np.array([QUESTIONS["image"]]), "image": column}
+    found = answers(batch)
     expected = one_by_one("tiny", QUESTIONS["image"], SCENE)
     assert found["error"] == [None]
     assert (found["answer"][0], found["visual_tokens"][0], found["kept_tokens"][0]) == expected

@@ -256,7 +256,8 @@ def test_torchrun_goes_on_after_a_process_died(tmp_path: Path) -> None:
     options = ["--input", str(questions), "--output", str(output), "--batch-size", "2", "--max-new-tokens", "4"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", *command, *options], stdout=log, stderr=log)
-    end, parts = time.monotonic() + 300, []
+    end = time.monotonic() + 300
+    parts: list[Path] = []
     while len(parts) < 2 and time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)
         parts = [part for part in output.glob("*.jsonl") if part.stat().st_size]

@@ -27,7 +27,7 @@ from illava_hooks import METHODS
 from tiny_models import FAMILIES, Sample, inputs_for
 
 BATCHES = {"ragged": RAGGED, "with video": [VIDEO, TEXT, BOTH], "text first": [TEXT, IMAGE, IMAGES]}
-TOLERANCE = {"atol": 2e-4, "rtol": 0.0}
+TOLERANCE: dict[str, Any] = {"atol": 2e-4, "rtol": 0.0}
 
 
 def check_forward(model: Any, batch: list[Sample], side: Any, uncounted: bool = False) -> None:

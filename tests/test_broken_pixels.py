@@ -57,7 +57,7 @@ def decide(rule: str, scores: Tensor, hidden: Tensor) -> list[tuple[Tensor, ...]
     kept, holders = plan.keep_mask.view(3, 9), plan.holders.view(3, 9)
     assert (kept & inside).sum(1).tolist() == [n - r for n, r in zip(LENGTHS, REMOVED, strict=True)]
     assert plan.keep_mask.flatten()[holders][inside].all()
-    said = []
+    said: list[tuple[Tensor, ...]] = []
     for segment in range(3):
         mine = (plan.absorbed // 9 == segment) & (plan.weights > 0)
         edges = (plan.absorbed[mine], plan.anchors[mine], plan.weights[mine])

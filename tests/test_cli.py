@@ -175,6 +175,7 @@ class TestVisualize:
         done = illava("visualize", "--input", path, "--frames", "4", "--output", tmp_path / "out", "--colours")
         assert done.returncode == 0, done.stderr
         films = [line for line in done.stdout.splitlines() if line.endswith(".gif")]
+        film: Any
         with Image.open(films[0]) as film:
             assert film.n_frames == 4
 

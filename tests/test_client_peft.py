@@ -30,7 +30,7 @@ from tiny_models import FAMILIES, inputs_for, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 ORDERS = ("adapter first", "patch first")
-EXACT = {"atol": 1e-6, "rtol": 1e-6}
+EXACT: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6}
 TOWER = {name: family_of(name).tower_name for name in FAMILIES}
 
 

@@ -65,7 +65,7 @@ def random_samples(draw: random.Random, name: str, sizes: list[tuple[int, int]] 
 
 
 @torch.no_grad()
-def records(model: Any, samples: list[Sample]) -> dict[str, list[VisualRecord]]:
+def records(model: Any, samples: list[Sample]) -> dict[Any, list[VisualRecord]]:
     """Of each image and video, by modality."""
     return {kind: records_of(out) for kind, out in feature_outputs(model, inputs_for(model, samples)).items()}
 

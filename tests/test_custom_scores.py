@@ -24,7 +24,7 @@ def places(inputs: ScoreInputs) -> Tensor:
     return (inputs.positions * 29 + 13 * inputs.layer_idx) % 127
 
 
-def scored_by(dtype: torch.dtype) -> Callable[[ScoreInputs], Tensor]:
+def scored_by(dtype: torch.dtype) -> Any:
     return lambda inputs: places(inputs).to(dtype)
 
 
@@ -79,7 +79,8 @@ def test_a_wrong_shape_is_refused(family: str, stage: str, wrong: str) -> None:
     model = tiny_model(family)
     inputs = inputs_for(model, [IMAGES])
     stock = forward(model, inputs)
-    patch(model, **SETTINGS[family], method=Method("mine", **{stage: score}))
+    own: dict[str, Any] = {stage: score}
+    patch(model, **SETTINGS[family], method=Method("mine", **own))
     with pytest.raises(MergeConfigError) as caught:
         forward(model, inputs)
     (wanted, given), *_ = seen

@@ -30,7 +30,7 @@ from illava_hooks import PatchStateError, merging, session_of
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def text_turn(model: Any, cache: Any, ids: Tensor, positions: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from families import families, family_of
 from illava_hooks import session_of, tiny
 from illava_hooks.cli import app
 from illava_hooks.demo import forms, view
+from illava_hooks.demo.chat import Turn, history, messages
 from illava_hooks.demo.engine import Engine, Progress, Request
 from illava_hooks.errors import InputError, MergeConfigError
 from illava_hooks.tools.ask import answer
@@ -124,6 +126,26 @@ class TestEngine:
         seen = [one.texts for one in engine.run(Request(load_media(SCENE), QUESTION, (True,)))]
         assert seen[:3] == [{True: "one "}, {True: "one two "}, {True: "one two three"}]
 
+    @pytest.mark.parametrize(("seconds", "runs"), [(0.01, 5), (0.5, 3), (1.5, 1)])
+    def test_quick_answers_are_timed_again_in_turn(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float, runs: int
+    ) -> None:
+        """Medians of both sides; slow answers are timed as they come."""
+        order: list[bool] = []
+
+        def timed(model: Any, processor: Any, inputs: Any, merge: bool, most: int, show: Any) -> Any:
+            order.append(merge)
+            spread = (0.0, 0.004, 0.001, 0.002, 0.003)[sum(one is merge for one in order) - 1]
+            found = answer(model, processor, inputs, merge, most, show)
+            return replace(found, prefill_s=seconds + spread, decode_s=0.0)
+
+        monkeypatch.setattr("illava_hooks.demo.engine.answer", timed)
+        final = last(engine, Request(load_media(SCENE), QUESTION))
+        assert final.runs == runs and order == [False, True] * runs
+        if runs == 5:
+            assert final.answers[True].prefill_s == seconds + 0.002
+        assert final.texts == {False: "2", True: "2"}
+
     @pytest.mark.parametrize("sides", [(True,), (False,)])
     def test_one_side(self, engine: Engine, sides: tuple[bool, ...]) -> None:
         final = last(engine, Request(load_media(SCENE), QUESTION, sides))
@@ -210,11 +232,13 @@ class TestView:
     def test_costs(self, engine: Engine) -> None:
         final = last(engine, Request(load_media(SCENE), QUESTION))
         html = view.costs(final.answers, engine.model)
-        cells = re.findall(r"<td>([^<]*)</td>", html)
+        _, *cells = re.findall(r"<td>([^<]*)</td>", html)  # above the names there is an empty one
         report = final.answers[True].report
         assert report is not None
         assert "320 → 240 → 160" in cells and "176 → 123" in cells and "336" in cells
-        assert [f"{n / 1e6:.3f} MB" for n in reversed(report.kv_bytes)] == cells[-4:-2]
+        kept = [f"{n / 1e6:.3f} MB" for n in reversed(report.kv_bytes)]
+        assert cells[9:12] == [f"{report.kv_bytes[1] / report.kv_bytes[0]:.1f}x", *kept]
+        assert cells[0] == f"{report.flops[1] / report.flops[0]:.1f}x" and cells[3] == "2.0x"
         assert view.kv_bytes_of(engine.model, report.prompt_tokens[0]) == report.kv_bytes[1]
         assert view.costs({}, engine.model) == ""
 
@@ -222,6 +246,18 @@ class TestView:
         final = last(engine, Request(load_media(SCENE), QUESTION, (False,)))
         html = view.costs(final.answers, engine.model)
         assert "without merging" in html and ">with merging" not in html and "0.799 MB" in html
+        assert "less by" not in html and "x</td>" not in html
+
+    def test_ratios_and_numbers_of_runs(self, engine: Engine) -> None:
+        answers = last(engine, Request(load_media(SCENE), QUESTION)).answers
+        timed = {
+            False: replace(answers[False], prefill_s=0.3, decode_s=0.02),
+            True: replace(answers[True], prefill_s=0.2, decode_s=0.0),
+        }
+        html = view.costs(timed, engine.model, 3)
+        first = html[html.index("Time to first token") :]
+        assert re.findall(r"<td>([^<]*)</td>", first) == ["1.5x", "300.0 ms", "200.0 ms", "", "20.0 ms", "–"]
+        assert "medians of 3 measurements" in html and "medians" not in view.costs(timed, engine.model)
 
     def test_notes_are_text(self) -> None:
         html = view.note(("<script>alert(1)</script>",), failed=True)
@@ -237,7 +273,7 @@ class TestView:
         values = [torch.tensor(list(one.convert("L").tobytes())).float().mean() for one in seen if one is not None]
         assert len(values) == 4 and values[0] > values[1] > values[2]
         coloured = view.picture(maps, 2, colours=True)
-        assert coloured is not None and coloured.tobytes() != seen[2].tobytes()  # type: ignore[union-attr]
+        assert coloured is not None and coloured.tobytes() != seen[2].tobytes()
         captions = [view.caption(maps, step) for step in range(4)]
         here = [m for m in maps if (m.stage, m.layer) == view.steps(maps)[0]]
         kept, total = sum(m.kept for m in here), sum(m.total for m in here)
@@ -259,16 +295,15 @@ class TestView:
             assert found is not None
             before, after = found
             assert before.size == after.size and before.tobytes() != after.tobytes()
-            assert before.tobytes() == view.picture(maps, 0).tobytes()  # type: ignore[union-attr]
+            assert before.tobytes() == view.picture(maps, 0).tobytes()
         assert view.compared((), 0, True) is None
 
-    def test_the_headline_has_the_question_and_the_ratios(self, engine: Engine) -> None:
+    def test_the_headline_has_the_ratios(self, engine: Engine) -> None:
         final = last(engine, Request(load_media(SCENE), QUESTION))
         report = final.answers[True].report
         assert report is not None
-        html = view.headline("<b>how</b> ?", final.answers)
-        assert "&lt;b&gt;how&lt;/b&gt; ?" in html and f'<p class="ratios">{report.summary}</p>' in html
-        assert view.headline("", {}) == view.HINT and "ratios" not in view.headline("how ?", {})
+        assert view.headline(final.answers) == f'<p class="ratios">{report.summary}</p>'
+        assert view.headline({}) == view.headline({False: final.answers[False]}) == ""
 
     def test_times_of_a_toy_are_grey(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         answers = last(engine, Request(load_media(SCENE), QUESTION)).answers
@@ -278,6 +313,56 @@ class TestView:
         assert "too small" not in view.costs(answers, engine.model) and "<tr class=" not in view.costs(
             answers, engine.model
         )
+
+
+class TestAChat:
+    TURNS = (
+        Turn("how many triangles are there ?", {False: "2", True: "3"}),
+        Turn("is there a star ?", {False: "yes"}),
+    )
+
+    def test_each_side_has_its_own_answers(self) -> None:
+        assert history(self.TURNS, True) == [(QUESTION, "3"), ("is there a star ?", "yes")]
+        assert history(self.TURNS, False)[0] == (QUESTION, "2")
+        assert history([Turn("lost ?")], True) == []
+
+    def test_messages(self) -> None:
+        said = [(one["role"], one["content"]) for one in messages((*self.TURNS, Turn("list ?", {True: "a\n- b"})))]
+        assert said == [
+            ("user", QUESTION), ("assistant", "**Without merging:** 2"), ("assistant", "**With merging:** 3"),
+            ("user", "is there a star ?"), ("assistant", "**Without merging:** yes"),
+            ("user", "list ?"), ("assistant", "**With merging:**\n\na\n- b"),
+        ]  # fmt: skip
+
+    def test_a_chat_is_not_endless(self) -> None:
+        forms.check_turns(self.TURNS)
+        with pytest.raises(InputError, match="has 20 questions"):
+            forms.check_turns([None] * 20)
+
+    @pytest.mark.parametrize("name", families(embedded=True))
+    def test_the_prompt_is_the_whole_chat(self, name: str) -> None:
+        """As the chat template writes it, with the picture in front of the first question only."""
+        model, processor = tiny.load(name)
+        media = load_media(SCENE)
+        alone = build_inputs(processor, media, QUESTION)
+        inputs = build_inputs(processor, media, "is there a star ?", turns=[(QUESTION, "2")])
+        text = processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=False)
+        first = processor.tokenizer.decode(alone["input_ids"][0], skip_special_tokens=False)
+        assert text.startswith(first) and text.count(QUESTION) == 1 and text.count("is there a star ?") == 1
+        assert text.index(QUESTION) < text.index("assistant") < text.index("is there a star ?")
+        torch.testing.assert_close(inputs["pixel_values"], alone["pixel_values"])
+        engine = Engine(name, model, processor)
+        final = last(engine, Request(media, "is there a star ?", turns=(Turn(QUESTION, {False: "2", True: "2"}),)))
+        report = final.answers[True].report
+        assert report is not None and final.answers[True].prompt_tokens == inputs["input_ids"].shape[1]
+        assert report.prompt_tokens == (inputs["input_ids"].shape[1],) and report.kept_fraction < 0.5
+        assert final.answers[False].text == answer(model, processor, inputs).text
+
+    def test_a_follow_up_holds(self, engine: Engine) -> None:
+        """What the page's first example leads to: a second question about the same scene, answered alike both ways."""
+        turns = (Turn(QUESTION, {False: "2", True: "2"}),)
+        final = last(engine, Request(load_media(SCENE), "what color is the star ?", turns=turns))
+        assert final.texts == {False: "blue", True: "blue"} and final.maps
 
 
 @pytest.mark.parametrize("name", families(embedded=True))
@@ -341,13 +426,15 @@ class TestThePage:
         paths = [upload(url, Path(file).name, Path(file).read_bytes())[1][0] for file in files]
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
         chosen = {"question": QUESTION, "sides": sides, "method": "illava", "preset": "auto"} | given
-        events = call(url, "ask", [data, *chosen.values(), *(numbers or NONE)])
+        events = call(url, "ask", [None, data, *chosen.values(), *(numbers or NONE)])
         assert events[-2]["msg"] == "process_completed" and events[-2]["success"], events[-2]
-        found: list[Any] = events[-2]["output"]["data"]
-        return found
+        notes, said, _, _, _, table, *_ = events[-2]["output"]["data"]
+        texts = ["".join(part["text"] for part in one["content"]) for one in said if one["role"] == "assistant"]
+        sides_of = dict(text.removeprefix("**").split(":** ") for text in texts)
+        return [notes, sides_of.get("Without merging", ""), sides_of.get("With merging", ""), table]
 
     def test_both_answers(self, server: Server) -> None:
-        notes, plain, merged, table, *_ = self.ask(server.url, [SCENE])
+        notes, plain, merged, table = self.ask(server.url, [SCENE])
         assert (notes, plain, merged) == ("", "2", "2")
         assert "320 → 240 → 160" in table
 
@@ -371,7 +458,7 @@ class TestThePage:
         broken.write_bytes(content)
         notes, *others = self.ask(server.url, [broken])
         assert 'role="alert"' in notes and "holiday.png" in notes and str(server.folder) not in notes
-        assert not any(others[:3])
+        assert not any(others)
         assert self.ask(server.url, [SCENE])[1] == "2"
 
     def test_wrong_settings_and_no_file_are_told(self, server: Server) -> None:
@@ -387,13 +474,13 @@ class TestThePage:
     @pytest.mark.parametrize("path", [__file__, "/etc/hostname", "../../../../etc/hostname"])
     def test_other_files_are_not_read(self, server: Server, path: str) -> None:
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        events = call(server.url, "ask", [[file], QUESTION, "Off", "illava", "auto", *NONE])
+        events = call(server.url, "ask", [None, [file], QUESTION, "Off", "illava", "auto", *NONE])
         assert not events[-2]["success"]
         assert fetch(f"{server.url}gradio_api/file={path}")[0] in (403, 404)
 
     def test_other_hosts_are_not_asked_for_files(self, server: Server) -> None:
         file = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
-        events = call(server.url, "ask", [[file], QUESTION, "Off", "illava", "auto", *NONE])
+        events = call(server.url, "ask", [None, [file], QUESTION, "Off", "illava", "auto", *NONE])
         assert events[-2]["output"]["error"] == "only uploaded files are read"
         assert server.hosts() == []
 
@@ -433,7 +520,7 @@ class TestThePage:
     @pytest.mark.parametrize("model", OTHERS)
     def test_another_family(self, model: str) -> None:
         with serving("--model", model) as other:
-            notes, plain, merged, table, *_ = self.ask(other.url, [SCENE], question="what color is the star ?")
+            notes, plain, merged, table = self.ask(other.url, [SCENE], question="what color is the star ?")
             assert (notes, plain, merged) == ("", "blue", "blue") and "→" in table
             assert (
                 self.ask(other.url, [tiny.media("clip.gif")], question="which way does the circle move ?")[1] == "left"

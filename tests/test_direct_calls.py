@@ -320,7 +320,7 @@ def test_forward_of_a_copy(family: str) -> None:
 def test_forward_in_threads(family: str) -> None:
     """Each thread has its own query, labels and switch."""
     model = patched(family)
-    work = [
+    work: list[tuple[Inputs, dict[str, Any], bool]] = [
         (single(model, IMAGE), {"logits_to_keep": 5}, True),
         (inputs_for(model, [IMAGES, TEXT]), {}, True),
         (single(model, RICHEST[family]), {}, False),
@@ -377,28 +377,28 @@ def of_class(family: str, forward: Callable[[type], Callable[..., Any]], part: s
     return model
 
 
-def any_arguments(stock: type) -> Callable[..., Any]:
+def any_arguments(stock: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock.forward(self, *args, **kwargs)
 
     return forward
 
 
-def named_arguments(stock: type) -> Callable[..., Any]:
+def named_arguments(stock: Any) -> Callable[..., Any]:
     def forward(self: Any, **kwargs: Any) -> Any:
         return stock.forward(self, **kwargs)
 
     return forward
 
 
-def ids_and_any(stock: type) -> Callable[..., Any]:
+def ids_and_any(stock: Any) -> Callable[..., Any]:
     def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         return stock.forward(self, input_ids, *args, **kwargs)
 
     return forward
 
 
-def renamed(stock: type) -> Callable[..., Any]:
+def renamed(stock: Any) -> Callable[..., Any]:
     def forward(self: Any, *ids_and_more: Any, mask: Any = None, **others: Any) -> Any:
         given = others if mask is None else {"attention_mask": mask, **others}
         return stock.forward(self, *ids_and_more, **given)
@@ -464,7 +464,7 @@ def test_subclasses_that_are_told_what_is_asked(family: str, kind: str, given: s
 def test_a_subclass_that_asks_for_the_base_model_itself(family: str) -> None:
     """An encoder of whole sequences: it calls `self.model.forward` and never the head."""
 
-    def embedder(stock: type) -> Callable[..., Any]:
+    def embedder(stock: Any) -> Callable[..., Any]:
         return lambda self, **kwargs: self.model.forward(**kwargs)
 
     model = of_class(family, embedder)

@@ -34,7 +34,7 @@ def commands() -> list[str]:
 
 def write_files(folder: Path) -> list[str]:
     """Writes the Python blocks of all pages that begin with a file's name, for the commands that take such a file."""
-    found = {}
+    found: dict[str, str] = {}
     for page in PAGES:
         for block in blocks(page, "python"):
             named = re.match(r"# (\w+\.py)\n", block)

@@ -85,7 +85,7 @@ class TestTheRightPlace:
         canvas = pixels_of(plain)
         bright = (pixels_of(picture) == canvas).all(-1)
         expected = inside(bright.shape, spot.on(picture, spot.box))
-        red = (abs(canvas - RED) < 25).all(-1)
+        red: Any = (abs(canvas - RED) < 25).all(-1)
         assert red[expected].all()
         if not spot.larger:
             view = inside(bright.shape, (0, spot.frame_left(picture), picture.height, picture.width))

@@ -323,7 +323,8 @@ def test_every_method_has_a_schedule_it_can_run(family: str, method: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numpy_numbers_are_numbers(family: str) -> None:
-    session = patch(tiny_model(family), np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5))
+    numbers: Any = np.arange(1, 3), np.int64(4), [np.int32(2)], np.float32(0.5)
+    session = patch(tiny_model(family), *numbers)
     assert session.config.image == MergeSchedule((1, 2), 4, (2,), 0.5)
     assert type(session.config.image.vit_layers[0]) is int and "encoder layers [1, 2]" in repr(session)
 

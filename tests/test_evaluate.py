@@ -44,6 +44,8 @@ from illava_hooks.tools.progress import Bar, Progress
 FAMILIES = families(embedded=True)
 WITH_VIDEOS = families(embedded=True, with_videos=True)
 
+Run = tuple[Any, Any, Any]  #: a model, its processor and items
+
 
 class Heard(Progress):
     """What a run tells."""
@@ -53,7 +55,7 @@ class Heard(Progress):
         self.notes: list[str] = []
         self.done = self.total = 0
 
-    def begin(self, total: int) -> None:
+    def begin(self, total: int, unit: str = "questions", done: int = 0) -> None:
         self.total = total
 
     def step(self, what: str) -> None:
@@ -124,8 +126,8 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def run() -> tuple[Any, ...]:
-    """Model, processor and items."""
+def run() -> Run:
+    """A small one."""
     return (*tiny.load(FAMILIES[0]), scene_items(3))
 
 
@@ -134,9 +136,9 @@ class TestRowsOfOthers:
 
     def refused(self, kept: tuple[Any, ...], given: Any, *parts: str, **changes: Any) -> None:
         file, before = kept[3], kept[3].read_bytes()
-        heard = Heard()
+        (model, processor, items), heard = given, Heard()
         with pytest.raises(InputError) as caught:
-            measured(*given, file, progress=heard, **changes)
+            measured(model, processor, items, file, progress=heard, **changes)
         assert_says(caught.value, "rows.jsonl' holds rows of another", "give another file, or delete it", *parts)
         assert heard.steps == [] and file.read_bytes() == before
 
@@ -215,7 +217,7 @@ class TestRowsOfOthers:
 class TestFiles:
     """What else can stand under the name of a file of rows."""
 
-    def test_a_run_that_was_broken_off_goes_on(self, run: tuple[Any, ...], tmp_path: Path) -> None:
+    def test_a_run_that_was_broken_off_goes_on(self, run: Run, tmp_path: Path) -> None:
         file, heard = tmp_path / "rows.jsonl", Heard()
         rows = measured(*run, file)
         file.write_bytes(file.read_bytes()[:-20])  # as a full disk or a kill leaves it
@@ -223,7 +225,7 @@ class TestFiles:
         assert any("its last line was cut off and is measured anew" in note for note in heard.notes)
         assert heard.steps == ["unpatched", "fastv, both, 0.500"]
 
-    def test_rows_of_earlier_versions_are_read_and_never_reused(self, run: tuple[Any, ...], tmp_path: Path) -> None:
+    def test_rows_of_earlier_versions_are_read_and_never_reused(self, run: Run, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"
         row = {"method": "none", "stage": "both", "kept": 1.0, "measured": 0.9, "questions": 3, "accuracy": 1.0,
                "accuracy_interval": [1.0, 1.0], "loyalty": 1.0, "divergence": 0.0, "by_kind": {},
@@ -237,14 +239,14 @@ class TestFiles:
         assert file.read_bytes() == before
 
     @pytest.mark.parametrize("text", ["shopping list", "{}", "[]\n", '{"format": "illava-hooks evaluation"}', "\xff"])
-    def test_other_files_stay_as_they_are(self, run: tuple[Any, ...], tmp_path: Path, text: str) -> None:
+    def test_other_files_stay_as_they_are(self, run: Run, tmp_path: Path, text: str) -> None:
         file = tmp_path / "notes.txt"
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match="give another file|give a new file"):
             measured(*run, file)
         assert file.read_bytes() == text.encode("latin-1")
 
-    def test_a_later_version_is_refused(self, run: tuple[Any, ...], tmp_path: Path) -> None:
+    def test_a_later_version_is_refused(self, run: Run, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"
         file.write_text('{"format": "illava-hooks evaluation", "version": 2}\n')
         for read in (lambda: read_rows(file), lambda: measured(*run, file)):
@@ -252,7 +254,7 @@ class TestFiles:
                 read()
 
     @pytest.mark.parametrize("spoil", ["right", "answers", "line"])
-    def test_spoiled_rows_are_told_with_their_line(self, run: tuple[Any, ...], tmp_path: Path, spoil: str) -> None:
+    def test_spoiled_rows_are_told_with_their_line(self, run: Run, tmp_path: Path, spoil: str) -> None:
         file = tmp_path / "rows.jsonl"
         measured(*run, file)
         lines = file.read_text().split("\n")
@@ -263,7 +265,7 @@ class TestFiles:
         with pytest.raises(InputError, match="rows.jsonl, line 2 is no row"):
             read_rows(file)
 
-    def test_weights_that_are_not_in_memory(self, run: tuple[Any, ...], tmp_path: Path) -> None:
+    def test_weights_that_are_not_in_memory(self, run: Run, tmp_path: Path) -> None:
         model = deepcopy(run[0]).to("meta")
         with pytest.raises(InputError, match="are not in memory, so rows cannot be told from another model's"):
             measured(model, *run[1:], tmp_path / "rows.jsonl")

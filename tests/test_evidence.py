@@ -148,7 +148,7 @@ class TestSweep:
             ((["downsample"], ["both"], [0.0]), "kept is 0.0"),
         ],
     )
-    def test_what_cannot_be_is_told_before_anything_runs(self, asked: Any, told: str) -> None:
+    def test_what_cannot_be_is_told_before_anything_runs(self, asked: tuple[Any, Any, Any], told: str) -> None:
         model, processor = tiny.load(FAMILIES[0])
         with pytest.raises((InputError, MergeConfigError), match=told):
             sweep(model, processor, scene_items(5), *asked, progress=(heard := Heard()))
@@ -340,11 +340,14 @@ class TestBench:
             heard.append(name)
             return contextlib.nullcontext()
 
+        def fail(*what: Any) -> Any:
+            return 1 / 0
+
         with listening(note):
             measure(model, inputs, new_tokens=2)
             assert heard == []
             patch(model)
-            with pytest.raises(ZeroDivisionError), listening(lambda *what: 1 / 0):
+            with pytest.raises(ZeroDivisionError), listening(fail):
                 measure(model, inputs, new_tokens=1)
             measure(model, inputs, new_tokens=1)
             once = list(heard)
@@ -362,7 +365,8 @@ class TestBench:
             def work(self, depth: int = 1) -> int:
                 return self.work(depth - 1) + 1 if depth else 0
 
-        stock, spent = Owner.work, []
+        stock = Owner.work
+        spent: list[tuple[float, float]] = []
         with pytest.raises(ZeroDivisionError), timed(Stopwatch(torch.device("cpu")), [(Owner, "work")], spent):
             assert Owner().work(3) == 3
             1 / 0  # noqa: B018  # an error inside

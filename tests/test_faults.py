@@ -35,7 +35,7 @@ def left_behind() -> dict[str, Any]:
         "encoder": transport.in_features(),
         "tap": attention_tap.current_tap(),
         "switches": sessions._switched.get(),
-        "modes": _get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+        "modes": _get_current_function_mode_stack(),
     }
     return {name: value for name, value in found.items() if value}
 

@@ -47,7 +47,7 @@ class TestTheReport:
         assert first == report.summary and repr(report) == f"<MergeReport: {first}>"
         (tokens, work, cache) = re.fullmatch(
             r"([\d.]+)x fewer visual tokens, ([\d.]+)x less prefill work, ([\d.]+)x smaller KV cache", first
-        ).groups()  # type: ignore[union-attr]
+        ).groups()
         whole = sum(v.prompt_tokens for v in report.visuals)
         left = sum(v.language_tokens[-1] for v in report.visuals)
         assert float(tokens) == round(whole / left, 1)

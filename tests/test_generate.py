@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,9 +29,9 @@ from illava_hooks import merging
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FIRST_TEXT_ID, VOCAB_SIZE, Inputs, inputs_for, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 #: Another padding is another width of the same products.
-PADDED = {"atol": 2e-4, "rtol": 0.0}
+PADDED: dict[str, Any] = {"atol": 2e-4, "rtol": 0.0}
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
 BATCHES = {
     "ragged": RAGGED,
@@ -47,7 +48,7 @@ def generated(model: Any, inputs: Inputs, new_tokens: int = NEW, **kwargs: Any) 
     return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **wanted, **kwargs)
 
 
-def assert_same_answers(ours: Any, theirs: Any, **tolerance: float) -> None:
+def assert_same_answers(ours: Any, theirs: Any, **tolerance: Any) -> None:
     """The logits of every step, the ids, and where there are beams their scores."""
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), **tolerance)
     steps = len(theirs.logits)
@@ -206,7 +207,7 @@ def tiny_text_model() -> Any:
     return Qwen2ForCausalLM(config).eval()
 
 
-ASSISTANTS = {
+ASSISTANTS: dict[str, Callable[[str], Any]] = {
     "the stock model": tiny_model,
     "a stranger": lambda family: tiny_model(family, seed=4),
     "the patched model": patched,

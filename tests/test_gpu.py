@@ -36,7 +36,7 @@ def test_scores_against_float64(width: int, groups: int, dtype: torch.dtype) -> 
     bias = torch.randn(sum(LENGTHS))
     borders = oracle.borders_of(LENGTHS).to(DEVICE)
     for given in (None, bias):
-        there = [query.to(DEVICE), key.to(DEVICE), borders, SCALE, None if given is None else given.to(DEVICE)]
+        there = (query.to(DEVICE), key.to(DEVICE), borders, SCALE, None if given is None else given.to(DEVICE))
         lse = row_lse_varlen(*there, lengths=LENGTHS)
         received = received_attention_varlen(*there, lengths=LENGTHS)
         expected = oracle.lse(query, key, LENGTHS, SCALE, given)
@@ -55,7 +55,7 @@ def test_searches_against_float64(dtype: torch.dtype) -> None:
     first = torch.tensor([0, *lengths]).cumsum(0)[:-1, None]
     counts = torch.tensor(lengths)
     rows = first + torch.minimum(torch.arange(longest).expand(3, -1), counts[:, None] - 1)
-    there = [table.to(DEVICE) for table in (features, rows, order, counts)]
+    there = (features.to(DEVICE), rows.to(DEVICE), order.to(DEVICE), counts.to(DEVICE))
     found = closest_behind(*there, torch.zeros(order.shape, device=DEVICE)).cpu()
     splits = [n // 2 for n in lengths]
     match = match_behind(*there, torch.tensor(splits, device=DEVICE)).cpu()

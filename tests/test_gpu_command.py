@@ -15,7 +15,7 @@ import pytest
 import gpu
 import gpu_tables
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "label": "4,096 patches",
     "unpatched": {"median": {gpu_tables._PREFILL: 0.2, "encoder": 0.1, "language model": 0.1}},
     "merged": {"median": {gpu_tables._PREFILL: 0.1, "encoder": 0.05, "language model": 0.05}},

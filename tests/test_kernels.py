@@ -114,7 +114,7 @@ class TestAttention:
     def test_causal_behind_keys_of_a_cache(self, lengths: list[int], past: int) -> None:
         keys = [n + past for n in lengths]
         query, key = tables(lengths, heads=4)[0], tables(keys)[1]
-        settings = {"cu_seqlens_q": oracle.borders_of(lengths), "causal": True}
+        settings: dict[str, Any] = {"cu_seqlens_q": oracle.borders_of(lengths), "causal": True}
         borders = oracle.borders_of(keys)
         found = received_attention_varlen(query, key, borders, SCALE, **settings)
         expected = oracle.received(query, key, lengths, SCALE, keys=keys, causal=True)

@@ -137,7 +137,8 @@ def test_segments_and_tokens_do_not_count(family: str, method: str) -> None:
     model = tiny_model(family)
     patch(model, **MERGING, method=method)
     known, found = family_of(model), []
-    counting = {"encoder": range(len(known.encoder_layers(model))), "decoder": known.attending(model)}
+    # Of the others stock's attention does something for each window, and some windows are empty behind a merge.
+    counting = {"encoder": known.merging_layers, "decoder": known.attending(model)}
     for images in (ONE * 2, ONE * 3, ONE * 12, ((128, 128),) * 2):
         more = added(*counted(model, inputs_for(model, [Sample(1, images=images)])))
         # Of a layer that carries a state along stock loops over chunks of tokens: where some are merged, less often.

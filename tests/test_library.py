@@ -233,7 +233,7 @@ def names_in_code(tree: ast.AST, names: Iterable[str]) -> list[str]:
         tree: A parsed file.
         names: The families, as `config.model_type` has them.
     """
-    bodies = [node for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
+    bodies: list[Any] = [node for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]
     first = [node.body[0].value for node in bodies if node.body and isinstance(node.body[0], ast.Expr)]
     docstrings = {id(value) for value in first if isinstance(value, ast.Constant)}
     wanted = list(names)
@@ -247,7 +247,7 @@ def names_in_code(tree: ast.AST, names: Iterable[str]) -> list[str]:
     return found
 
 
-def run_python(code: str, *arguments: str) -> dict[str, object]:
+def run_python(code: str, *arguments: str) -> Any:
     """Run code in a fresh interpreter, as users have it, and return the JSON that it prints last."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     # Installed packages are compiled once: without that, half of an import would be compiling.
@@ -361,8 +361,8 @@ class TestTheHouse:
 
     def test_only_a_familys_own_tests_name_it(self) -> None:
         """A new family needs a module in `tests/families`, and no other file of the suite."""
-        shared = {path: path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py")}
-        shared = {path: ast.parse(path.read_text()) for path, top in shared.items() if top not in OF_ONE_FAMILY}
+        tops = {path: path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py")}
+        shared = {path: ast.parse(path.read_text()) for path, top in tops.items() if top not in OF_ONE_FAMILY}
         assert len(shared) > 70
         found = {str(path.relative_to(TESTS)): names_in_code(tree, FAMILIES) for path, tree in shared.items()}
         assert {name: names for name, names in found.items() if names} == {}
@@ -546,7 +546,7 @@ class TestImporting:
 
 
 class TestTheReadme:
-    """The README says what the code does, and what stands in tables of the docs stands there only."""
+    """The README says what the code does; of tables in the docs it has that of the families alone."""
 
     text = (ROOT / "README.md").read_text()
 
@@ -588,7 +588,7 @@ class TestTheReadme:
         """Of tokens and times from what `bench` wrote, of answers from what `evaluate` wrote."""
         from illava_hooks import tiny
 
-        rows = [line for line in self.text.splitlines() if line.startswith("| ") and " of " in line]
+        rows = [line for line in self.text.splitlines() if line.startswith("| ") and "x less |" in line]
         assert len(rows) == 2
         for row in rows:
             shape = row.split("|")[1].split(",")[0].strip().lower().replace(" ", "-")
@@ -605,6 +605,19 @@ class TestTheReadme:
         assert len(kept) == 2
         for share in kept:
             assert f"| a third | | | {share:.1%} |".replace("%", " %") in self.text
+
+    def test_families_are_those_of_the_code(self) -> None:
+        """One row names each, with the stages in which it merges; the same as in the docs."""
+        from illava_hooks.engine.finding import families
+
+        table = re.compile(r"^\| family \| merges in .*\n((?:\|.*\n)+)", re.MULTILINE)
+        (ours,) = table.findall(self.text)
+        assert table.findall((ROOT / "docs" / "COMPATIBILITY.md").read_text()) == [ours]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ours.splitlines()[1:]]
+        for known in families():
+            (stages,) = (row[1] for row in rows if known.title in re.split(r", | and ", row[0]))
+            assert stages == ("encoder, language model" if "language" in known.stages else "encoder"), known.name
+        assert all("published weights" in row[-1] for row in rows)
 
     def test_nothing_is_left_to_fill_in(self) -> None:
         assert re.findall(r"^[ \t]*[A-Z_]+[ \t]*$", self.text, re.MULTILINE) == []

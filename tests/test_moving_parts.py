@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import illava_hooks
 from decode_helpers import IMAGE, IMAGES, SETTINGS, patched, single, steps
 from families import family_of
-from helpers import assert_differ, assert_same, assert_says, forward, key_lengths, needs_tracing
+from helpers import assert_differ, assert_same, assert_says, forward, key_lengths, needs_tracing, under
 from illava_hooks import IllavaHooksError, PatchStateError, UnsupportedModelError, merging, patch, session_of, unpatch
 from kind_helpers import CLOSE, decoder_layers, tower, vision_layers
 from tiny_models import FAMILIES, Inputs, tiny_model
@@ -172,13 +172,13 @@ def folded(wrapper: Any, family: str) -> Any:
     return model
 
 
-NEAR = {"atol": 1e-6, "rtol": 0.0}
+NEAR: dict[str, Any] = {"atol": 1e-6, "rtol": 0.0}
 
 
 def assert_near_logits(ours: Any, theirs: Any, inputs: Inputs) -> None:
     found, expected = (forward(m, inputs) for m in (ours, theirs))
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **NEAR, msg=lambda m, name=name: f"{name}\n{m}")
+        torch.testing.assert_close(found[name], expected[name], **NEAR, msg=under(name))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -267,7 +267,7 @@ def wrap_tower(model: Any, wrap: Callable[[nn.Module], nn.Module]) -> None:
     setattr(model.model, family_of(model).tower_name, wrap(tower(model)))
 
 
-WRAPPED: dict[str, Callable[[Any, Any], None]] = {
+WRAPPED: dict[str, Callable[..., None]] = {
     "vision layers": lambda model, wrap: wrap_layers(model, vision_layers, wrap),
     "decoder layers": lambda model, wrap: wrap_layers(model, decoder_layers, wrap),
     "language model": wrap_language_model,
@@ -391,7 +391,8 @@ PLACES: dict[str, Callable[[Any], list[nn.Module]]] = {
 def test_forwards_of_instances(family: str, place: str, how: str, order: str) -> None:
     """They run, the merge runs too, and `unpatch` leaves them where they were; or one line names the module."""
     model, like, stock = tiny_model(family), patched(family), tiny_model(family)
-    inputs, calls = single(model, IMAGE), []
+    inputs = single(model, IMAGE)
+    calls: list[Any] = []
     modules = PLACES[place](model)
 
     def trace(model: Any) -> None:

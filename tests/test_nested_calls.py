@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextvars import copy_context
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_a_switch_closed_in_another_context(family: str, end: str) -> None:
         merged = model(**inputs).logits
         seen: list[Any] = []
 
-        def holding() -> Iterator[Tensor]:
+        def holding() -> Generator[Tensor, Any, None]:
             with merging(model, False):
                 seen.append(session.active)
                 yield model(**inputs).logits

@@ -42,7 +42,7 @@ def warm(family: str) -> tuple[Any, Inputs]:
     return model, inputs
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: Any) -> dict[str, Any]:
     """Class, attributes (by identity) and hooks of every module, parameter names, configs, global registries."""
     found: dict[str, Any] = {"state": list(model.state_dict()), "records": dict(_CAN_RECORD_REGISTRY)}
     found["layers"] = (dict(DYNAMIC_LAYER_TYPE_MAPPING), dict(STATIC_LAYER_TYPE_MAPPING))

@@ -50,11 +50,10 @@ def refused(*arguments: str | Path) -> str:
 def corners(picture: Image.Image) -> str:
     """The colours of the corners in reading order, by the nearest of the four."""
     near = [(8, 8), (picture.width - 9, 8), (8, picture.height - 9), (picture.width - 9, picture.height - 9)]
+    seen: list[Any] = [picture.getpixel(at) for at in near]
     return "".join(
-        min(
-            COLOURS, key=lambda name: sum(abs(a - b) for a, b in zip(COLOURS[name], picture.getpixel(at), strict=True))
-        )
-        for at in near
+        min(COLOURS, key=lambda name: sum(abs(a - b) for a, b in zip(COLOURS[name], pixel, strict=True)))
+        for pixel in seen
     )
 
 

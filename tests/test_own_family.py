@@ -112,7 +112,10 @@ def features(model: Any, inputs: Inputs, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("how", ["zero", "no layers", "switched off", "unpatched"])
 def test_identity_is_bitwise_stock(how: str, batch: str, back_end: str) -> None:
     model, stock, inputs = llava(back_end), llava(back_end), inputs_of(batch)
-    idle = {"zero": {"vit_r": 0, "llm_ratio": 1.0}, "no layers": {"vit_layers": [], "llm_layers": []}}
+    idle: dict[str, dict[str, Any]] = {
+        "zero": {"vit_r": 0, "llm_ratio": 1.0},
+        "no layers": {"vit_layers": [], "llm_layers": []},
+    }
     patch(model, **{**SETTINGS, **idle.get(how, {})})
     if how == "unpatched":
         forward(model, inputs)
@@ -249,6 +252,7 @@ def test_provenance_accounts_for_every_patch(method: str) -> None:
     model = patched(method=method, track=True)
     forward(model, inputs_of("images"))
     session = session_of(model)
+    stage: Any
     for stage, layer in (("vision", 1), ("vision", 2), ("language", 0), ("language", 1), ("language", 3)):
         for index, image in enumerate(session.provenance.at(stage, layer).images):
             weights = image.weights.to_dense()
@@ -415,7 +419,7 @@ def decoded(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def forward_with(stock: Any, inputs: Inputs, image_outputs: Any) -> dict[str, Tensor]:
     """A stock forward from ready-made features."""
     rest = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    return forward(stock, {**rest, "mm_encoder_outputs": {"image": image_outputs}})
+    return forward(stock, rest, mm_encoder_outputs={"image": image_outputs})
 
 
 def test_an_encoder_alone_has_a_report_without_a_language_model() -> None:
@@ -437,7 +441,8 @@ def test_an_encoder_alone_has_a_report_without_a_language_model() -> None:
 def test_nothing_of_ours_reaches_a_decoder_that_is_left_alone() -> None:
     """It may refuse what it does not know."""
     register_family(EncoderOnly())
-    model, seen = llava(), set()
+    model = llava()
+    seen: set[str] = set()
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
@@ -465,6 +470,7 @@ def test_a_decoder_alone_merges() -> None:
 
 def test_an_amount_of_a_stage_without_layers_need_not_be_given() -> None:
     """Nor layers of one that removes nothing."""
+    idle: dict[str, Any]
     for idle in ({"llm_layers": []}, {"llm_ratio": 1.0}):
         session = patch(llava(), vit_layers=[1], vit_r=9, **idle)
         assert session.config.image == MergeSchedule((1,), 9, (), 1.0)
@@ -541,8 +547,8 @@ def test_units_of_a_permuted_row_merge_as_the_picture(lengths: tuple[int, ...], 
         assert torch.equal(places[1], order[mine] - start) and torch.equal(places[0], torch.arange(length))
         ours, theirs = (vision_tracks(run, segment, segment + 1) for run in (moves, stays))
         assert_same_tracks(ours, theirs)
-        ours, theirs = (sources_of(run, segment, mine) for run in (moves, stays))
-        torch.testing.assert_close(ours[units[start // 4 : (start + length) // 4].argsort()], theirs)
+        found, expected = (sources_of(run, segment, mine) for run in (moves, stays))
+        torch.testing.assert_close(found[units[start // 4 : (start + length) // 4].argsort()], expected)
         start += length
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -79,5 +80,46 @@ def test_pre_commit_runs_what_lint_runs() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     linted = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert linted is not None
-    named = {" ".join(hook["entry"].split()[:2]).removesuffix(" --fix") for hook in hooks}
-    assert named == set(re.findall(r"-m (ruff \w+|mypy)", linted[1]))
+    named = {hook["entry"].removesuffix(" --fix") for hook in hooks}
+    assert named == {each.removesuffix(" .").removesuffix(" --check") for each in re.findall(r"-m (.+)", linted[1])}
+
+
+TARGETS = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def absolute_links() -> Any:
+    """What the release runs, as a module."""
+    spec = importlib.util.spec_from_file_location("absolute_links", ROOT / ".github" / "absolute_links.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_a_release_work_outside_the_repository() -> None:
+    """On PyPI's page: every target is absolute, of the release's tag, and names a file that there is."""
+    readme, home = (ROOT / PROJECT["project"]["readme"]).read_text(), "https://example.org/owner/name"
+    before, after = TARGETS.findall(readme), TARGETS.findall(absolute_links().absolute(readme, home, "v1.2"))
+    assert len(before) == len(after) > 20
+    assert [target for target in after if not target.startswith("https://")] == []
+    own = [target.removeprefix(f"{home}/") for target in after if target.startswith(home)]
+    assert len(own) == len([target for target in before if "://" not in target])
+    files = {target.partition("#")[0] for target in own if not target.startswith("actions/")}
+    assert all(re.match(r"(blob|raw)/v1\.2/", file) for file in files)
+    assert all((ROOT / file.split("/", 2)[2]).is_file() for file in files), files
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", readme)
+    assert {f"raw/v1.2/{picture}" for picture in pictures if not picture.startswith("..")} <= files
+
+
+def test_absolute_links() -> None:
+    text = "![a](docs/a.png) [b](b.md#c) [d](#d) [e](https://x.org/e.md) [![f](../../f.svg)](../../f)"
+    assert absolute_links().absolute(text, "https://h/o/n", "v1") == (
+        "![a](https://h/o/n/raw/v1/docs/a.png) [b](https://h/o/n/blob/v1/b.md#c) [d](#d) [e](https://x.org/e.md) "
+        "[![f](https://h/o/n/f.svg)](https://h/o/n/f)"
+    )
+
+
+def test_a_release_writes_its_links_before_it_builds() -> None:
+    commands = steps(ROOT / ".github" / "workflows" / "release.yml")
+    (written,) = [place for place, command in enumerate(commands) if "absolute_links.py" in command]
+    assert written < commands.index("python -m build")

@@ -115,7 +115,7 @@ def test_recycle_takes_the_highest_visible_seat(visible: list[int], seat: int) -
 
 
 def test_of_equal_scores_the_lower_index_goes_first() -> None:
-    merge = ref.recycle([1.0, 1.0, 1.0], 1)
+    merge: Any = ref.recycle([1.0, 1.0, 1.0], 1)
     assert merge.kept == [1, 2]
     assert merge.recipe == {1: [(0, pytest.approx(2 / 3)), (1, pytest.approx(1 / 3))]}
 
@@ -158,7 +158,7 @@ def test_nearest_averages_by_size() -> None:
 def test_diverse_keeps_the_best_of_many_alike() -> None:
     """Three alike tokens and two of their own kind: of the alike ones the best stays, though all score low."""
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.01], [1.0, -0.01], [0.0, 1.0], [-1.0, 0.2]])
-    merge = ref.diverse([0.1, 0.2, 0.15, 0.9, 0.8], 2, keys, [1.0, 1.0, 2.0, 1.0, 1.0])
+    merge: Any = ref.diverse([0.1, 0.2, 0.15, 0.9, 0.8], 2, keys, [1.0, 1.0, 2.0, 1.0, 1.0])
     assert merge.kept == [1, 3, 4]
     assert merge.recipe[1] == [(0, pytest.approx(0.25)), (1, pytest.approx(0.25)), (2, pytest.approx(0.5))]
 

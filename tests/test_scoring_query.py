@@ -425,9 +425,12 @@ def test_nothing_is_said_where_nothing_is_wrong(family: str, call: str, caplog: 
 @pytest.mark.parametrize("why", ["the encoder alone merges", "switched off", "ratio 1"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_said_where_no_query_ranks(family: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
-    changed = {"the encoder alone merges": {"llm_layers": []}, "ratio 1": {"llm_ratio": 1.0}}.get(why, {})
+    changes: dict[str, dict[str, Any]] = {
+        "the encoder alone merges": {"llm_layers": []},
+        "ratio 1": {"llm_ratio": 1.0},
+    }
     model = tiny_model(family).train()
-    patch(model, **{**SETTINGS[family], **changed})
+    patch(model, **{**SETTINGS[family], **changes.get(why, {})})
     with merging(model, why != "switched off"):
         step(model, single(model, RICHEST[family]))
     assert not said(caplog, *TRAINING)

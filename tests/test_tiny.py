@@ -184,7 +184,7 @@ class TestRecipe:
         model: Any
         model, processor = tiny.load(family)
         rng = np.random.default_rng(8)
-        make = {"image": batches.image_batch, "pair": batches.pair_batch, "clip": batches.clip_batch}[what]
+        make: Any = {"image": batches.image_batch, "pair": batches.pair_batch, "clip": batches.clip_batch}[what]
         settings: dict[str, Any] = {"size": (64, 128)} if what == "image" else {}
         batch = make(processor, rng, 2, asked=3, **settings)
         learner = learn.Learner(model, processor.tokenizer)

@@ -19,7 +19,7 @@ from illava_hooks import merging, patch
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
 NEW = 5
 

@@ -16,7 +16,7 @@ from helpers import assert_differ, forward, key_lengths, keyed
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 NEW = 4
 SETTINGS: dict[str, Any] = {"vit_layers": [0], "vit_r": 0.25, "llm_layers": [1], "llm_ratio": 0.5}
 

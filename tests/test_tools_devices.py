@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from decode_helpers import IMAGES, RAGGED, SETTINGS, patched, single
 from families import family_of
-from helpers import assert_differ, assert_same, forward, generate
+from helpers import assert_differ, assert_same, forward, generate, under
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, inputs_for, tiny_model
 
@@ -105,7 +105,7 @@ def test_accelerators_prepare(family: str, precision: str, order: str) -> None:
     gradients = {name: weight.grad for name, weight in plain.named_parameters() if weight.grad is not None}
     for name, weight in model.named_parameters():
         if name in gradients:
-            torch.testing.assert_close(weight.grad, gradients[name], msg=lambda m, name=name: f"{name}\n{m}")
+            torch.testing.assert_close(weight.grad, gradients[name], msg=under(name))
     optimizer.step()
     assert session_of(accelerator.unwrap_model(model)) is session_of(model)
     unpatch(model)

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from decode_helpers import RICHEST, SETTINGS, patched, single
 from distributed_worker import ORDERS, WAYS, labelled
 from families import family_of
-from helpers import RECORDS, assert_differ, forward
+from helpers import RECORDS, assert_differ, forward, under
 from illava_hooks import merging, patch, session_of
 from tiny_models import FAMILIES, tiny_model
 
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 SECONDS = 240
-CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_two_processes_give_what_one_gives(
         assert expected["gradients"].keys() <= gradients.keys()
         for name, gradient in gradients.items():  # FSDP has zeros where nothing came
             one = expected["gradients"].get(name, torch.zeros_like(gradient))
-            torch.testing.assert_close(gradient, one, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(gradient, one, atol=1e-5, rtol=1e-5, msg=under(name))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -16,7 +16,7 @@ from illava_hooks import merging, session_of
 from illava_hooks.engine.compat import CACHE
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 NEW = 5
 
 

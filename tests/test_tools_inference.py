@@ -25,7 +25,7 @@ from helpers import (
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, Sample, inputs_for, tiny_model
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 NEW = 4
 
 

@@ -16,9 +16,9 @@ from families import families
 from helpers import assert_differ
 from illava_hooks import merging, patch, session_of, tiny
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 #: Another padding is another width of the same products.
-PADDED = {"atol": 2e-4, "rtol": 0.0}
+PADDED: dict[str, Any] = {"atol": 2e-4, "rtol": 0.0}
 QUESTION = "how many triangles are there ?"
 
 Message = dict[str, Any]

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from decode_helpers import IMAGES, RAGGED, RICHEST, SETTINGS, patched, single
 from families import family_of
-from helpers import assert_differ, forward
+from helpers import assert_differ, forward, under
 from illava_hooks import merging, patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, inputs_for, tiny_model
 
@@ -32,7 +32,7 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 #: Newer releases of transformers want newer releases of PEFT for adapters without a wrapper.
 NEEDED = getattr(transformers.integrations.peft, "MIN_PEFT_VERSION", "0")
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 RATE = 0.01
 
 
@@ -106,7 +106,7 @@ def test_the_trainer_trains_a_merging_model(family: str, checkpointing: bool, tm
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), **CLOSE)
     assert losses[-2] < losses[0] and losses[-1] < losses[1]
     for (name, weight), other in zip(model.named_parameters(), expected_model.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, msg=lambda m, name=name: f"{name}\n{m}", **CLOSE)
+        torch.testing.assert_close(weight, other, msg=under(name), **CLOSE)
     for name, weight in stages(model).items():
         assert_differ(weight, before[name], by=1e-4)
     assert session_of(model).report.kept_fraction < 0.5

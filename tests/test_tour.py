@@ -24,7 +24,7 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cell["outputs"] == [], "outputs are made when it runs"
         *body, final = ast.parse("".join(cell["source"])).body
         if not isinstance(final, ast.Expr):
-            body, final = [*body, final], None  # type: ignore[assignment]
+            body, final = [*body, final], None
         exec(compile(ast.Module(body, []), f"cell {number}", "exec"), names)
         if final is not None:
             value = eval(compile(ast.Expression(final.value), f"cell {number}", "eval"), names)

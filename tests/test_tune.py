@@ -239,7 +239,7 @@ class TestTheCost:
 
     def test_a_good_guess_is_enough(self) -> None:
         asked = []
-        assert solve_keep(lambda keep: asked.append(keep) or 0.2 + 0.8 * keep, 0.6, 0.4975) == 0.4975  # type: ignore[func-returns-value]
+        assert solve_keep(lambda keep: asked.append(keep) or 0.2 + 0.8 * keep, 0.6, 0.4975) == 0.4975
         assert len(asked) == 1
 
 
@@ -525,7 +525,7 @@ class TestLoyalty:
         rng = np.random.default_rng(0)
         noise = [rng.integers(0, 256, (*SIZE, 3), np.uint8) for _ in range(24)]
         items = [Item("noise", (picture,), False, "which digit is it ?") for picture in noise]
-        given = {"methods": ["random"], "rounds": 1, "measurements": 2, "progress": False}
+        given: dict[str, Any] = {"methods": ["random"], "rounds": 1, "measurements": 2, "progress": False}
         found = tune(*loaded, items, **given, loyalty=1.0)
         assert found.config is None
         assert found.verdict[0].startswith("merging does not pay: no candidate that saves 5% of the FLOPs")

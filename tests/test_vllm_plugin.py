@@ -34,6 +34,7 @@ from illava_hooks.integrations.vllm.positions import (
     Item,
     from_digits,
     grid_table,
+    in_seconds,
     place,
     prompt_positions,
     to_digits,
@@ -130,6 +131,7 @@ class TestSettings:
         assert "\n" not in str(refused.value)
 
     def test_what_asks_nothing_of_the_language_model_is_taken(self) -> None:
+        given: dict[str, Any]
         for given in ({"llm_layers": []}, {"llm_ratio": 1.0}, {"keep": None}):
             assert settings_of(configuration("qwen2_vl", {"vit_layers": [1], "vit_r": 0.5, **given})) is not None
 
@@ -215,7 +217,8 @@ class TestCounts:
         """Against the shared function, by hand; the whole of it against runs is in `test_counts`."""
         served = settings(name, vit_layers=family(name).merging_layers[:2], vit_r=0.25)
         counts = KeptCounts(served, configuration(name, {}))
-        traits = find_family(tiny_model(name)).traits(4, False)
+        found: Any = find_family(tiny_model(name))
+        traits = found.traits(4, False)
         for _ in range(20):
             time, height, width = draw.randint(1, 4), 2 * draw.randint(1, 12), 2 * draw.randint(1, 12)
             strength = draw.choice([AS_SERVED, Strength(vit_r=draw.randint(0, 40)), Strength(keep_encoder=0.3)])
@@ -250,6 +253,18 @@ class TestDigits:
 
     def test_one_column_would_not(self) -> None:
         assert int(torch.tensor(301.0, dtype=torch.bfloat16)) == 300
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("interval", [1.0, 2, 1.6, 0.4, 12.5])
+    def test_slices_by_the_clock(self, interval: float, dtype: torch.dtype) -> None:
+        """Rounded down one by one; the rest stays."""
+        slices, height, width = 40, 2, 3
+        seats = torch.arange(0, slices * height * width, 5)
+        rows = with_table(torch.zeros(len(seats), 4, dtype=dtype), grid_table(seats, height, width, slices))
+        table = from_digits(in_seconds(rows, interval, 300)[:, -COLUMNS:])
+        for seat, (t, h, w, extent) in zip(seats.tolist(), table.tolist(), strict=True):
+            assert t == math.floor(seat // 6 * interval) and (h, w) == (seat % 6 // 3, seat % 3)
+            assert extent == 300
 
     def test_places_in_a_grid(self) -> None:
         table = grid_table(torch.arange(2 * 3 * 4), 3, 4, 9)
@@ -403,8 +418,13 @@ def engine_config(given: Any, name: str = "qwen2_vl", **changes: Any) -> Any:
     )
     lora = changes.pop("lora", None)
     parallel = SimpleNamespace(pipeline_parallel_size=changes.pop("pipeline_parallel_size", 1))
+    compilation = SimpleNamespace(compile_mm_encoder=changes.pop("compile_mm_encoder", False))
     return SimpleNamespace(
-        model_config=model, parallel_config=parallel, lora_config=lora, speculative_config=changes.pop("draft", None)
+        model_config=model,
+        parallel_config=parallel,
+        lora_config=lora,
+        speculative_config=changes.pop("draft", None),
+        compilation_config=compilation,
     )
 
 
@@ -416,6 +436,7 @@ class TestRefusals:
         [
             ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
             ({}, {"lora": SimpleNamespace(enable_tower_connector_lora=True)}, "LoRA on the vision encoder"),
+            ({}, {"compile_mm_encoder": True}, "compile_mm_encoder is True"),
             ({}, {"draft": object()}, "speculative decoding is on"),
             ({}, {"enable_mm_embeds": True}, "ready-made embeddings"),
             ({}, {"video_pruning_rate": 0.5}, "video_pruning_rate is 0.5"),
@@ -486,6 +507,8 @@ class TestRegistration:
         served = engine_config({"vit_r": 0.5, "vit_layers": [1]}, pipeline_parallel_size=2)
         with pytest.raises(UnsupportedModelError, match="pipeline_parallel_size is 2"):
             once(served)
+        served.model_config.config_updated = True
+        once(served)  # what stock has checked is not checked again
 
     def test_an_unknown_version_is_left_alone(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -153,7 +153,7 @@ def _labels(scene: Scene, owner: NDArray[np.int8], patch: int) -> dict[str, NDAr
     most, thing = cover.max(0), cover.argmax(0)
     shown = most > 0.15
     seen = cover.sum((1, 2)) > 0.2
-    table = {head: [] for head in HEADS}
+    table: dict[str, list[int]] = {head: [] for head in HEADS}
     for item in scene.things:
         table["class"].append(KINDS.index(item.kind) + 1)
         table["color"].append(list(COLORS).index(item.color))

@@ -37,11 +37,13 @@ class _HalfLinear(torch.autograd.Function):
 
 
 def _half_linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    return _HalfLinear.apply(inputs, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return _HalfLinear.apply(inputs, layer.weight, layer.bias)
 
 
 class Learner(nn.Module):
     """A stock model with linear heads on its vision encoder, for the dense loss only."""
+
+    class_weight: Tensor
 
     def __init__(self, model: Any, tokenizer: Any, half_products: bool = False) -> None:
         """Takes a fresh model; ``half_products`` takes the matrix products of its linear layers in bfloat16."""
@@ -166,7 +168,8 @@ class Learner(nn.Module):
 
 def optimizers(learner: Learner, muon_rate: float, adam_rate: float) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the layers, AdamW on all else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in learner.named_parameters():
         hidden = parameter.dim() == 2 and (
             ".layers." in name or ".blocks." in name or "projector" in name or "merger" in name

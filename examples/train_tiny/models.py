@@ -176,9 +176,10 @@ def build_model(family: str, seed: int) -> Any:
 @torch.no_grad()
 def _mimetic(model: nn.Module) -> None:
     """The vision encoder's attention starts near the identity (Trockman and Kolter 2023): like looks at like."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "qkv"):  # Qwen2-VL
-            query, key, value, out = *module.qkv.weight.chunk(3), module.proj.weight
+            (query, key, value), out = module.qkv.weight.chunk(3), module.proj.weight
         elif hasattr(module, "out_proj"):  # SigLIP
             query, key, value, out = (p.weight for p in (module.q_proj, module.k_proj, module.v_proj, module.out_proj))
         else:

@@ -31,7 +31,7 @@ def no_compiler() -> Iterator[None]:
         yield
 
 
-class Seen(LogitsProcessor):  # type: ignore[misc]  # untyped in older releases
+class Seen(LogitsProcessor):
     """Keeps the logits of each step; xgrammar writes into them."""
 
     def __init__(self) -> None:

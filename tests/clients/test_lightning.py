@@ -11,7 +11,7 @@ from torch import Tensor
 
 from client_helpers import CLOSE, client, labelled
 from decode_helpers import IMAGES, RICHEST, SETTINGS, patched, single
-from helpers import assert_differ, forward
+from helpers import assert_differ, forward, under
 from illava_hooks import patch, session_of, unpatch
 from tiny_models import FAMILIES, Inputs, tiny_model
 
@@ -19,7 +19,7 @@ lightning = client("lightning")
 RATE = 0.01
 
 
-class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+class Module(lightning.LightningModule):  # type: ignore[name-defined]
     """What a user would write."""
 
     def __init__(self, model: Any) -> None:
@@ -52,7 +52,8 @@ def test_training(family: str, order: str, tmp_path: Path) -> None:
     if order == "inside":
         patch(module.model, **SETTINGS[family])
     fit = trainer(tmp_path, len(batches))
-    fit.fit(module.train(), torch.utils.data.DataLoader(batches, batch_size=None))
+    rows: Any = batches
+    fit.fit(module.train(), torch.utils.data.DataLoader(rows, batch_size=None))
     optimizer, expected = torch.optim.SGD(plain.train().parameters(), lr=RATE), []
     for batch in batches:
         loss = plain(**batch).loss
@@ -62,7 +63,7 @@ def test_training(family: str, order: str, tmp_path: Path) -> None:
         expected.append(loss.item())
     torch.testing.assert_close(module.losses, expected, **CLOSE)
     for (name, weight), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, msg=lambda text, name=name: f"{name}\n{text}", **CLOSE)
+        torch.testing.assert_close(weight, other, msg=under(name), **CLOSE)
     assert session_of(model).report.kept_fraction < 0.5
     stock = tiny_model(family)
     assert abs(stock(**batches[0]).loss.item() - expected[0]) > 1e-3, "the trainer saw no merging"

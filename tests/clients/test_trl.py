@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_helpers import CLOSE, EMBEDDED, assert_release, client, embedded, forced_logits, picture
 from families import family_of
-from helpers import assert_differ
+from helpers import assert_differ, under
 from illava_hooks import merging, patch, session_of, tiny
 from tiny_models import FAMILIES
 
@@ -109,7 +109,7 @@ def test_sft(family: str, loss: str, checkpointing: bool, tmp_path: Path) -> Non
         expected.append(value.item())
     torch.testing.assert_close(logged(trainer), torch.tensor(expected), **CLOSE)
     for (name, weight), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(weight, other, msg=lambda text, name=name: f"{name}\n{text}", **CLOSE)
+        torch.testing.assert_close(weight, other, msg=under(name), **CLOSE)
     assert session_of(model).report.kept_fraction < 0.5
     stock = embedded(family, merged=False)[0](**batches[0]).loss.item()
     assert math.isfinite(stock) and abs(stock - expected[0]) > 1e-3, "the trainer saw no merging"

@@ -99,7 +99,8 @@ def describe_cases(described: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 def main(source: Path, target: Path) -> None:
     """Reads the full golden set in `source` and writes the subset to `target`."""
-    tensors, described = {}, {}
+    tensors: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     for name in SOURCES:
         tensors |= load_file(source / f"{name}.safetensors")
         described |= json.loads((source / f"{name}.json").read_text())["cases"]

@@ -1,6 +1,6 @@
 """The demo page in a real browser, headless: what a visitor sees, and that nothing comes from another host.
 
-Pictures of the page at the widths of a desktop and a phone are left in `build/demo-screenshots`.
+Pictures of the page at the widths of a desktop, a tablet and a phone are left in `build/demo-screenshots`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ pytestmark = [
 ]
 
 DESKTOP, TABLET, PHONE = (1440, 900), (768, 1024), (390, 844)
+SIZES = {DESKTOP: "desktop", TABLET: "tablet", PHONE: "phone"}
 SCENE = str(tiny.media("scene.png"))
 PAIR = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
 WAIT_MS = 60_000
@@ -66,14 +67,26 @@ class Visitor:
             self.page.fill("#question textarea", question)
         self.page.click("#ask")
 
-    def text(self, place: str) -> str:
-        found: str = self.page.input_value(f"#{place} textarea")
+    def caption(self) -> str:
+        found: str = self.page.input_value("#map-caption textarea")
         return found
 
-    def wait_for(self, place: str, text: str) -> None:
-        """Until a text box holds a text."""
+    def chat(self) -> list[str]:
+        """What stands in the chat, line by line: questions, and answers with their side in front."""
+        found: list[str] = self.page.locator("#chat .message").all_inner_texts()
+        return [text.strip() for text in found]
+
+    def wait_for_chat(self, *lines: str) -> None:
+        """Until these are the chat, and all is there that comes with them."""
         self.page.wait_for_function(
-            "([place, text]) => document.querySelector(`#${place} textarea`)?.value.includes(text)", arg=[place, text]
+            """lines => JSON.stringify([...document.querySelectorAll('#chat .message')]
+            .map(one => one.innerText.trim())) === JSON.stringify(lines) && document.querySelector('#costs table')""",
+            arg=list(lines),
+        )
+
+    def wait_for_caption(self, text: str) -> None:
+        self.page.wait_for_function(
+            "text => document.querySelector('#map-caption textarea')?.value.includes(text)", arg=text
         )
 
     def map_source(self) -> str:
@@ -86,11 +99,10 @@ class Visitor:
         self.page.wait_for_function(f"before => {SOURCES} !== before", arg=before)
         return self.map_source()
 
-    def slide(self, key: str) -> str:
-        """Moves the slider by a key; the address of the picture that comes."""
+    def go_to(self, name: str) -> str:
+        """Chooses a position by its name; the address of the picture that comes."""
         before = self.map_source()
-        self.page.focus("#step input[type=range]")
-        self.page.keyboard.press(key)
+        self.page.locator("#step").get_by_label(name, exact=True).check()
         return self.wait_for_another(before)
 
     def overflow(self) -> int:
@@ -136,45 +148,94 @@ def visitor(browser: Any, server: Server) -> Iterator[Visitor]:
     one.leave()
 
 
+TRIANGLES = ("how many triangles are there ?", "Without merging: 2", "With merging: 2")
+STAR = ("what color is the star ?", "Without merging: blue", "With merging: blue")
+
+
 def test_upload_and_ask(visitor: Visitor) -> None:
     visitor.upload(SCENE)
     visitor.page.wait_for_selector("#preview img")
-    visitor.ask("how many triangles are there ?")
+    visitor.ask(TRIANGLES[0])
     visitor.page.wait_for_selector("#map-picture img")
-    assert (visitor.text("plain"), visitor.text("merged")) == ("2", "2")
+    assert visitor.chat() == list(TRIANGLES) and visitor.page.input_value("#question textarea") == ""
     table = visitor.page.inner_text("#costs table")
-    assert "320 → 240 → 160" in table and re.search(r"KV cache\s+0.799 MB\s+0.349 MB", table)
-    assert visitor.text("map-caption") == "Language model, from layer 2: 123 of 336 tokens are left (37%)."
+    assert "320 → 240 → 160" in table and re.search(r"KV cache\s+2.3x\s+0.799 MB\s+0.349 MB", table)
+    assert re.search(r"medians of \d measurements in turn", visitor.page.inner_text("#costs"))
+    assert visitor.page.inner_text("#headline").startswith("2.7x fewer visual tokens")
+    assert visitor.caption() == "Language model, from layer 2: 123 of 336 tokens are left (37%)."
 
 
-def test_the_slider_shows_each_layer(visitor: Visitor) -> None:
+def test_a_chat(visitor: Visitor) -> None:
+    """A second question keeps the picture and the turns; it is asked again in its place; a new chat begins anew."""
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.wait_for_chat(*TRIANGLES)
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.ask(STAR[0])
+    visitor.wait_for_chat(*TRIANGLES, *STAR)
+    assert "trained on single questions" in visitor.page.inner_text("#notes")
+    assert re.search(r"Prompt tokens\s+360\s+360", visitor.page.inner_text("#costs table")), "24 more than the first"
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.page.get_by_label("On", exact=True).check()
+    visitor.page.click("#again")
+    visitor.wait_for_chat(*TRIANGLES, STAR[0], STAR[2])
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.page.click("#fresh")
+    visitor.page.wait_for_function("() => !document.querySelector('#chat .message')")
+    visitor.ask(STAR[0])
+    visitor.wait_for_chat(STAR[0], STAR[2])
+    visitor.page.wait_for_selector("#map-picture img")
+    assert re.search(r"Prompt tokens\s+349", visitor.page.inner_text("#costs table"))
+    visitor.page.get_by_role("button", name="Digits").click()
+    visitor.wait_for_chat("is there a green digit ?", "With merging: yes")
+
+
+def test_each_layer_has_a_name(visitor: Visitor) -> None:
     visitor.page.get_by_role("button", name="Scene").click()
     visitor.page.wait_for_selector("#map-picture img")
     seen = [visitor.map_source()]
-    for words in ("after layer 4: 160 of 320 patches", "after layer 3: 240 of 320 patches", "The input"):
-        seen.append(visitor.slide("ArrowLeft"))
-        visitor.wait_for("map-caption", words)
+    for name, words in (
+        ("Encoder layer 4", "after layer 4: 160 of 320 patches"),
+        ("Encoder layer 3", "after layer 3: 240 of 320 patches"),
+        ("Input", "The input"),
+    ):
+        seen.append(visitor.go_to(name))
+        visitor.wait_for_caption(words)
     assert len(set(seen)) == 4
-    assert visitor.slide("ArrowRight") == seen[2], "the same layer is the same picture"
+    assert visitor.go_to("Encoder layer 3") == seen[2], "the same layer is the same picture"
     visitor.page.get_by_label("Colour what was merged").uncheck()
     grey = visitor.wait_for_another(seen[2])
     visitor.page.get_by_label("Colour what was merged").check()
     assert visitor.wait_for_another(grey) == seen[2]
-    visitor.shoot("desktop-colours")
+
+
+def test_the_play_button_steps_through_the_layers(visitor: Visitor) -> None:
+    """From the input to the last layer, where it stops; pressed in between it stops there."""
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.page.click("#play")
+    for words in ("The input", "after layer 3", "after layer 4", "from layer 2"):
+        visitor.wait_for_caption(words)
+    visitor.page.wait_for_function("() => document.querySelector('#play').innerText.includes('Play')")
+    assert visitor.page.locator("#step").get_by_label("Decoder layer 2").is_checked()
+    visitor.page.click("#play")
+    visitor.wait_for_caption("after layer 3")
+    visitor.page.click("#play")
+    visitor.page.wait_for_function("() => document.querySelector('#play').innerText.includes('Play')")
+    stands = visitor.caption()
+    visitor.page.wait_for_timeout(4000)
+    assert visitor.caption() == stands
 
 
 def test_merging_on_and_off(visitor: Visitor) -> None:
     visitor.upload(SCENE)
     visitor.page.get_by_label("Off", exact=True).check()
-    visitor.ask("how many triangles are there ?")
-    visitor.wait_for("plain", "2")
-    visitor.page.wait_for_selector("#costs table")
-    assert visitor.text("merged") == "" and not visitor.page.is_visible("#map-picture")
+    visitor.ask(TRIANGLES[0])
+    visitor.wait_for_chat(*TRIANGLES[:2])
+    assert not visitor.page.is_visible("#map-picture")
     visitor.page.get_by_label("On", exact=True).check()
-    visitor.ask()
-    visitor.wait_for("merged", "2")
+    visitor.page.click("#again")
+    visitor.wait_for_chat(TRIANGLES[0], TRIANGLES[2])
     visitor.page.wait_for_selector("#map-picture img")
-    assert visitor.text("plain") == ""
 
 
 def test_settings(visitor: Visitor) -> None:
@@ -195,7 +256,7 @@ def test_settings(visitor: Visitor) -> None:
     visitor.ask("how many triangles are there ?")
     visitor.page.wait_for_selector("#map-picture img")
     assert "320 → 280 → 240" in visitor.page.inner_text("#costs table")
-    assert visitor.text("map-caption").startswith("Vision encoder, after layer 5: 240 of 320")
+    assert visitor.caption().startswith("Vision encoder, after layer 5: 240 of 320")
 
 
 def test_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
@@ -210,7 +271,7 @@ def test_a_broken_file(visitor: Visitor, tmp_path: Path) -> None:
     visitor.page.wait_for_selector("#notes .failed")
     visitor.shoot("desktop-broken-file")
     visitor.page.get_by_role("button", name="Scene").click()
-    visitor.wait_for("merged", "2")
+    visitor.wait_for_chat(*TRIANGLES)
     assert visitor.page.query_selector("#notes .failed") is None
 
 
@@ -221,7 +282,7 @@ def test_a_large_file(browser: Any, server: Server, tmp_path: Path) -> None:
     visitor.page.get_by_text(re.compile("maximum allowed|exceeds|too large", re.I)).first.wait_for()
     visitor.shoot("desktop-large-file")
     visitor.page.get_by_role("button", name="Scene").click()
-    visitor.wait_for("merged", "2")
+    visitor.wait_for_chat(*TRIANGLES)
     visitor.errors = [error for error in visitor.errors if "413" not in error]
     visitor.leave()
 
@@ -233,33 +294,57 @@ def test_two_visitors_at_once(browser: Any, server: Server) -> None:
     other.upload(*PAIR)
     other.page.get_by_text("Settings of merging").click()
     other.page.fill("#vit_layers textarea", "3")
-    for _ in range(3):
-        one.ask("how many triangles are there ?")
-        other.ask("how many circles are in the second image ?")
-        for visitor, answer in ((one, "2"), (other, "1")):
-            visitor.wait_for("merged", answer)
+    asked = "how many circles are in the second image ?"
+    one.ask(TRIANGLES[0])
+    other.ask(asked)
+    for _ in range(2):
+        one.wait_for_chat(*TRIANGLES)
+        other.wait_for_chat(asked, "Without merging: 1", "With merging: 1")
+        for visitor, steps in ((one, "320 → 240 → 160"), (other, "128 → 96")):
             visitor.page.wait_for_selector("#map-picture img")
-        for visitor, steps in ((one, "320 → 240 → 160"), (other, "128 → 96")):  # a question may still be on its way
-            visitor.page.wait_for_function(
-                "steps => document.querySelector('#costs').innerText.includes(steps)", arg=steps
-            )
-        assert "320 → 240 → 160" in one.page.inner_text("#costs table")
-        assert "128 → 96" in other.page.inner_text("#costs table")
+            assert steps in visitor.page.inner_text("#costs table")
         assert "→ 64" not in other.page.inner_text("#costs table")
+        one.page.click("#again")
+        other.page.click("#again")
+        one.page.wait_for_selector("#map-picture", state="hidden")
     one.leave()
     other.leave()
 
 
-@pytest.mark.parametrize("size", [DESKTOP, TABLET, PHONE], ids=["desktop", "tablet", "phone"])
-@pytest.mark.parametrize("example", ["Scene", "Digits", "Two images", "Clip"])
+@pytest.mark.parametrize("size", SIZES, ids=SIZES.values())
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_chat_fits_the_window(browser: Any, server: Server, size: tuple[int, int], scheme: str) -> None:
+    """Before anything is asked, and with two turns, whose last answer can be seen."""
+    visitor = Visitor(browser, server.url, size, scheme)
+    assert visitor.overflow() <= 0
+    visitor.shoot(f"{SIZES[size]}-{scheme}-empty")
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.wait_for_chat(*TRIANGLES)
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.ask(STAR[0])
+    visitor.wait_for_chat(*TRIANGLES, *STAR)
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.page.wait_for_timeout(500)
+    log, last = (
+        visitor.page.locator("#chat").bounding_box(),
+        visitor.page.locator("#chat .message").last.bounding_box(),
+    )
+    assert log["y"] < last["y"] and last["y"] + last["height"] <= log["y"] + log["height"]
+    assert visitor.overflow() <= 0
+    visitor.shoot(f"{SIZES[size]}-{scheme}-chat")
+    visitor.leave()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=SIZES.values())
+@pytest.mark.parametrize("example", ["Digits", "Two images", "Clip"])
 def test_examples_fit_the_window(browser: Any, server: Server, size: tuple[int, int], example: str) -> None:
     scheme = "dark" if example in ("Digits", "Clip") else "light"
     visitor = Visitor(browser, server.url, size, scheme)
-    name = f"{ {DESKTOP: 'desktop', TABLET: 'tablet', PHONE: 'phone'}[size] }-{example.lower().replace(' ', '-')}"
+    name = f"{SIZES[size]}-{example.lower().replace(' ', '-')}"
     assert visitor.overflow() <= 0
     visitor.page.get_by_role("button", name=example).click()
     visitor.page.wait_for_selector("#map-picture img")
-    assert visitor.text("plain") and visitor.text("merged")
+    assert [line.split(":")[0] for line in visitor.chat()[1:]] == ["Without merging", "With merging"]
     assert visitor.overflow() <= 0
     visitor.shoot(name)
     visitor.leave()

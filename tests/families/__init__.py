@@ -612,7 +612,7 @@ def families(*, back_end: str | None = None, **needs: bool) -> tuple[str, ...]:
 
 
 def families_and(
-    cases: Mapping[str, Any] | Sequence[str], samples: Mapping[str, Any] | None = None, **needs: bool
+    cases: Mapping[str, Any] | Sequence[str], samples: Mapping[str, Any] | None = None, **needs: Any
 ) -> list[tuple[str, str]]:
     """Every family with every case that it takes, as ``(family, case)``.
 

@@ -80,7 +80,8 @@ def pooled_videos(model: Any, inputs: dict[str, Tensor], settings: ReferenceSett
     """Frames are pooled as they come out of the tower, and then projected; there is no newline."""
     for pixels in inputs.get("pixel_values_videos", ()):
         segments = [segment(model, frame, settings, project=False) for frame in pixels]
-        values, kept, holder = [], [], []
+        values, holder = [], []
+        kept: list[bool] = []
         for part in segments:
             pooled = model.model.vision_resampler(part.expanded()[None])[0]
             masses = model.model.vision_resampler(part.mass()[None, :, None])[0, :, 0].tolist()

@@ -133,7 +133,8 @@ def _shrunk_visual(model: Any, placed: Visual, full: Tensor, segments: list[Segm
 
 def _video(model: Any, pixels: Tensor, settings: ReferenceSettings) -> Visual:
     segments = [_segment(model, frame, settings) for frame in pixels]
-    values, kept, holder = [], [], []
+    values, holder = [], []
+    kept: list[bool] = []
     for segment in segments:
         pooled = model.model.apply_pooling(segment.expanded()[None])[0]
         masses = model.model.apply_pooling(segment.mass()[None, :, None])[0, :, 0].tolist()

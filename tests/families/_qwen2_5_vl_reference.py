@@ -41,7 +41,8 @@ def _visual(visual: Any, kind: str, pixels: Tensor, grid: list[int], settings: R
     rows = [group * unit + lane for group in order for lane in range(unit)]
     places = patch_places([1, height, width], visual.spatial_merge_size)
     place_of = {group: index for index, group in enumerate(order)}
-    segments, values, kept, holder = [], [], [], []
+    segments, values, holder = [], [], []
+    kept: list[bool] = []
     for part in range(slices):
         mine = hidden[part * height * width : (part + 1) * height * width]
         segment = _segment(visual, mine[rows], places[rows], side, settings)

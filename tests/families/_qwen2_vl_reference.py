@@ -34,7 +34,8 @@ def _visual(model: Any, kind: str, pixels: Tensor, grid: Tensor, settings: Refer
     for part in range(slices):
         rows = slice(part * length, (part + 1) * length)
         segments.append(_segment(visual, hidden[rows], tuple(table[rows] for table in angles), settings))
-    kept, holder = [], []
+    holder = []
+    kept: list[bool] = []
     for segment in segments:
         start = len(kept)
         holder += [start + seat for seat in segment.holder]

@@ -28,8 +28,9 @@ def _visual(visual: Any, kind: str, pixels: Tensor, grid: Tensor, settings: Refe
     hidden, (cos, sin) = _entering(visual, pixels, grid)
     length = int(grid[1] * grid[2])
     parts = [table.split(length) for table in (hidden, cos, sin)]
-    segments = [_segment(visual, part, *angles, settings) for part, *angles in zip(*parts, strict=True)]
-    kept, holder = [], []
+    segments = [_segment(visual, part, c, s, settings) for part, c, s in zip(*parts, strict=True)]
+    holder = []
+    kept: list[bool] = []
     for segment in segments:
         start = len(kept)
         holder += [start + seat for seat in segment.holder]

@@ -8,7 +8,7 @@ It looks for images and videos by the same placeholder, and refuses prompts with
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import Glm4vForConditionalGeneration, Glm4vMoeForConditionalGeneration
@@ -90,7 +90,7 @@ class Glm4V(Qwen2VL):
         ),
     }
     shapes = {"glm-4.1v-9b": 9.4}
-    stock_modules = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")
+    stock_modules: ClassVar[tuple[str, ...]] = ("glm4v.modeling_glm4v", "glm4v_moe.modeling_glm4v_moe")
     lmms_eval = None
     vlmevalkit = None
     golden_cases = ()
@@ -104,11 +104,15 @@ class Glm4V(Qwen2VL):
         return ("glm4v", "glm4v_moe")
 
     def config(
-        self, vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **overrides: Any
+        self,
+        vision: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None,
+        model_class: Any = None,
+        **overrides: Any,
     ) -> Any:
         """Features are as wide as the decoder."""
         width = {**TEXT, **(text or {})}["hidden_size"]
-        return super().config({"out_hidden_size": width, **(vision or {})}, text, **overrides)
+        return super().config({"out_hidden_size": width, **(vision or {})}, text, model_class, **overrides)
 
     def encoder_sizes(self, model: Any) -> tuple[int, int]:
         """`hidden_size` is the encoder's own."""

@@ -65,7 +65,7 @@ class InternVL(Family):
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The tower's."""
-        layers: nn.ModuleList = model.model.vision_tower.encoder.layer
+        layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layer
         return layers
 
     def encoder_attention(self, layer: Any) -> nn.Module:

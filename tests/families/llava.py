@@ -9,7 +9,7 @@ Left padding: `forward` counts positions over the padding, `generate` does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ LAST_LAYER: dict[str, Any] = {"vision_feature_layer": -1}
 class ClipFamily(Family):
     """What models with a CLIP tower share."""
 
-    modalities = ("image",)
+    modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     vision_config = CLIP
     text_config = LLAMA
     top_config = {
@@ -66,7 +66,7 @@ class ClipFamily(Family):
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """CLIP's."""
         tower = model.model.vision_tower
-        layers: nn.ModuleList = getattr(tower, "vision_model", tower).encoder.layers
+        layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
         return layers
 
     def projector(self, model: Any) -> nn.Module:

@@ -59,7 +59,9 @@ class AnyresFamily(ClipFamily):
 
     def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
         """Tiles and size of every image, frames of every video."""
-        images = [(num_tiles(model.config, size), *size) for sample in samples for size in sample.images]
+        images: list[tuple[int, ...]] = [
+            (num_tiles(model.config, size), *size) for sample in samples for size in sample.images
+        ]
         return {"image": images, "video": [(frames,) for sample in samples for frames in sample.videos]}
 
     def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:

@@ -151,7 +151,9 @@ class LlavaOnevision(Family):
 
     def visual_shapes(self, model: Any, samples: Sequence[Sample]) -> dict[Modality, list[tuple[int, ...]]]:
         """Tiles and size of every image, frames of every video."""
-        images = [(num_tiles(model.config, size, len(s.images)), *size) for s in samples for size in s.images]
+        images: list[tuple[int, ...]] = [
+            (num_tiles(model.config, size, len(s.images)), *size) for s in samples for size in s.images
+        ]
         return {"image": images, "video": [(frames,) for s in samples for frames in s.videos]}
 
     def patch_counts(self, model: Any, inputs: Inputs) -> list[int]:
@@ -183,7 +185,7 @@ class LlavaOnevision(Family):
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """SigLIP's."""
-        layers: nn.ModuleList = model.model.vision_tower.encoder.layers
+        layers: Sequence[nn.Module] = model.model.vision_tower.encoder.layers
         return layers
 
     def projector(self, model: Any) -> nn.Module:

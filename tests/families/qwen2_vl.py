@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -86,17 +86,17 @@ class Qwen2VL(Family):
     takes_guidance = False
     tower_name = "visual"
     adapter_targets = ("qkv", "q_proj", "k_proj")
-    silenced = ("attn.proj", "fc2", "o_proj", "down_proj")
+    silenced: ClassVar[tuple[str, ...]] = ("attn.proj", "fc2", "o_proj", "down_proj")
     depth_name = "depth"
     suites = {"Qwen2VL": Suite(vision={"embed_dim": 48}, image=(24, 24), frames=4, unpatched=WITHOUT_IDS)}
-    retrievers = ("colqwen2",)
+    retrievers: ClassVar[tuple[str, ...]] = ("colqwen2",)
     embedded = "tiny-qwen2-vl"
     embedded_settings = {"vit_layers": [3, 4], "vit_r": 0.29, "llm_layers": [2, 3], "llm_ratio": 0.6}
     largest_aspect_ratio = 200
     embedded_floor = 0.76
     paper_kept = 0.84**4 * 0.9**3  # four layers of the encoder, three of the decoder
     shapes = {"qwen2-vl-2b": 1.98, "qwen2-vl-7b": 7.2}
-    stock_modules = ("qwen2_vl.modeling_qwen2_vl",)
+    stock_modules: ClassVar[tuple[str, ...]] = ("qwen2_vl.modeling_qwen2_vl",)
     lmms_eval = LmmsEval(
         models={"simple.qwen2_vl": "Qwen2_VL"},
         ours=("Qwen2VLIllava",),
@@ -184,7 +184,7 @@ class Qwen2VL(Family):
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The blocks."""
-        blocks: nn.ModuleList = model.model.visual.blocks
+        blocks: Sequence[nn.Module] = model.model.visual.blocks
         return blocks
 
     def encoder_attention(self, layer: Any) -> nn.Module:

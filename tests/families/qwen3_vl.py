@@ -11,7 +11,7 @@ decoder have a width of their own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
@@ -65,7 +65,7 @@ class Qwen3VL(Qwen2VL):
     published = False
     videos_follow_the_config = True
     encoder_mlp = "linear_fc1"
-    silenced = ("attn.proj", "linear_fc2", "o_proj", "down_proj")
+    silenced: ClassVar[tuple[str, ...]] = ("attn.proj", "linear_fc2", "o_proj", "down_proj")
     retrievers = ()
     embedded = None
     embedded_settings = {}

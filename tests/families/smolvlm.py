@@ -81,7 +81,7 @@ class SmolVLM(Family):
 
     def encoder_layers(self, model: Any) -> Sequence[nn.Module]:
         """The tower's."""
-        layers: nn.ModuleList = model.model.vision_model.encoder.layers
+        layers: Sequence[nn.Module] = model.model.vision_model.encoder.layers
         return layers
 
     def projector(self, model: Any) -> nn.Module:

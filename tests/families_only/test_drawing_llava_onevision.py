@@ -46,6 +46,7 @@ def test_files_of_an_image_and_a_video(video_maps: list[MergeMap], tmp_path: Pat
     ]
     with Image.open(paths[4]) as sheet:
         assert sheet.height * 3 < sheet.width  # 8 + 2 frames in two rows
+    moving: Any
     with Image.open(paths[-1]) as moving:
         assert moving.format == "GIF" and moving.n_frames == 10
         for index in range(10):

@@ -28,8 +28,8 @@ def test_files_of_one_image(tmp_path: Path) -> None:
     for path in paths:
         with Image.open(path) as picture:
             pictures.append(picture.convert("RGB"))
-    for one, picture in zip(maps, pictures, strict=False):
-        assert (pixels_of(picture) == pixels_of(draw(one)[0])).all()
+    for one, shown in zip(maps, pictures, strict=False):
+        assert (pixels_of(shown) == pixels_of(draw(one)[0])).all()
     side, strip = pictures[0].width, pixels_of(pictures[-1])
     assert 2 * side < strip.shape[1] < 3 * side and 2 * side < strip.shape[0] < 3 * side, "two rows of two"
     across, down = strip.shape[1] - side, (strip.shape[0] + 6) // 2

@@ -73,8 +73,8 @@ def test_a_fused_projection_is_heard(kind: str, back_end: str, method: str, monk
     for one, other in zip(scores, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     for modality, output in theirs.items():
-        for one, other in zip(records_of(ours[modality]), records_of(output), strict=True):
-            assert torch.equal(one.keep, other.keep) and torch.equal(one.survivor_of, other.survivor_of)
+        for found, record in zip(records_of(ours[modality]), records_of(output), strict=True):
+            assert torch.equal(found.keep, record.keep) and torch.equal(found.survivor_of, record.survivor_of)
         for one, other in zip(ours[modality].pooler_output, output.pooler_output, strict=True):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
 

@@ -38,7 +38,8 @@ def rotated(table: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.no_grad()
 def tower_again(model: Any, pixels: Tensor, grids: list[list[int]], rule: str) -> list[dict[int, Tensor]]:
     """Features of the surviving groups of every slice, each slice by itself."""
-    visual, seen = model.model.visual, {}
+    visual = model.model.visual
+    seen: dict[str, Any] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs, hidden=args[0])
@@ -223,6 +224,22 @@ def test_a_balancing_loss_is_refused_in_a_call_that_merges(layers: dict[str, Any
     assert_says(caught.value, "^output_router_logits is True", r"use output_router_logits=False, or merging\(")
     with merging(model, False):
         assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+
+
+@torch.no_grad()
+def test_a_balancing_loss_is_stocks_where_nothing_is_removed() -> None:
+    """Routers see what they see in stock, though every layer that could merge is in place."""
+    model = mixture()
+    inputs = inputs_for(model, [Sample(1, images=((24, 32),))])
+    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
+    stock = model(**asked)
+    session = patch(model, **SETTINGS | {"vit_r": 1e-4, "llm_ratio": 0.9999})
+    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+    assert session.report.kept_fraction == 1
+    # Rows are laid out anew, and the loss would leave out others than padding.
+    ragged = inputs_for(model, [Sample(1, images=((24, 32),)), Sample(5, text=(4,))], "right")
+    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
+        model(**ragged, output_router_logits=True)
 
 
 def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:

@@ -30,7 +30,8 @@ def rotated(table: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.no_grad()
 def tower_again(model: Any, pixels: Tensor, grid: list[int], rule: str) -> dict[int, Tensor]:
     """Features of the surviving groups of one image."""
-    visual, seen = model.model.visual, {}
+    visual = model.model.visual
+    seen: dict[str, Any] = {}
 
     def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs, hidden=args[0])

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import family
 from helpers import assert_says
 from illava_hooks import Method, UnsupportedModelError, merging, patch
+from illava_hooks.engine import attention_tap
 from illava_hooks.engine.records import records_of
+from illava_hooks.merge import rules, scores
 from illava_hooks.patchers import internvl
 from tiny_models import Sample, inputs_for, tiny_model
 from unit_oracle import merged
@@ -62,8 +64,8 @@ def tower_again(model: Any, pixels: Tensor, rule: str) -> dict[int, Tensor]:
         first, units = rows[:1], dict(zip(units, rows[1:].split(UNIT), strict=True))
         if index in SETTINGS["vit_layers"]:
             received = weights.mean((0, 1))[1:].split(UNIT)
-            scores = {block: float(part.mean()) for block, part in zip(units, received, strict=True)}
-            units = merged(rule, units, scores, SETTINGS["vit_r"] // UNIT)
+            ranked = {block: float(part.mean()) for block, part in zip(units, received, strict=True)}
+            units = merged(rule, units, ranked, SETTINGS["vit_r"] // UNIT)
         rows = torch.cat([first, *units.values()])
         rows = rows + layer.lambda_2 * layer.mlp(layer.layernorm_after(rows))
         first, units = rows[:1], dict(zip(units, rows[1:].split(UNIT), strict=True))
@@ -88,6 +90,15 @@ def check_oracle(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", ["drop", "recycle"])
 def test_the_tower_is_that_of_the_surviving_blocks(rule: str) -> None:
+    check_oracle(rule)
+
+
+@pytest.mark.parametrize("rule", ["drop", "recycle"])
+def test_so_it_is_where_kernels_score(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other devices one kernel scores the rows of all tiles, class tokens and all."""
+    for module in (scores, rules):
+        monkeypatch.setattr(module, "takes", lambda device: True)
+    monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
     check_oracle(rule)
 
 

@@ -56,7 +56,7 @@ DEEP: dict[str, dict[str, Any]] = {
 def test_a_whole_prefill_has_a_budget(family: str, method: str) -> None:
     """The depth of the published models, with their presets."""
     model = tiny_model(family, **DEEP[family])
-    fraction = {"vit_r": 2} if family == "llava_onevision" else {}
+    fraction: dict[str, Any] = {"vit_r": 2} if family == "llava_onevision" else {}
     patch(model, method=method, **fraction)
     totals = []
     for images in (ONE, ((128, 128),)):

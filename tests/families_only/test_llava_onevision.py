@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from test_report import RAGGED, run
 from tiny_models import Sample, inputs_for, tiny_model
 
 NAME = "llava_onevision"
-GOOD = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
+GOOD: dict[str, Any] = {"vit_layers": [1], "vit_r": 4, "llm_layers": [1], "llm_ratio": 0.5}
 
 
 def test_unmerged_reference_shrinks_big_images_like_the_stock_model() -> None:

@@ -52,7 +52,7 @@ METHODS: dict[str, Any] = {
     "diverse": "diverse",
     "drop": Method("drop both", merge="drop"),
 }
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def deep_model(**kwargs: Any) -> Any:

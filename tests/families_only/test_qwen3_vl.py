@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
 
 import reference as ref
@@ -87,7 +87,8 @@ def test_hidden_states_are_those_in_front_of_stacked_features() -> None:
     """As in stock: an entry is what its layer put out, and the next layer gets more than that."""
     model = tiny_model(NAME)
     patch(model, **DECODER | {"llm_layers": [2]})
-    into, out = {}, {}
+    into: dict[int, Tensor] = {}
+    out: dict[int, Tensor] = {}
     for index, layer in enumerate(model.model.language_model.layers):
         layer.register_forward_pre_hook(lambda _, args, i=index: into.__setitem__(i, args[0]))
         layer.register_forward_hook(lambda _, args, output, i=index: out.__setitem__(i, output))

@@ -28,7 +28,7 @@ from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, mergin
 from illava_hooks.patchers import qwen3_vl
 from illava_hooks.tools.bench import Workload, build_shape, build_workload, compare
 from reference_checks import RULES, SAMPLES, SETTINGS, check_forward
-from tiny_models import build, inputs_for, tiny_model
+from tiny_models import Sample, build, inputs_for, tiny_model
 
 NAME = "qwen3_vl"
 #: One layer without experts.
@@ -191,6 +191,22 @@ def test_a_balancing_loss_is_refused_in_a_call_that_merges(settings: dict[str, A
     assert torch.equal(stock.aux_loss, again.aux_loss) and torch.equal(stock.loss, again.loss)
     text = inputs_for(model, [SAMPLES["text"]])
     assert model(**text, output_router_logits=True).aux_loss is not None
+
+
+@torch.no_grad()
+def test_a_balancing_loss_is_stocks_where_nothing_is_removed() -> None:
+    """Routers see what they see in stock, though every layer that could merge is in place."""
+    model = tiny_model(NAME)
+    inputs = inputs_for(model, [SAMPLES["image"]])
+    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
+    stock = model(**asked)
+    session = patch(model, **SETTINGS | {"vit_r": 1e-4, "llm_ratio": 0.9999})
+    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+    assert session.report.kept_fraction == 1
+    # Rows are laid out anew, and the loss would leave out others than padding.
+    ragged = inputs_for(model, [SAMPLES["image"], Sample(5, text=(4,))], "right")
+    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
+        model(**ragged, output_router_logits=True)
 
 
 def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:

@@ -28,14 +28,14 @@ class OnCpu(TorchFunctionMode):
 
 def without_flash_attention() -> None:
     """Loads what is to use flash attention, which has no CPU kernels, with SDPA."""
-    stock = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    stock = PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(cls: Any, *given: Any, **arguments: Any) -> Any:
         if arguments.get("attn_implementation") == "flash_attention_2":
             arguments["attn_implementation"] = "sdpa"
         return stock(cls, *given, **arguments)
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def merge_arguments(family: str, published: bool) -> dict[str, Any]:
     return settings | {"vit_layers": vit, "llm_layers": llm, "method": "illava"}
 
 
+OFF = {"enable_illava_vit": False, "enable_illava_llm": False}
 #: What is run, by name: the model's name and its arguments, and which row of `evaluate` it must equal.
 RUNS: dict[str, tuple[Callable[[str], str], Callable[[str], dict[str, Any]], str]] = {
     "the harness's own": (lambda family: harness_of(family).stock, lambda family: {}, "none"),
@@ -60,7 +61,6 @@ RUNS: dict[str, tuple[Callable[[str], str], Callable[[str], dict[str, Any]], str
     "published names": ("{}_illava".format, lambda family: merge_arguments(family, True), "illava"),
     "switched off": ("{}_illava".format, lambda family: {**merge_arguments(family, True), **OFF}, "none"),
 }
-OFF = {"enable_illava_vit": False, "enable_illava_llm": False}
 
 
 def as_the_harness_shows_it(family: str, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -39,17 +39,21 @@ def new_tester(name: str) -> Tester:
     return Tester(*CLASSES[name])
 
 
+def with_method(given: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Settings, with the method of the test that runs by then."""
+    return lambda: {**given, **METHOD}
+
+
 NAMES = os.environ["HF_SUITE_MODELS"].split() if "HF_SUITE_MODELS" in os.environ else list(CLASSES)
 LESS = SAMPLED if "HF_SUITE_SAMPLE" in os.environ else frozenset()
 
 if (settings := MODES[os.environ["HF_SUITE_MODE"]]) is not None:
     for name in NAMES:
         for model_class in new_tester(name).model_classes:
-            given = settings(CLASSES[name][1])
-            patch_when_constructed(model_class, lambda given=given: {**given, **METHOD}, SESSIONS)
+            patch_when_constructed(model_class, with_method(settings(CLASSES[name][1])), SESSIONS)
 
 
-class Common(common.ModelTesterMixin, common.GenerationTesterMixin):  # type: ignore[misc]
+class Common(common.ModelTesterMixin, common.GenerationTesterMixin):
     """The tests of one model."""
 
     name: str

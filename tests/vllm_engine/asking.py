@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
 
 from illava_hooks import patch, unpatch
 from illava_hooks.tools.items import Item
@@ -43,9 +44,30 @@ def prompt_of(processor: Any, item: Item) -> str:
 
 def request_of(processor: Any, item: Item, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What ``LLM.generate`` takes."""
-    media = {"video": list(item.pictures)} if item.video else {"image": [Image.fromarray(p) for p in item.pictures]}
+    if not item.video:
+        media: dict[str, Any] = {"image": [Image.fromarray(picture) for picture in item.pictures]}
+    else:
+        media = {"video": [(frames, clock(frames)) if timed(processor) else frames for frames in item.pictures]}
     request = {"prompt": prompt_of(processor, item), "multi_modal_data": media}
     return request if arguments is None else {**request, "mm_processor_kwargs": dict(arguments)}
+
+
+def timed(processor: Any) -> bool:
+    """Whether a model is told when the frames of a video were taken."""
+    return type(processor).__name__ in ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+
+
+def clock(frames: Any) -> dict[str, Any]:
+    """When they were taken; at this rate positions of slices are no whole numbers before they are rounded."""
+    count = len(frames)
+    return {
+        "fps": 2.5,
+        "duration": count / 2.5,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
 
 
 def ask_engine(engine: Any, requests: Sequence[dict[str, Any]]) -> list[Answer]:
@@ -70,13 +92,26 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
+        self._given: dict[Any, Answer] = {}
+
+    def ask(self, items: Sequence[Item], settings: Mapping[str, Any] | None) -> list[Answer]:
+        """Greedy answers; ``settings`` as ``patch`` takes them, without a language stage; None: unpatched.
+
+        What was asked before is not asked again: many ways through vLLM are compared with the same answers.
+        """
+        return [self._remembered(item, settings) for item in items]
+
+    def _remembered(self, item: Item, settings: Mapping[str, Any] | None) -> Answer:
+        pixels = tuple((picture.shape, picture.tobytes()) for picture in item.pictures)
+        key = item.question, pixels, None if settings is None else repr(sorted(settings.items()))
+        if key not in self._given:
+            self._given[key] = self.answer(item, settings)
+        return self._given[key]
 
     @torch.no_grad()
-    def ask(self, items: Sequence[Item], settings: Mapping[str, Any] | None) -> list[Answer]:
-        """Greedy answers; ``settings`` as ``patch`` takes them, without a language stage; None: unpatched."""
-        return [self._answer(self._inputs(item), settings) for item in items]
-
-    def _answer(self, inputs: Any, settings: Mapping[str, Any] | None) -> Answer:
+    def answer(self, item: Item, settings: Mapping[str, Any] | None) -> Answer:
+        """Of one question, asked now."""
+        inputs = self._inputs(item)
         session = None if settings is None else patch(self.model, **settings, llm_layers=[])
         try:
             out = self.model.generate(
@@ -96,6 +131,12 @@ class Reference:
 
     def _inputs(self, item: Item) -> Any:
         media = {"videos": list(item.pictures)} if item.video else {"images": list(item.pictures)}
+        if item.video and timed(self.processor):
+            clocks = [clock(frames) for frames in item.pictures]
+            media["video_metadata"] = [
+                VideoMetadata(**{name: value for name, value in told.items() if name != "do_sample_frames"})
+                for told in clocks
+            ]
         return self.processor(text=prompt_of(self.processor, item), return_tensors="pt", **media)
 
 

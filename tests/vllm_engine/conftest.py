@@ -13,17 +13,18 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 from asking import Reference
 from checkpoints import padded
+from drawn import FAMILIES, drawn
 from engines import SHORT
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The padded checkpoint of an embedded model."""
+    """The padded checkpoint of an embedded model, or one with drawn weights."""
     made: dict[str, Path] = {}
 
     def find(name: str) -> Path:
         if name not in made:
-            made[name] = padded(name, tmp_path_factory.mktemp(name))
+            made[name] = (drawn if name in FAMILIES else padded)(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return find

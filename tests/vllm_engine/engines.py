@@ -9,8 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-#: The short form asks fewer questions and leaves out what needs further processes.
-SHORT = os.environ.get("ILLAVA_VLLM") == "short"
+#: How many questions are asked: "all" of them, at night; a "sample"; few in a "short" form, which also leaves out what
+#: needs further engines and processes.
+FORM = os.environ.get("ILLAVA_VLLM", "sample")
+SHORT = FORM == "short"
+
+
+def counted(of_all: int) -> int:
+    """So many of them."""
+    return {"all": of_all, "sample": of_all * 2 // 5}.get(FORM, of_all // 10)
+
 
 SMALL: dict[str, Any] = {
     "dtype": "float32",

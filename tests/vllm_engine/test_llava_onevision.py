@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import vllm
-from asking import Reference, ask_engine, largest_difference, request_of
-from engines import SHORT, running
+from asking import Answer, Reference, ask_engine, largest_difference, request_of
+from engines import counted, running
 
 from illava_hooks import Method, PatchStateError
+from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.integrations.vllm import overrides, version_of
 from illava_hooks.integrations.vllm.models import BACKEND_SINCE
 from illava_hooks.tools.datasets import clip_items, scene_items
@@ -27,6 +29,8 @@ NAME = "llava_onevision"
 SETTINGS: dict[str, Any] = {"vit_layers": [3, 4], "vit_r": 16}
 QUOTA = {"method": Method("illava", quota=True)}
 CLOSE = 1e-4
+#: Scores of vLLM and transformers differ by less than half of this.
+ROUNDING = 3e-7
 AMOUNTS = (0, 8, 20, 17, 18)
 #: None fills a grid of tiles of 64 x 64 pixels, so all are cropped.
 SIZES = ((100, 60), (128, 90), (70, 128), (50, 120))
@@ -46,10 +50,47 @@ def cropped_items(count: int) -> list[Item]:
 def questions() -> dict[str, list[Item]]:
     """By kind."""
     return {
-        "cropped": cropped_items(20 if SHORT else 100),
-        "whole": scene_items(8 if SHORT else 40),
-        "clips": clip_items(4 if SHORT else 40),
+        "cropped": cropped_items(counted(100)),
+        "whole": scene_items(counted(40)),
+        "clips": clip_items(counted(40)),
     }
+
+
+def exchanged(ours: Reference, items: list[Item]) -> dict[int, Answer]:
+    """What is said where two scores that rounding alone tells apart change places; by the clip's number.
+
+    Tokens are folded into one with weights that go by rank. Where two scores are equal up to rounding, another order
+    of sums exchanges their ranks, and the weights with them.
+    """
+    closest = torch.inf, 0, 0, 0
+    swapping: tuple[int, int, int] | None = None
+    right = EncoderRun.scores
+
+    def scores(run: EncoderRun, merges: int, tap: Any) -> torch.Tensor:
+        nonlocal closest
+        found = right(run, merges, tap)
+        rows = found.view(len(run.lengths), -1)
+        ranks = rows.argsort(1)
+        folded = run.lengths[0][merges] - run.lengths[0][merges + 1] + 1
+        gaps = rows.gather(1, ranks)[:, : folded + 1].diff(dim=1)
+        row, rank = divmod(int(gaps.argmin()), folded)
+        closest = min(closest, (float(gaps[row, rank]), merges, row, rank))
+        if swapping is not None and swapping[0] == merges:
+            row, rank = swapping[1:]
+            pair = ranks[row, rank : rank + 2]
+            rows[row, pair] = rows[row, pair.flip(0)]
+        return found
+
+    answers = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(EncoderRun, "scores", scores)
+        for number, item in enumerate(items):
+            closest, swapping = (torch.inf, 0, 0, 0), None
+            ours.answer(item, SETTINGS | QUOTA)
+            if closest[0] < ROUNDING:
+                swapping = closest[1:]
+                answers[number] = ours.answer(item, SETTINGS | QUOTA)
+    return answers
 
 
 class Expected:
@@ -59,6 +100,7 @@ class Expected:
         self.processor = ours.processor
         few = cropped_items(4)
         self.by_kind = {kind: ours.ask(items, SETTINGS | QUOTA) for kind, items in questions().items()}
+        self.exchanged = exchanged(ours, questions()["clips"])
         self.by_amount = {n: ours.ask(few, SETTINGS | QUOTA | {"vit_r": n} if n else None) for n in AMOUNTS}
 
 
@@ -73,11 +115,21 @@ def engine(folder: Callable[[str], Path], ours: Expected) -> Iterator[Any]:
         yield made
 
 
-@pytest.mark.parametrize("kind", ["cropped", "whole", "clips"])
+@pytest.mark.parametrize("kind", ["cropped", "whole"])
 def test_answers_are_those_of_patch(engine: Any, ours: Expected, kind: str) -> None:
     found = ask_engine(engine, [request_of(ours.processor, item) for item in questions()[kind]])
-    # Of 40 clips all answers are equal, and in some the chances differ by up to 4.7e-3; why is not known yet.
-    assert largest_difference(found, ours.by_kind[kind]) < (1e-2 if kind == "clips" else CLOSE)
+    assert largest_difference(found, ours.by_kind[kind]) < CLOSE
+
+
+def test_clips(engine: Any, ours: Expected) -> None:
+    """Also where two scores are equal up to rounding: then one order of them or the other."""
+    found = ask_engine(engine, [request_of(ours.processor, item) for item in questions()["clips"]])
+    expected = ours.by_kind["clips"]
+    assert largest_difference(found, expected) < 1e-2
+    apart = [n for n, mine in enumerate(found) if largest_difference([mine], [expected[n]]) >= CLOSE]
+    assert len(apart) <= len(found) // 20
+    for number in apart:
+        assert largest_difference([found[number]], [ours.exchanged[number]]) < CLOSE, number
 
 
 def test_strengths(engine: Any, ours: Expected) -> None:
@@ -115,10 +167,11 @@ def differs(engine: Any, ours: Expected, amount: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_chunks_of_sixteen(folder: Callable[[str], Path], ours: Expected) -> None:
     chunked = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_chunked_prefill": True}
     options = {"model_impl": "transformers", "hf_overrides": overrides(**SETTINGS), **chunked}
-    items = questions()["cropped"][:8]
+    items = questions()["cropped"]
     with running(folder(NAME), **options) as engine:
         found = ask_engine(engine, [request_of(ours.processor, item) for item in items])
-    assert largest_difference(found, ours.by_kind["cropped"][:8]) < CLOSE
+    assert largest_difference(found, ours.by_kind["cropped"]) < CLOSE

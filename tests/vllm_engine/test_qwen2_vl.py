@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from asking import Answer, Reference, ask_engine, largest_difference, request_of
 from checkpoints import padded
-from engines import SHORT, model_of, running
+from engines import counted, model_of, running
 
 from illava_hooks import PatchStateError, tiny
 from illava_hooks.integrations.vllm import overrides
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own
 NAME = "qwen2_vl"
 SETTINGS: dict[str, Any] = {"vit_layers": [3, 4], "vit_r": 0.29}
 CLOSE = 1e-4
-COUNTS = (20, 8, 8) if SHORT else (100, 40, 40)
+COUNTS = counted(100), counted(40), counted(40)
 
 
 def questions() -> dict[str, list[Item]]:
@@ -71,7 +71,7 @@ class TestMerging:
 
     def test_a_prefix_is_found_again(self, engine: Any, ours: Reference) -> None:
         """Also behind the picture: the same prompt twice, in two calls."""
-        items = pair_items(6)
+        items = pair_items(COUNTS[1])
         first = ask_engine(engine, requests(ours, items))
         before = hits(engine)
         again = ask_engine(engine, requests(ours, items))
@@ -81,7 +81,7 @@ class TestMerging:
 
     def test_strengths_are_interleaved(self, engine: Any, ours: Reference) -> None:
         """The same pictures at three strengths, all in one batch."""
-        items = scene_items(6)
+        items = scene_items(COUNTS[0] // 3)
         strengths = [{"vit_r": 0.1}, {"vit_r": 24}, {"keep_encoder": 0.4}]
         asked = [
             request_of(ours.processor, item, {f"illava_{name}": value for name, value in strength.items()})
@@ -154,10 +154,10 @@ class TestMutations:
         assert self.differs(engine, ours, 0.292)
 
     def test_extents(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-        from illava_hooks.integrations.vllm import qwen2_vl
+        from illava_hooks.integrations.vllm import packed_model
 
-        right = qwen2_vl.Item
-        monkeypatch.setattr(qwen2_vl, "Item", lambda offset, length, extent: right(offset, length, extent + 1))
+        right = packed_model.Item
+        monkeypatch.setattr(packed_model, "Item", lambda offset, length, extent: right(offset, length, extent + 1))
         assert self.differs(engine, ours, 0.293)
 
     def test_hash(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +177,23 @@ class TestMutations:
         self.differs(engine, ours, 0.295)
         assert self.differs(engine, ours, 0.15)
 
+    def test_settings_are_in_hashes(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the server, beside the strength of a request: other servers may share what is cached."""
+        from vllm.multimodal.processing.inputs import ProcessorInputs
+
+        from illava_hooks.integrations.vllm.settings import settings_of
+
+        seen, right = set[str](), ProcessorInputs.get_mm_hashes
+
+        def told(self: Any, model: str, *given: Any) -> Any:
+            seen.add(model)
+            return right(self, model, *given)
+
+        monkeypatch.setattr(ProcessorInputs, "get_mm_hashes", told)
+        ask_engine(engine, requests(ours, scene_items(1)))
+        served = settings_of(engine.llm_engine.model_config.hf_config)
+        assert served is not None and {name.split("#")[1] for name in seen} == {f"illava-{served.digest}"}
+
     def test_attention(self, engine: Any, ours: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of queries that are keys."""
         from illava_hooks.engine.attention_tap import EncoderTap
@@ -194,15 +211,17 @@ class TestMutations:
         assert self.differs(engine, ours, 0.294)
 
 
+@pytest.mark.slow
 def test_chunks_of_sixteen(folder: Callable[[str], Path], ours: Reference) -> None:
     """Pictures are cut at every place."""
     chunked = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "enable_chunked_prefill": True}
-    items = pair_items(COUNTS[1] // 2) + clip_items(COUNTS[2] // 2) + scene_items(8)
+    items = pair_items(COUNTS[1]) + clip_items(COUNTS[2]) + scene_items(COUNTS[0])
     with running(folder(NAME), hf_overrides=overrides(**SETTINGS), **chunked) as engine:
         found = ask_engine(engine, requests(ours, items))
     assert largest_difference(found, ours.ask(items, SETTINGS)) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["nearest", {"encoder_score": "uniform", "merge": "diverse"}],
@@ -219,6 +238,7 @@ def test_other_methods(folder: Callable[[str], Path], ours: Reference, method: A
     assert largest_difference(found, expected) < CLOSE
 
 
+@pytest.mark.slow
 class TestOff:
     """Without settings."""
 
@@ -282,6 +302,7 @@ class TestRefusals:
             arguments.create_engine_config()
 
 
+@pytest.mark.slow
 def test_the_example(
     folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

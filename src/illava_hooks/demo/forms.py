@@ -13,9 +13,9 @@ from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
 from illava_hooks.tools.media import Media, load_media
 
-__all__ = ["FIELDS", "SIDES", "describe", "limits_of", "media_of", "question_of", "settings_of"]
+__all__ = ["FIELDS", "SIDES", "check_turns", "describe", "limits_of", "media_of", "question_of", "settings_of"]
 
-MAX_FILES, MAX_QUESTION = 16, 2000
+MAX_FILES, MAX_QUESTION, MAX_TURNS = 16, 2000, 20
 
 #: The numbers, as ``patch`` calls them.
 FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio", "keep")
@@ -61,6 +61,16 @@ def question_of(text: str | None, default: str) -> str:
     if len(question) > MAX_QUESTION:
         raise InputError(f"the question has {len(question)} characters; give at most {MAX_QUESTION}")
     return question
+
+
+def check_turns(turns: Sequence[object]) -> None:
+    """Refuses a chat that would outgrow the model.
+
+    Raises:
+        InputError: it is too long.
+    """
+    if len(turns) >= MAX_TURNS:
+        raise InputError(f"this chat has {len(turns)} questions, which is the most; start a new one")
 
 
 def settings_of(method: str, preset: str, numbers: Sequence[str | float | None]) -> dict[str, Any]:

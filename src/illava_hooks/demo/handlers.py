@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from illava_hooks.demo.chat import Chat, Turn, messages
 from illava_hooks.demo.engine import Engine, Progress, Request
-from illava_hooks.demo.forms import SIDES, describe, media_of, question_of, settings_of
-from illava_hooks.demo.view import caption, compared, costs, headline, note, steps
+from illava_hooks.demo.forms import SIDES, check_turns, describe, media_of, question_of, settings_of
+from illava_hooks.demo.view import caption, compared, costs, headline, note, step_names
 from illava_hooks.errors import IllavaHooksError, InputError
-from illava_hooks.tools.loading import default_question
+from illava_hooks.tools.loading import EMBEDDED, default_question
 
-__all__ = ["Handlers", "check_gradio", "gradio"]
+__all__ = ["PLAY", "STEP_S", "Handlers", "check_gradio", "gradio"]
 
 CURE = "pip install '.[demo]' in a checkout, or pip install 'illava-hooks[demo]'"
 THUMB = 256  # pixels of a preview's longer side
+
+#: What the button says, and seconds that a position stands.
+PLAY, PAUSE, STEP_S = "▶ Play", "❚❚ Pause", 1.5
+SINGLE = "This toy model was trained on single questions: the turns before can mislead it. New chat asks without them."
 
 
 def check_gradio() -> None:
@@ -56,52 +62,110 @@ class Handlers:
 
     def ask(
         self,
+        chat: Chat | None,
         files: list[str] | None,
         question: str,
         sides: str,
         method: str,
         preset: str,
         *numbers: str | float,
+        again: bool = False,
     ) -> Iterator[tuple[Any, ...]]:
-        """Answers, streamed; what goes wrong is told on the page."""
-        yield self._outputs(Progress(notes=("Answering …",)))
-        text = ""
+        """Answers the next question of a chat, or its last one again, streamed; faults are told on the page."""
+        gr = self.gr
+        before = chat if chat is not None and chat.files == tuple(files or ()) else Chat(tuple(files or ()))
+        if again and chat is not None and chat.turns:
+            question = chat.turns[-1].question
+            before = replace(before, turns=before.turns[:-1])
         try:
             media = media_of(files, self.engine.frames)
-            text = question_of(question, default_question(self.engine.name, media))
+            turn = Turn(question_of(question, default_question(self.engine.name, media)))
             settings = settings_of(method, preset, numbers)
-            for progress in self.engine.run(Request(media, text, SIDES[sides], settings)):
-                yield self._outputs(progress, question=text)
+            check_turns(before.turns)
+            yield self._outputs(Progress(), before, turn, gr.skip() if again else gr.update(value=""))
+            request = Request(media, turn.question, SIDES[sides], settings, before.turns)
+            for progress in self.engine.run(request):
+                if before.turns and self.engine.name in EMBEDDED:
+                    progress = replace(progress, notes=(*progress.notes, SINGLE))
+                turn = replace(turn, texts=progress.texts)
+                yield self._outputs(progress, before, turn, gr.skip())
         except IllavaHooksError as error:
-            yield self._outputs(Progress(notes=(f"{error}.",)), failed=True)
+            yield self._failed(f"{error}.", chat)
         except Exception as error:
             logging.getLogger("illava_hooks").exception("a request failed")
-            told = f"This did not work ({type(error).__name__}); the server's log tells more."
-            yield self._outputs(Progress(notes=(told,)), failed=True)
+            yield self._failed(f"This did not work ({type(error).__name__}); the server's log tells more.", chat)
 
-    def _outputs(self, progress: Progress, failed: bool = False, question: str = "") -> tuple[Any, ...]:
+    def again(self, *given: Any) -> Iterator[tuple[Any, ...]]:
+        """The last question once more, with the settings that stand now; its answers are replaced."""
+        yield from self.ask(*given, again=True)
+
+    def _outputs(self, progress: Progress, before: Chat, turn: Turn, question: Any) -> tuple[Any, ...]:
+        """What stands in every output of ``ask``."""
         gr, maps = self.gr, list(progress.maps)
-        last = len(steps(maps))
-        slider = gr.update(maximum=last, value=last) if last else gr.skip()
+        now = replace(before, turns=(*before.turns, turn))
+        names = step_names(maps)
         return (
-            note(progress.notes, failed),
-            progress.texts.get(False, ""),
-            progress.texts.get(True, ""),
-            costs(progress.answers, self.engine.model),
+            note(progress.notes),
+            messages(now.turns),
+            now if progress.finished else before,
+            question,
+            headline(progress.answers),
+            costs(progress.answers, self.engine.model, progress.runs),
             maps or None,
             gr.update(visible=bool(maps)),
-            slider,
-            caption(maps, last),
-            compared(maps, last, True),
-            self.gr.update(value=True) if maps else self.gr.skip(),
-            headline(question, progress.answers),
+            gr.update(choices=names, value=names[-1]) if maps else gr.skip(),
+            caption(maps, len(names) - 1),
+            compared(maps, len(names) - 1, True),
+            gr.update(value=True) if maps else gr.skip(),
+            *self._paused(),
         )
 
-    def draw(self, maps: Any, step: int, colours: bool) -> tuple[Any, ...]:
-        """The picture of one position of the slider."""
+    def _failed(self, told: str, chat: Chat | None) -> tuple[Any, ...]:
+        """The reason, and the chat as it was before: what was not answered was not said."""
+        gr, turns = self.gr, chat.turns if chat is not None else ()
+        group = gr.update(visible=False)
+        return (note((told,), failed=True), messages(turns), chat, *[gr.skip()], "", "", None, group) + (
+            gr.skip(), "", None, gr.skip(), *self._paused(),
+        )  # fmt: skip
+
+    def fresh(self) -> tuple[Any, ...]:
+        """A new chat about the same files."""
+        return [], None
+
+    def draw(self, maps: Any, step: str, colours: bool) -> tuple[Any, ...]:
+        """The picture of one position."""
         found = maps or []
-        step = max(0, min(int(step or 0), len(steps(found))))
-        return caption(found, step), compared(found, step, bool(colours))
+        place = self._place(found, step)
+        return caption(found, place), compared(found, place, bool(colours))
+
+    def play(self, maps: Any, step: str, colours: bool, label: str) -> tuple[Any, ...]:
+        """Starts, from the input when the end was reached, or stops."""
+        if label == PAUSE or not maps:
+            return self.gr.skip(), self.gr.skip(), self.gr.skip(), *self._paused()
+        names = step_names(maps)
+        first = 0 if step == names[-1] else self._place(maps, step)
+        return names[first], *self.draw(maps, names[first], colours), self.gr.update(value=PAUSE), self._timer(True)
+
+    def advance(self, maps: Any, step: str, colours: bool) -> tuple[Any, ...]:
+        """The next position; at the last one it stops."""
+        if not maps:
+            return self.gr.skip(), self.gr.skip(), self.gr.skip(), *self._paused()
+        names = step_names(maps)
+        following = min(self._place(maps, step) + 1, len(names) - 1)
+        ends = following == len(names) - 1
+        buttons = self._paused() if ends else (self.gr.skip(), self.gr.skip())
+        return names[following], *self.draw(maps, names[following], colours), *buttons
+
+    @staticmethod
+    def _place(maps: Any, step: str) -> int:
+        names = step_names(maps)
+        return names.index(step) if step in names else len(names) - 1
+
+    def _paused(self) -> tuple[Any, Any]:
+        return self.gr.update(value=PLAY), self._timer(False)
+
+    def _timer(self, active: bool) -> Any:
+        return self.gr.Timer(STEP_S, active=active)
 
     def preview(self, files: list[str] | None) -> tuple[Any, ...]:
         """Small copies of what was read, or why it cannot be read."""

@@ -25,7 +25,7 @@ CSS = """
 #title p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 #examples { display: grid; grid-template-columns: repeat(4, 1fr); gap: .5rem; }
 #examples button { min-width: 0; height: 2.4rem; white-space: nowrap; }
-#notes:not(:has(.note)), #costs:not(:has(table)) { display: none; }
+#notes:not(:has(.note)), #headline:not(:has(p)), #costs:not(:has(table)) { display: none; }
 .note { border-radius: 6px; padding: .55rem .75rem; border-left: 4px solid var(--primary-500);
   background: var(--background-fill-secondary); overflow-wrap: anywhere; }
 .note.failed { border-left-color: #dc2626; }
@@ -39,16 +39,29 @@ table.costs thead th { font-weight: 600; }
 #preview .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
 table.costs tr.short :is(th, td) { opacity: .55; }
 .hint { color: var(--body-text-color-subdued); margin: .3rem 0; }
-#headline .asked { font-size: 1.05rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
-#headline .asked::before { content: "Asked: "; color: var(--body-text-color-subdued); }
 #headline .ratios { font-size: 1.15rem; font-weight: 600; margin: 0; }
 @media (max-width: 900px) {
   #examples { grid-template-columns: repeat(2, 1fr); }
+  table.costs { font-size: .86rem; }
+  table.costs :is(th, td) { padding: .3rem; }
 }
+#chat .message { padding: .4rem .75rem; }
+#chat .message-wrap { padding: .6rem; }
+#chat .message-row { margin: .25rem 0; }
+:is(#notes, #headline, #costs) .html-container { padding: 0; }
+#chat button[aria-label="Clear"] { display: none; }
+#buttons { gap: .5rem; flex-wrap: nowrap; }
+#buttons button { min-width: 0; white-space: nowrap; }
+#positions { align-items: center; gap: .5rem; flex-wrap: wrap; }
+#step { flex: 1 1 300px; min-width: 0; }
+#step label { padding: .25rem .5rem; }
 #map { gap: .75rem; }
 #map-caption textarea { font-variant-numeric: tabular-nums; }
 @media (max-width: 640px) {
-  table.costs { font-size: .86rem; }
-  table.costs :is(th, td) { padding: .3rem; }
+  table.costs td:not(:last-child) { white-space: nowrap; }
+  #sides-of-the-page > * { display: contents; }
+  #sides-of-the-page > * > * { flex: 1 1 100%; min-width: 0; }
+  #costs { order: 1; } /* below the chat and the map, which come behind the pictures */
+  #knobs { order: 2; }
 }
 """

@@ -7,7 +7,7 @@ from typing import Any
 from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
 from illava_hooks.demo.forms import FIELDS, MAX_QUESTION, SIDES, limits_of
-from illava_hooks.demo.handlers import Handlers, gradio
+from illava_hooks.demo.handlers import PLAY, STEP_S, Handlers, gradio
 from illava_hooks.demo.view import HINT
 from illava_hooks.engine.finding import find_family
 from illava_hooks.methods import METHODS
@@ -27,8 +27,10 @@ TOY = (
     "**This is a toy model** of 1.6 million parameters: it knows drawn shapes and digits, and its times say little. "
     "For photos of your own: `illava-hooks demo --model {}`"
 )
-SHOW_ANSWERS = "() => document.getElementById('plain').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+SHOW_CHAT = "() => document.getElementById('chat').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+SHOW_LATEST = "() => setTimeout(() => document.querySelector('#chat .bubble-wrap')?.scrollTo(0, 1e6), 100)"
 KEEP_S = 3600  # what a visitor left behind is forgotten after so many seconds
+CHAT_PX = 150  # an empty chat, and one with answers is as high as they are, up to thrice that
 
 
 class Page:
@@ -40,55 +42,50 @@ class Page:
 
     def build(self) -> Any:
         """The page, not yet served."""
-        gr = self.gr
+        gr, handlers = self.gr, self.handlers
         with gr.Blocks(title="illava_hooks", analytics_enabled=False, delete_cache=(KEEP_S // 12, KEEP_S)) as blocks:
             gr.Markdown(self._title(), elem_id="title")
-            maps = gr.State(None, time_to_live=KEEP_S)
-            with gr.Row(equal_height=False):
+            maps, chat = (gr.State(None, time_to_live=KEEP_S) for _ in range(2))
+            with gr.Row(equal_height=False, elem_id="sides-of-the-page"):
                 with gr.Column(scale=4, min_width=320):
-                    form, ask, examples, files, preview = self._form()
+                    files, examples, preview = self._pictures()
+                    with gr.Column(elem_id="knobs"):
+                        knobs = self._knobs()
+                    table = gr.HTML(elem_id="costs", padding=False)
                 with gr.Column(scale=6, min_width=320):
-                    notes = gr.HTML(elem_id="notes")
-                    head = gr.HTML(HINT, elem_id="headline")
-                    with gr.Row():
-                        plain = gr.Textbox(label="Without merging", lines=2, interactive=False, elem_id="plain")
-                        merged = gr.Textbox(label="With merging", lines=2, interactive=False, elem_id="merged")
-                    table = gr.HTML(elem_id="costs")
-                    with gr.Column(visible=False, elem_id="map") as group:
-                        step = gr.Slider(
-                            0, 1, 0, step=1, label="Merging layer", info="0 is the input.", elem_id="step", buttons=[]
-                        )
-                        colours = gr.Checkbox(True, label="Colour what was merged into what", elem_id="colours")
-                        text = gr.Textbox(show_label=False, interactive=False, elem_id="map-caption", max_lines=2)
-                        shown = gr.ImageSlider(
-                            format="png", show_label=False, interactive=False, elem_id="map-picture",
-                            buttons=["fullscreen"], max_height=720, type="pil",
-                        )  # fmt: skip
-            for button in (ask, *examples):  # on a phone the answers are below
-                button.click(None, js=SHOW_ANSWERS, api_visibility="private")
-            outputs = [notes, plain, merged, table, maps, group, step, text, shown, colours, head]
-            one = {
-                "fn": self.handlers.ask,
-                "inputs": form,
-                "outputs": outputs,
-                "concurrency_limit": 1,
-                "concurrency_id": "model",
-            }
+                    talk, question, ask, again, fresh = self._talk()
+                    notes = gr.HTML(elem_id="notes", padding=False)
+                    head = gr.HTML(elem_id="headline", padding=False)
+                    group, step, play, colours, text, shown = self._map()
+            timer = gr.Timer(STEP_S, active=False)
+            for button in (ask, again, *examples):  # on a phone the chat is below
+                button.click(None, js=SHOW_CHAT, api_visibility="private")
+            talk.change(None, js=SHOW_LATEST, api_visibility="private")
+            given = [chat, files, question, *knobs]
+            pictures = [step, text, shown]
+            outputs = [notes, talk, chat, question, head, table, maps, group, *pictures, colours, play, timer]
+            one = {"inputs": given, "outputs": outputs, "concurrency_limit": 1, "concurrency_id": "model"}
+            one |= {"show_progress_on": [talk]}
             free = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-            gr.on([ask.click, form[1].submit], **one, api_name="ask", show_progress_on=[plain, merged])
-            files.change(self.handlers.preview, files, [preview, notes], **free)
-            for button, (names, question) in zip(examples, EXAMPLES.values(), strict=True):
-                paths, text_of = [str(tiny.media(name)) for name in names], self._question(question)
-                button.click(lambda p=paths, q=text_of: (p, q), None, form[:2], **free).then(
-                    **one, api_visibility="private", show_progress_on=[plain, merged]
+            gr.on([ask.click, question.submit], handlers.ask, **one, api_name="ask")
+            again.click(handlers.again, **one, api_visibility="private")
+            fresh.click(handlers.fresh, None, [talk, chat], **free)
+            files.change(handlers.preview, files, [preview, notes], **free)
+            for button, (names, known) in zip(examples, EXAMPLES.values(), strict=True):
+                paths, text_of = [str(tiny.media(name)) for name in names], self._question(known)
+                button.click(lambda p=paths, q=text_of: (None, p, q), None, given[:3], **free).then(
+                    handlers.ask, **one, api_visibility="private"
                 )
-            moved = {"fn": self.handlers.draw, "inputs": [maps, step, colours], "outputs": [text, shown]}
-            gr.on([step.input, colours.input], **moved, **free, trigger_mode="always_last")
+            position = [maps, step, colours]
+            latest = free | {"trigger_mode": "always_last"}
+            gr.on([step.input, colours.input], handlers.draw, position, pictures[1:], **latest)
+            play.click(handlers.play, [*position, play], [*pictures, play, timer], **free)
+            timer.tick(handlers.advance, position, [*pictures, play, timer], **free)
         return blocks
 
-    def _form(self) -> tuple[list[Any], Any, list[Any], Any, Any]:
-        """The left side."""
-        gr, model, name = self.gr, self.engine.model, self.engine.name
+    def _pictures(self) -> tuple[Any, list[Any], Any]:
+        """What the chat is about: files, examples, and small copies of what was read."""
+        gr = self.gr
         kinds = ["image", "video", ".avif", ".mkv", ".mjpeg"]
         label = "Images, or one video"
         files = gr.File(label=label, file_count="multiple", file_types=kinds, height=150, elem_id="files")
@@ -100,20 +97,49 @@ class Page:
             visible=False, show_label=False, columns=4, object_fit="contain", interactive=False,
             allow_preview=False, fit_columns=False, buttons=[], elem_id="preview", format="png",
         )  # fmt: skip
-        words = "such as: what color is the star ? is there a red circle ?" if name in EMBEDDED else None
+        return files, examples, preview
+
+    def _talk(self) -> tuple[Any, ...]:
+        """The chat, and what is said next."""
+        gr = self.gr
+        talk = gr.Chatbot(
+            show_label=False, container=False, height="auto", min_height=CHAT_PX, max_height=3 * CHAT_PX, buttons=[],
+            placeholder=HINT, elem_id="chat", group_consecutive_messages=False, feedback_options=None,
+        )  # fmt: skip
+        words = "such as: what color is the star ? is there a red circle ?"
         question = gr.Textbox(
-            label="Question",
-            info=words,
-            placeholder="Ask about what is shown",
-            max_length=MAX_QUESTION,
-            elem_id="question",
-        )
+            show_label=False, label="Question", max_length=MAX_QUESTION, elem_id="question",
+            placeholder=f"Ask, {words}" if self.engine.name in EMBEDDED else "Ask about what is shown",
+        )  # fmt: skip
+        with gr.Row(elem_id="buttons"):
+            ask = gr.Button("Ask", variant="primary", elem_id="ask", min_width=80)
+            again = gr.Button("Ask again", elem_id="again", min_width=80)
+            fresh = gr.Button("New chat", elem_id="fresh", min_width=80)
+        return talk, question, ask, again, fresh
+
+    def _map(self) -> tuple[Any, ...]:
+        """What is left behind each merging layer, over the input."""
+        gr = self.gr
+        with gr.Column(visible=False, elem_id="map") as group:
+            with gr.Row(elem_id="positions"):
+                play = gr.Button(PLAY, size="sm", elem_id="play", min_width=90, scale=0)
+                step = gr.Radio(["Input"], value="Input", show_label=False, container=False, elem_id="step")
+            text = gr.Textbox(show_label=False, container=False, interactive=False, elem_id="map-caption", max_lines=2)
+            shown = gr.ImageSlider(
+                format="png", show_label=False, interactive=False, elem_id="map-picture",
+                buttons=["fullscreen"], max_height=720, type="pil",
+            )  # fmt: skip
+            colours = gr.Checkbox(True, label="Colour what was merged into what", elem_id="colours")
+        return group, step, play, colours, text, shown
+
+    def _knobs(self) -> list[Any]:
+        """How it is answered: the sides and the arguments of ``patch``."""
+        gr, model = self.gr, self.engine.model
         sides = gr.Radio(list(SIDES), value="Side by side", label="Merging", elem_id="sides")
         limits = limits_of(model)
         keep = gr.Slider(
             0, 1, 0, step=0.05, label="Visual tokens kept", info=limits["keep"], elem_id="keep", buttons=[]
         )
-        ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Accordion("Settings of merging", open=False, elem_id="settings"):
             with gr.Row():
                 method = gr.Dropdown(list(METHODS), value="diverse", label="method", min_width=120, elem_id="method")
@@ -127,11 +153,11 @@ class Page:
                     numbers += [gr.Textbox(label=name, info=limits[name], elem_id=name, **looks) for name in pair]
             says = gr.HTML(self.handlers.describe("diverse", "auto", *[""] * len(FIELDS)), elem_id="says")
         given = [method, preset, *numbers, keep]
-        self.gr.on(
+        gr.on(
             [field.change for field in given], self.handlers.describe, given, says,
             concurrency_limit=None, show_progress="hidden", api_visibility="private", trigger_mode="always_last",
         )  # fmt: skip
-        return [files, question, sides, *given], ask, examples, files, preview
+        return [sides, *given]
 
     def _read_no_addresses(self, files: Any) -> None:
         """Where a request names an address instead of an uploaded file, gradio would download it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -14,10 +14,10 @@ from illava_hooks.tools.ask import Answer
 from illava_hooks.tools.canvas import tabulate
 from illava_hooks.tools.draw import SHEET_COLUMNS, MergeMap, draw
 
-__all__ = ["HINT", "caption", "compared", "costs", "headline", "kv_bytes_of", "note", "picture", "steps"]
+__all__ = ["HINT", "caption", "compared", "costs", "headline", "kv_bytes_of", "note", "picture", "step_names", "steps"]
 
-#: Stands where answers will be.
-HINT = '<p class="hint">Choose an example, or upload a picture and ask. What merging does to it is shown here.</p>'
+#: Stands where the chat will be.
+HINT = "Choose an example, or upload a picture and ask. What merging does to it is shown here."
 #: Parameters of a model below which its times say nothing of merging.
 SMALL = 100_000_000
 SHORT = ' class="short"'
@@ -31,42 +31,69 @@ def note(lines: Sequence[str], failed: bool = False) -> str:
     return f'<div class="note {kind}" role="{role}">{"<br>".join(escape(line) for line in lines)}</div>'
 
 
-def headline(question: str, answers: dict[bool, Answer]) -> str:
-    """The question that was asked and, once it is known, by how much merging made what smaller."""
-    told = [f'<p class="asked">{escape(question)}</p>'] if question else []
-    report = next((one.report for one in answers.values() if one.report is not None), None)
-    if report is not None:
-        told.append(f'<p class="ratios">{escape(report.summary)}</p>')
-    return "".join(told) or HINT
+def headline(answers: dict[bool, Answer]) -> str:
+    """By how much merging made what smaller, once it is known."""
+    report = _report(answers)
+    return "" if report is None else f'<p class="ratios">{escape(report.summary)}</p>'
 
 
-def costs(answers: dict[bool, Answer], model: Any) -> str:
-    """A table with a column for each side, as HTML."""
+def costs(answers: dict[bool, Answer], model: Any, runs: int = 1) -> str:
+    """A table with a column for each side and, where there are two, one for their ratio, as HTML.
+
+    Args:
+        answers: the sides that were asked.
+        model: which answered.
+        runs: of how many measurements the times are the medians.
+    """
     if not answers:
         return ""
-    report = next((one.report for one in answers.values() if one.report is not None), None)
-    sides = [merge for merge in (False, True) if merge in answers]
-    rows = [
-        ("Time to first token", [f"{answers[side].prefill_s * 1e3:.1f} ms" for side in sides]),
-        ("Each further token", [_further(answers[side]) for side in sides]),
-        ("Prompt tokens", [f"{answers[side].prompt_tokens:,}" for side in sides]),
-    ]
-    rows += [(name, [pair[side] for side in sides]) for name, pair in _stages(report)]
-    plain = kv_bytes_of(model, next(iter(answers.values())).prompt_tokens)
-    merged = report.kv_bytes[0] if report is not None else plain
-    rows.append(("KV cache", [_bytes((plain, merged)[side]) for side in sides]))
-    if report is not None and len(sides) == 2:
-        rows.append(("FLOPs of the prefill", [f"{flops / 1e9:,.3f} G" for flops in reversed(report.flops)]))
-    names = ("without merging", "with merging")
-    head = "".join(f'<th scope="col">{names[side]}</th>' for side in sides)
+    report, sides = _report(answers), [merge for merge in (False, True) if merge in answers]
+    plain, merged = (answers.get(side, next(iter(answers.values()))) for side in (False, True))
+    kept = report.kv_bytes if report is not None else (0, 0)
+    if not kept[1]:  # the language model was left alone
+        kept = (kv_bytes_of(model, merged.prompt_tokens), kv_bytes_of(model, plain.prompt_tokens))
+    rows: list[tuple[str, str, tuple[str, str]]] = []
+    if report is not None:
+        rows.append(("Prefill work", _less(*report.flops), _pair(_work, report.flops)))
+        rows += _stages(report)
+    rows.append(("KV cache", _less(*kept), _pair(_bytes, kept)))
+    rows.append(("Prompt tokens", "", (f"{plain.prompt_tokens:,}", f"{merged.prompt_tokens:,}")))
+    exact = len(rows)
+    firsts, others = (merged.prefill_s, plain.prefill_s), (merged.decode_s, plain.decode_s)
+    rows.append(("Time to first token", _less(*firsts), _pair(_time, firsts)))
+    rows.append(("Each further token", _less(*others), _pair(_time, others)))
+    both = len(sides) == 2
+    names = [*(["less by"] if both else []), *(("without merging", "with merging")[side] for side in sides)]
     short = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     body = "".join(
-        f'<tr{SHORT if short and place < 2 else ""}><th scope="row">{escape(name)}</th>'
-        f"{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-        for place, (name, cells) in enumerate(rows)
+        _row(name, [*([ratio] if both else []), *(pair[side] for side in sides)], short and place >= exact)
+        for place, (name, ratio, pair) in enumerate(rows)
     )
-    foot = '<p class="hint">Grey: the model is too small for its times to say anything.</p>' if short else ""
-    return f'<table class="costs"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>{foot}'
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    foot = [f"Times are medians of {runs} measurements in turn."] if runs > 1 else []
+    foot += ["Grey: the model is too small for its times to say anything."] if short else []
+    hint = f'<p class="hint">{" ".join(foot)}</p>' if foot else ""
+    kind = "costs both" if both else "costs"
+    return f'<table class="{kind}"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>{hint}'
+
+
+def _report(answers: dict[bool, Answer]) -> MergeReport | None:
+    return next((one.report for one in answers.values() if one.report is not None), None)
+
+
+def _row(name: str, cells: Sequence[str], short: bool) -> str:
+    told = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr{SHORT if short else ""}><th scope="row">{escape(name)}</th>{told}</tr>'
+
+
+def _less(merged: float, plain: float) -> str:
+    """The ratio; nothing where nothing was measured."""
+    return f"{plain / merged:.1f}x" if merged > 0 and plain > 0 else ""
+
+
+def _pair(words: Callable[[float], str], numbers: tuple[float, float]) -> tuple[str, str]:
+    """Of merged and plain, as they stand in reports, the words for plain and merged, as they stand in columns."""
+    return words(numbers[1]), words(numbers[0])
 
 
 def kv_bytes_of(model: Any, tokens: int) -> int:
@@ -78,6 +105,14 @@ def kv_bytes_of(model: Any, tokens: int) -> int:
 def steps(maps: Sequence[MergeMap]) -> list[tuple[str, int]]:
     """Stage and layer of each position of the slider behind the first, which is the input."""
     return list(dict.fromkeys((map.stage, map.layer) for map in maps))
+
+
+def step_names(maps: Sequence[MergeMap]) -> list[str]:
+    """Of every position: the input, and each merging layer."""
+    return [
+        "Input",
+        *(f"{'Encoder' if stage == 'vision' else 'Decoder'} layer {layer}" for stage, layer in steps(maps)),
+    ]
 
 
 def caption(maps: Sequence[MergeMap], step: int) -> str:
@@ -122,19 +157,14 @@ def _as_high(sheet: Image.Image, height: int) -> Image.Image:
     return canvas
 
 
-def _further(one: Answer) -> str:
-    return f"{one.decode_s * 1e3:.1f} ms" if one.new_tokens > 1 else "–"
-
-
-def _stages(report: MergeReport | None) -> list[tuple[str, tuple[str, str]]]:
+def _stages(report: MergeReport) -> list[tuple[str, str, tuple[str, str]]]:
     """Tokens per stage without and with merging, summed over images or frames."""
-    if report is None:
-        return []
     vision = _summed([visual.vision_tokens for visual in report.visuals])
     language = _summed([visual.language_tokens for visual in report.visuals])
     prompt = sum(visual.prompt_tokens for visual in report.visuals)
-    rows = [("Patches in the encoder", (f"{vision[0]:,}", _arrows(vision)))] if vision else []
-    return [*rows, ("Visual tokens in the language model", (f"{prompt:,}", _arrows(language)))]
+    rows = [("Patches, encoder", vision[0], vision)] if vision else []
+    rows.append(("Tokens, language model", prompt, language or [prompt]))
+    return [(name, _less(counts[-1], whole), (f"{whole:,}", _arrows(counts))) for name, whole, counts in rows]
 
 
 def _summed(counts: Sequence[Sequence[int]]) -> list[int]:
@@ -145,5 +175,13 @@ def _arrows(counts: Sequence[int]) -> str:
     return " → ".join(f"{n:,}" for i, n in enumerate(counts) if i == 0 or n != counts[i - 1])
 
 
-def _bytes(count: int) -> str:
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds > 0 else "–"
+
+
+def _work(flops: float) -> str:
+    return f"{flops / 1e9:,.3g} GFLOP" if flops < 1e12 else f"{flops / 1e12:,.2f} TFLOP"
+
+
+def _bytes(count: float) -> str:
     return f"{count / 1e6:,.3f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

@@ -377,8 +377,10 @@ def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
         return _scores_by_place(run, merges)
     query, key = tap.heads()
     rows = [n * unit + prefix for n in segments.lengths]
-    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, unit)) is not None:
-        return run._without_prefix(packed)
+    pooled = 1 if prefix else unit  # what stands in front of a row belongs to no unit
+    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, pooled)) is not None:
+        flat = run._without_prefix(packed)
+        return flat if pooled == unit else flat.view(-1, unit).mean(-1)
     place, name = run.places(merges), run.session.config.method.name
     scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():

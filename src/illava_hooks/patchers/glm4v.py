@@ -74,7 +74,7 @@ class Glm4V(PackedFamily):
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
         """Nothing else lies along the sequence; what routers saw of it is refused."""
-        refuse_balancing(kwargs)
+        refuse_balancing(kwargs, run)
 
     def expand_states(self, run: EncoderRun, out: Any) -> None:
         """Hidden states by patches; the last one, also among the others, by groups."""

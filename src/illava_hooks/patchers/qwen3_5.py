@@ -106,7 +106,7 @@ class Qwen35(PackedFamily):
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
         """Nothing else lies along the sequence; what routers saw of it is refused."""
-        refuse_balancing(kwargs)
+        refuse_balancing(kwargs, run)
 
     # ------------------------------------------------------------------ sizes
 

@@ -160,7 +160,7 @@ class Qwen3VL(PackedFamily):
         Raises:
             PatchStateError: the call asks for what its routers saw.
         """
-        refuse_balancing(kwargs)
+        refuse_balancing(kwargs, run)
         mask, given = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if mask is None or given is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -222,27 +223,39 @@ def check_question(processor: Any, question: str) -> None:
         ) from error
 
 
-def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu", dtype: Any = None) -> Any:
-    """One user turn with all media, as the stock processor prepares it.
+def build_inputs(
+    processor: Any,
+    media: Media,
+    question: str,
+    device: Any = "cpu",
+    dtype: Any = None,
+    turns: Sequence[tuple[str, str]] = (),
+) -> Any:
+    """A chat about media, which stand in front of its first question, as the stock processor prepares it.
 
     Args:
         processor: the model's processor.
         media: images, all in one prompt, or a video.
-        question: the text after them.
+        question: the text that is to be answered.
         device: where the tensors go.
         dtype: of the pixels; as the processor gives them when None.
+        turns: questions that were asked before, each with its answer.
 
     Raises:
         InputError: the processor refuses what it is given.
     """
     count = 1 if media.kind == "video" else len(media.images)
-    message = {"role": "user", "content": [*[{"type": media.kind}] * count, {"type": "text", "text": question}]}
+    chat: list[dict[str, Any]] = []
+    for asked, answered in turns:
+        chat += [_said("user", asked), _said("assistant", answered)]
+    chat.append(_said("user", question))
+    chat[0]["content"] = [*[{"type": media.kind}] * count, *chat[0]["content"]]
     given = {"videos": [media.frames]} if media.kind == "video" else {"images": [list(media.images)]}
     check_question(processor, question)
     from jinja2 import TemplateError
 
     try:
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(text=[text], return_tensors="pt", **given)
     except TemplateError as error:
         reason = " ".join(str(error).split())
@@ -253,3 +266,7 @@ def build_inputs(processor: Any, media: Media, question: str, device: Any = "cpu
             f"{', '.join(media.names)}: the processor refuses it ({reason}); give another size"
         ) from error
     return inputs.to(device, dtype) if dtype is not None else inputs.to(device)
+
+
+def _said(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}

@@ -64,7 +64,9 @@ def _check_settings(kind: Any, backend: bool) -> None:
 
     def try_verify_and_update_config(self: Any) -> None:
         model = self.model_config
-        if model is not None and getattr(model.hf_config, "illava", None) is not None:
+        # Once, as stock: a part of the model may come by here again with a copy that was checked.
+        checked = model is None or getattr(model, "config_updated", False)
+        if not checked and getattr(model.hf_config, "illava", None) is not None:
             from illava_hooks.integrations.vllm.checks import settle
 
             settle(self, backend)

@@ -7,7 +7,7 @@ has its stock length again: survivors first, with digits of their places behind 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,10 @@ from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
-from illava_hooks.integrations.vllm.positions import grid_table, with_table
-from illava_hooks.merge.segments import borders
+from illava_hooks.errors import UnsupportedModelError
+from illava_hooks.integrations.vllm.positions import COLUMNS, grid_table, with_table
+from illava_hooks.merge.segments import borders as packed_borders
+from illava_hooks.merge.segments import scatter_back
 
 __all__ = ["MergingBlock", "TowerMerging"]
 
@@ -57,7 +59,10 @@ class TowerMerging:
         run: the run of the call that is going on; None: the tower is stock.
         tap: what listens to the attention of a merging block.
         counts: how many tokens of each item the last run left, of the items that this rank had.
+        apart: whether slices of a video stand apart in the prompt, each as a picture of its own.
     """
+
+    apart = False
 
     def __init__(self, tower: Any, block: type[MergingBlock], traits: EncoderTraits, sharded: bool) -> None:
         """Swaps the blocks' class and puts the hooks in.
@@ -67,7 +72,15 @@ class TowerMerging:
             block: the merging class of its blocks.
             traits: how patches lie in its row.
             sharded: whether each rank holds some of the heads only.
+
+        Raises:
+            UnsupportedModelError: its attention wants lengths in a form that survivors have no way to.
         """
+        if getattr(getattr(tower, "attn_backend", None), "name", None) == "FLASHINFER":
+            raise UnsupportedModelError(
+                "the vision encoder's attention is FLASHINFER, whose tables of lengths cannot follow merges yet; use "
+                "--mm-encoder-attn-backend FLASH_ATTN"
+            )
         self.tower, self.traits, self.sharded = tower, traits, sharded
         self.run: EncoderRun | None = None
         self.tap: EncoderTap | None = None
@@ -76,8 +89,36 @@ class TowerMerging:
         for index, layer in enumerate(tower.blocks):
             layer.__class__, layer.index, layer.merging = block, index, self
             layer.attn.attn.register_forward_pre_hook(self._hear, with_kwargs=True)
+        for merger in self.mergers():
+            merger.forward = self._spread(merger.forward)  # some are called past their hooks
         tower.register_forward_pre_hook(self._start, with_kwargs=True)
         tower.register_forward_hook(self._finish, with_kwargs=True)
+        tower.out_hidden_size += COLUMNS  # what a rank that has no item hands to the others is as wide
+
+    def mergers(self) -> Iterator[Any]:
+        """What makes tokens of patches, in the tower."""
+        yield self.tower.merger
+
+    def lay_out(self, grids: Sequence[Sequence[int]]) -> EncoderTraits:
+        """How patches lie in the row of these items; (t, h, w) of each in patches."""
+        return self.traits
+
+    def borders(self, index: int, given: Tensor, run: EncoderRun, merges: int) -> Tensor:
+        """Who attends to whom in a block after so many merges, ``(S + 1,)``; ``given`` said it before any."""
+        lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
+        return packed_borders(lengths, given.device, given.dtype)
+
+    def survivors_of(self, run: EncoderRun, out: Tensor) -> Tensor:
+        """``(K, C)`` of the tower's output ``(M, C)``, in which each token shows who stands for it."""
+        return out[self._seats(run).to(out.device)]
+
+    def _seats(self, run: EncoderRun) -> Tensor:
+        """``(K,)`` int64: the place of each survivor among all tokens, as pictures have them."""
+        seats = run.final.origins[0]
+        if run.traits.order is not None:
+            unit = run.traits.patches_per_unit
+            seats = (run.traits.order[::unit].to(seats.device) // unit)[seats].sort().values
+        return seats
 
     @contextmanager
     def calling(self, modality: Modality, config: MergeConfig) -> Iterator[None]:
@@ -92,9 +133,19 @@ class TowerMerging:
         if self._asked is None:
             return
         modality, session = self._asked
-        lengths = [height * width for time, height, width in _grids(args, kwargs) for _ in range(time)]
+        grids = _grids(args, kwargs)
+        lengths = [height * width for time, height, width in grids for _ in range(time)]
         kind = ShardedRun if self.sharded else EncoderRun
-        self.run = kind(session, modality, self.traits, lengths, 1, module.device, shrink=survivors)
+        self.run = kind(session, modality, self.lay_out(grids), lengths, 1, module.device)
+
+    def _spread(self, stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Each token shows who stands for it: stock un-permutes them, and stacks those of several blocks."""
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            out = stock(*args, **kwargs)
+            return out if self.run is None else scatter_back(out[None], self.run.final.kept_at.to(out.device))[0]
+
+        return forward
 
     def _finish(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor | None:
         run, self.run = self.run, None
@@ -103,7 +154,13 @@ class TowerMerging:
         run.check_finished()
         grids = _grids(args, kwargs)
         self.counts = counts_of(run, grids)
-        return laid_out(run, out, grids, module.spatial_merge_size)
+        sides = [self.sides(grid) for grid in grids]
+        return laid_out(self.survivors_of(run, out), self._seats(run), self.counts, sides, self.apart)
+
+    def sides(self, grid: Sequence[int]) -> tuple[int, int, int]:
+        """(t, h, w) in tokens of a grid in patches."""
+        group = self.tower.spatial_merge_size
+        return grid[0], grid[1] // group, grid[2] // group
 
     def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.tap is not None:
@@ -120,6 +177,20 @@ class TowerMerging:
         finally:
             self.tap = None
 
+    def enter(self, index: int, run: EncoderRun, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a block, cut down to the survivors: RoPE tables and borders."""
+        kwargs, merges = run.enter(index, kwargs), run.merges_before(index)
+        if not merges:
+            return kwargs
+        cos, sin = (kwargs[name] for name in ("rotary_pos_emb_cos", "rotary_pos_emb_sin"))
+        state = run.states[merges]
+        if state.rope is None or state.rope[0] is not cos:  # all blocks between two merges are given the same
+            origins = run.patch_origins(merges)[0].to(cos.device)
+            state.rope = cos, (cos[origins], sin[origins])
+        cos, sin = state.rope[1]
+        borders = self.borders(index, kwargs["cu_seqlens"], run, merges)  # max_seqlen stays: it is a bound
+        return {**kwargs, "rotary_pos_emb_cos": cos, "rotary_pos_emb_sin": sin, "cu_seqlens": borders}
+
 
 class MergingBlock(nn.Module):
     """In front of a vision block of vLLM: merges between attention and MLP."""
@@ -133,7 +204,7 @@ class MergingBlock(nn.Module):
         run = self.merging.run
         if run is None:
             return super().forward(x, **kwargs)  # type: ignore[no-any-return]  # of the class behind
-        kwargs = run.enter(self.index, kwargs)
+        kwargs = self.merging.enter(self.index, run, kwargs)
         if not run.merges_in(self.index):
             return super().forward(x, **kwargs)  # type: ignore[no-any-return]
         with self.merging.listening(run, self.index) as tap:
@@ -143,41 +214,27 @@ class MergingBlock(nn.Module):
         return out
 
 
-def survivors(kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
-    """The keyword arguments of a block, cut down to the survivors: RoPE tables and borders."""
-    cos, sin = (kwargs[name] for name in ("rotary_pos_emb_cos", "rotary_pos_emb_sin"))
-    state = run.states[merges]
-    if state.rope is None or state.rope[0] is not cos:  # all blocks between two merges are given the same
-        origins = run.patch_origins(merges)[0].to(cos.device)
-        state.rope = cos, (cos[origins], sin[origins])
-    lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
-    longest = kwargs.get("max_seqlen")
-    return {
-        **kwargs,
-        "rotary_pos_emb_cos": state.rope[1][0],
-        "rotary_pos_emb_sin": state.rope[1][1],
-        "cu_seqlens": borders(lengths, cos.device, torch.int32),
-        "max_seqlen": None if longest is None else torch.tensor(max(lengths), dtype=longest.dtype),
-    }
-
-
-def laid_out(run: EncoderRun, out: Tensor, grids: Sequence[Sequence[int]], group: int) -> Tensor:
-    """The tower's output ``(K, C)`` at its stock length, ``(M, C + COLUMNS)``: of each item its survivors first.
+def laid_out(
+    tokens: Tensor, seats: Tensor, counts: Sequence[int], sides: Sequence[Sequence[int]], apart: bool = False
+) -> Tensor:
+    """Survivors ``(K, C)`` at the stock length ``(M, C + COLUMNS)``: of each item its survivors first, then nothing.
 
     Args:
-        run: the finished run.
-        out: what the tower put out, one row for each survivor.
-        grids: (t, h, w) in patches of each item.
-        group: patches of a token along each side.
+        tokens: the survivors.
+        seats: ``(K,)`` int64, their places among all tokens.
+        counts: how many each item has.
+        sides: (t, h, w) of each in tokens.
+        apart: whether the prompt has slices apart, each as a picture of its own.
     """
-    parts, seats = list[Tensor](), run.final.origins[0].to(out.device)
+    parts = list[Tensor]()
     start = place = 0
-    for (time, height, width), count in zip(grids, counts_of(run, grids), strict=True):
-        rows, columns = height // group, width // group
+    for (time, rows, columns), count in zip(sides, counts, strict=True):
         mine = slice(start, start + count)
-        table = grid_table(seats[mine] - place, rows, columns, max(time, rows, columns))
+        own = seats[mine] - place
+        own, depth = (own % (rows * columns), 1) if apart else (own, time)
+        table = grid_table(own, rows, columns, max(depth, rows, columns))
         whole = time * rows * columns
-        parts.append(nn.functional.pad(with_table(out[mine], table), (0, 0, 0, whole - count)))
+        parts.append(nn.functional.pad(with_table(tokens[mine], table.to(tokens.device)), (0, 0, 0, whole - count)))
         start, place = start + count, place + whole
     return torch.cat(parts)
 

@@ -95,6 +95,10 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedModelError(
             "enable_tower_connector_lora is True: LoRA on the vision encoder counts tokens that are merged; use False"
         )
+    if vllm_config.compilation_config.compile_mm_encoder:
+        raise UnsupportedModelError(
+            "compile_mm_encoder is True: blocks that are compiled ahead cannot merge; use False"
+        )
     if vllm_config.speculative_config is not None:
         raise UnsupportedModelError(
             "speculative decoding is on: a draft model is not told where survivors stand; serve without it"

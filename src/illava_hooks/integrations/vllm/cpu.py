@@ -10,16 +10,14 @@ __all__ = ["let_positions_follow"]
 BARELY = 1e-9
 
 
-def let_positions_follow(model: Any, vllm_config: Any) -> None:
-    """Makes vLLM ask a model for positions again, with the embeddings of each chunk.
+def let_positions_follow(vllm_config: Any) -> None:
+    """Makes vLLM ask a model that supports it for positions again, with the embeddings of each chunk.
 
     Args:
-        model: vLLM's, while it is made.
-        vllm_config: as it was given.
+        vllm_config: as it was given, while the model is made.
     """
     from vllm.platforms import current_platform
 
-    model.supports_multimodal_pruning = True
     vllm_config.model_config.multimodal_config.video_pruning_rate = BARELY
     if current_platform.is_cpu():
         _look_before_gathering()

@@ -8,6 +8,8 @@ __all__ = ["BACKEND", "BACKEND_FAMILIES", "BACKEND_SINCE", "MODELS"]
 #: imported before its model is served.
 MODELS = {
     "Qwen2VLForConditionalGeneration": "illava_hooks.integrations.vllm.qwen2_vl:MergingQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "illava_hooks.integrations.vllm.qwen2_5_vl:MergingQwen25VL",
+    "Qwen3VLForConditionalGeneration": "illava_hooks.integrations.vllm.qwen3_vl:MergingQwen3VL",
 }
 
 #: Likewise vLLM's wrapper around models of transformers, which ``--model-impl transformers`` asks for.

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Item", "from_digits", "grid_table", "place", "prompt_positions", "to_digits", "with_table"]
+__all__ = [
+    "COLUMNS",
+    "Item",
+    "from_digits",
+    "grid_table",
+    "in_seconds",
+    "place",
+    "prompt_positions",
+    "to_digits",
+    "with_table",
+]
 
 #: Numbers that ride on an embedding: t, h, w, and the extent of the item.
 NUMBERS = 4
@@ -72,6 +82,20 @@ def grid_table(seats: Tensor, height: int, width: int, extent: int) -> Tensor:
 def with_table(embeddings: Tensor, table: Tensor) -> Tensor:
     """``(n, C)`` embeddings with the digits of ``(n, 4)`` behind them."""
     return torch.cat([embeddings, to_digits(table).to(embeddings)], 1)
+
+
+def in_seconds(embeddings: Tensor, interval: float, extent: int) -> Tensor:
+    """Survivors of a video with digits that tell their slices, whose positions are further apart than by one.
+
+    Args:
+        embeddings: ``(n, C + COLUMNS)``.
+        interval: positions from one slice to the next, rounded down for each slice, as vLLM does.
+        extent: of the item, at this interval.
+    """
+    table = from_digits(embeddings[:, -COLUMNS:])
+    table[:, 0] = (table[:, 0].double() * interval).long()
+    table[:, 3] = extent
+    return with_table(embeddings[:, :-COLUMNS], table)
 
 
 def prompt_positions(num_tokens: int, items: Sequence[Item], flat: bool = False) -> tuple[Tensor, int]:

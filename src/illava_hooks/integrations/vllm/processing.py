@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, get_args
 
 import torch
@@ -44,6 +46,19 @@ class MergingInfo:
         name: str = super().model_id  # type: ignore[misc]  # of the class behind
         return name if self.merging is None else f"{name}#{KEY}-{self.merging.digest}"
 
+    @contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """While the context is open, stock does not see the rate by which positions are made to follow pictures.
+
+        It is there where the model runs in this process, and some processors would prune videos by it.
+        """
+        config = _stock(self).ctx.get_mm_config()
+        rate, config.video_pruning_rate = config.video_pruning_rate, None
+        try:
+            yield
+        finally:
+            config.video_pruning_rate = rate
+
 
 class MergingProcessor:
     """In front of a multi-modal processor.
@@ -57,6 +72,10 @@ class MergingProcessor:
     def shape_of(self, modality: Modality, item: Any) -> Sequence[int]:
         """What the family counts an item by; a subclass says it."""
         raise NotImplementedError
+
+    def spans_of(self, modality: Modality, item: Any) -> int:
+        """How many runs of visual tokens stand for an item in the prompt, equally long each."""
+        return 1
 
     def items_in(self, modality: Modality, inputs: Mapping[str, Any]) -> int:
         """How many items of a modality the processor has made; a subclass says it."""
@@ -74,7 +93,8 @@ class MergingProcessor:
                 )
             return super()._apply_hf_processor_main(mm_items, **named)  # type: ignore[misc]  # of the class behind
         settings.at(strength)
-        inputs = super()._apply_hf_processor_main(mm_items, **{name: arguments})  # type: ignore[misc]
+        with _stock(self).info.unpruned():
+            inputs = super()._apply_hf_processor_main(mm_items, **{name: arguments})  # type: ignore[misc]
         for modality in get_args(Modality):
             if f"{modality}_embeds" in inputs:
                 raise MergeConfigError(
@@ -105,8 +125,10 @@ class MergingProcessor:
 
         def changed(update: Any) -> Any:
             def replacement(index: int) -> Any:
-                shape = self.shape_of(update.modality, out_mm_kwargs[update.modality][index])
-                return shortened(update.replacement(index), info.kept_tokens(update.modality, shape, strength))
+                modality, item = update.modality, out_mm_kwargs[update.modality][index]
+                count = info.kept_tokens(modality, self.shape_of(modality, item), strength)
+                with info.unpruned():
+                    return shortened(update.replacement(index), count, self.spans_of(modality, item))
 
             return replace(update, replacement=replacement)
 
@@ -126,27 +148,28 @@ class MergingProcessor:
         return prompt
 
 
-def shortened(replacement: Any, count: int) -> Any:
+def shortened(replacement: Any, count: int, spans: int = 1) -> Any:
     """What stands for an item in the prompt, with ``count`` visual tokens.
 
     Args:
         replacement: ids, all of them visual tokens, or vLLM's details of ids of which some are.
         count: how many are left.
+        spans: in how many runs they stand, equally long each.
 
     Raises:
-        MergeConfigError: other tokens stand between the visual ones.
+        MergeConfigError: they stand in another number of runs.
     """
     if isinstance(replacement, list):
         return replacement[:count]
     ids = list(replacement.full)
     token = int(torch.tensor(ids).mode().values)
-    first = ids.index(token)
-    last = len(ids) - ids[::-1].index(token)
-    if any(other != token for other in ids[first:last]):
+    runs = [(other, len(list(same))) for other, same in groupby(ids)]
+    if sum(other == token for other, _ in runs) != spans or count % spans:
         raise MergeConfigError(
             "this model has separators between an image's tokens, which the plugin cannot place yet"
         )
-    return PromptUpdateDetails.select_token_id([*ids[: first + count], *ids[last:]], token)
+    kept = [other for other, length in runs for _ in range(count // spans if other == token else length)]
+    return PromptUpdateDetails.select_token_id(kept, token)
 
 
 def strength_of(modality: Modality, arguments: dict[str, Any]) -> Strength:

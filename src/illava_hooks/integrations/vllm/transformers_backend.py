@@ -25,11 +25,11 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.install import install_encoder
 from illava_hooks.engine.records import VisualRecord, records_of
 from illava_hooks.engine.session import MergeSession
-from illava_hooks.integrations.vllm.counts import KeptCounts, check_counts
-from illava_hooks.integrations.vllm.cpu import let_positions_follow
-from illava_hooks.integrations.vllm.positions import Item, place, prompt_positions, with_table
+from illava_hooks.integrations.vllm.counts import check_counts
+from illava_hooks.integrations.vllm.merging_model import MergingModel
+from illava_hooks.integrations.vllm.positions import Item, with_table
 from illava_hooks.integrations.vllm.processing import MergingInfo, MergingProcessor, strength_of
-from illava_hooks.integrations.vllm.settings import Settings, Strength, settings_of
+from illava_hooks.integrations.vllm.settings import Settings, Strength
 from illava_hooks.patchers._anyres import num_tiles
 
 __all__ = ["MergingTransformers"]
@@ -94,18 +94,14 @@ def survivors(features: Tensor, record: VisualRecord | None) -> Tensor:
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=MultiModalDummyInputsBuilder)
-class MergingTransformers(TransformersMultiModalForCausalLM):
+class MergingTransformers(MergingModel, TransformersMultiModalForCausalLM):
     """vLLM's wrapper around a model of transformers, whose vision encoder merges where there are settings."""
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        """As stock; with settings the model's feature methods merge."""
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.merging = settings_of(self.config)
-        if self.merging is None:
-            return
-        self.kept_tokens = KeptCounts(self.merging, self.config)
-        self.merge_session = install_vision(self.merging, self.model)
-        let_positions_follow(self, vllm_config)
+    flat = True
+
+    def install(self, settings: Settings) -> None:
+        """The model's feature methods merge."""
+        self.merge_session = install_vision(settings, self.model)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """As stock, at the strength of these items."""
@@ -120,25 +116,12 @@ class MergingTransformers(TransformersMultiModalForCausalLM):
         check_counts([len(item) for item in found], [self.kept_tokens(modality, one, strength) for one in shapes])
         return found
 
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Of survivors provisional; of text exact."""
-        if self.merging is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[no-any-return]
-        items = [self._item(feature) for feature in sorted(mm_features, key=lambda one: one.mm_position.offset)]
-        return prompt_positions(len(input_tokens), items, flat=True)
-
-    def _item(self, feature: Any) -> Item:
+    def items_of(self, feature: Any) -> list[Item]:
+        """Text behind an item goes on behind all of its tokens."""
         position, modality = feature.mm_position, feature.modality
         (shape,) = shapes_of(self.config, modality, {name: field.data for name, field in feature.data.items()})
         whole = self.kept_tokens(modality, shape, Strength(vit_r=0))
-        return Item(position.offset, position.length, whole)
-
-    def recompute_mrope_positions(
-        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int
-    ) -> Any:
-        """What vLLM asks with the embeddings of each chunk."""
-        visual = [self.config.image_token_id, self.config.video_token_id]
-        return place(input_ids, visual, multimodal_embeddings, mrope_positions, num_computed_tokens, flat=True)
+        return [Item(position.offset, position.length, whole)]
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As stock; the text model gets the first row of positions, as plain ones."""
