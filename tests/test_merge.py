@@ -68,6 +68,22 @@ def test_rules_equal_the_reference(rule: str, fraction: float) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_short_segment_in_front_of_a_long_one(rule: str) -> None:
+    """Tables are as wide as the long one needs: behind the short one lies nobody, also where its first token goes."""
+    gone = 0
+    for _ in range(8):
+        tokens = torch.randn(52, WIDTH)
+        plan, expected = make_plan(rule, (2, 50), (1, 1), tokens)
+        alone = [
+            merge.apply(list(tokens[part])) for merge, part in zip(expected, (slice(2), slice(2, 52)), strict=True)
+        ]
+        merged = torch.stack([row for rows in alone for row in rows])
+        torch.testing.assert_close(apply_merge(tokens[None], plan)[0], merged, atol=1e-6, rtol=0)
+        gone += not plan.keep_mask[0, 0]
+    assert gone
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_nothing_removed_is_bitwise_nothing(rule: str) -> None:
     tokens = torch.randn(sum(LENGTHS), WIDTH)
     plan, _ = make_plan(rule, LENGTHS, (0,) * len(LENGTHS), tokens)

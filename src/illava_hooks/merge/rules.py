@@ -159,6 +159,7 @@ def cluster(inputs: RuleInputs) -> SegmentPlan | Fold:
     slot = inputs.slots(max(num_recycling))
     anchors = order.gather(1, (inputs.count(inputs.num_removed) + slot).clamp_max(last_rank))
     anchor_used = slot < inputs.count(num_recycling)
+    anchors = torch.where(anchor_used, anchors, anchors[:, :1])  # behind a short segment lies somebody who may go
     redundant = order[:, :most]
     redundant_used = inputs.slots(most) < used
     similarity = torch.einsum("smc,src->smr", take_rows(hidden, anchors), take_rows(hidden, redundant))
