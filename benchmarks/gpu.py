@@ -288,7 +288,7 @@ PIECES = {
 #: From this release of transformers on stages can be timed apart.
 TRANSFORMERS = (5, 18)
 #: What it wants as new as it is itself.
-_ITS_OWN = ("tokenizers", "safetensors", "regex")
+_ITS_OWN = ("tokenizers", "safetensors", "regex", "huggingface_hub", "hf_xet")
 
 
 def unpack(target: Path) -> list[str]:
@@ -312,7 +312,7 @@ def unpack(target: Path) -> list[str]:
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             raise SystemExit(
                 f"{wheel.name} in {PACK} is not for this Python, {version}; run make gpu-pack "
-                f"GPU_PACK_PYTHON={version} where there is a network, or give make gpu a GPU_PYTHON that the wheels are for"
+                f"GPU_PACK_PYTHON={version} where there is a network, or give make gpu a GPU_PYTHON that it is for"
             )
         taken.append(name)
         if not (done := target / f"{wheel.stem}.unpacked").exists():
