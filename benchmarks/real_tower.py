@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.encoder_layers import MergeStep
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.tools.evaluate import paired_interval
+from illava_hooks.tools.evaluate.fingerprint import code, digest
+from illava_hooks.tools.evaluate.lines import add_line, is_begun
 
 SIDE, PATCH = 224, 14
 GRID = SIDE // PATCH
@@ -48,6 +50,10 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 #: Where the merges are: early, where towers of this depth still mix neighbours, and in the middle.
 PLACES = {"2-4": (2, 3, 4), "5-7": (5, 6, 7)}
+FORM = "illava-hooks real tower", 1
+#: Blocks, fraction and method of a row.
+Key = tuple[str, float, str]
+STOCK: Key = ("", 1.0, "none")
 
 
 def methods() -> dict[str, Method]:
@@ -266,10 +272,8 @@ def beats(tokens: Tensor, known: Tensor, middle: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(
-    model: Any, painter: Painter, count: int, kepts: Sequence[float], places: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Rows: the unpatched tower, then every method at every place and budget, on the same scenes."""
+def measure(model: Any, painter: Painter, count: int, planned: Collection[Key]) -> Iterator[dict[str, Any]]:
+    """Rows of what is planned, all on the same scenes, whatever that is."""
     known, middle = prototypes(model, painter)
     asked, scenes = [], []
     for _ in range(count):
@@ -282,17 +286,35 @@ def measure(
         right = [beats(one, its, middle) for one, its in zip(tokens, asked, strict=True)]
         return {"blocks": where, "kept": kept, "method": name, "left": len(tokens[0]) / GRID**2, "right": right}
 
-    whole = (run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0) for some in batches(scenes))
-    yield row("", 1.0, "none", whole)
-    for where in places:
+    if STOCK in planned:
+        whole = (run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0) for some in batches(scenes))
+        yield row(*STOCK, whole)
+    for where in dict.fromkeys(where for where, _, name in planned if name != "none"):
         layers = PLACES[where]
         # All methods begin with what the blocks in front of the first merge make of the scenes.
         front = [run_layers(model, model.embeddings(x), range(layers[0]), None, (), 1.0) for x in batches(scenes)]
         behind = range(layers[0], DEPTH)
-        for kept in kepts:
-            for name, method in methods().items():
-                merged = (run_layers(model, hidden, behind, method, layers, kept) for hidden in front)
-                yield row(where, kept, name, merged)
+        for kept, name in [(kept, name) for at, kept, name in planned if at == where]:
+            merged = (run_layers(model, hidden, behind, methods()[name], layers, kept) for hidden in front)
+            yield row(where, kept, name, merged)
+
+
+def known_rows(file: Path, settings: dict[str, Any], weights: str) -> list[dict[str, Any]]:
+    """What an interrupted run left; the file is begun where there is none.
+
+    Args:
+        file: rows as JSON lines.
+        settings: what scenes depend on.
+        weights: the tower's, as a hash.
+
+    Raises:
+        InputError: the file holds rows of another run.
+    """
+    versions = {"code": code(), "torch": torch.__version__}
+    mine = {"tower": {"weights": weights}, "settings": settings, "versions": versions}
+    if not is_begun(file, FORM, mine, lambda told: print(told, file=sys.stderr)):
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[1:]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -328,18 +350,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", default="0.3333,0.1111", help="fractions of patches left")
     parser.add_argument("--blocks", default="2-4,5-7", help=f"of {', '.join(PLACES)}")
     parser.add_argument("--size", type=int, default=44, help="of an object, in pixels of 224")
-    parser.add_argument("--output", type=Path, help="rows as JSON lines")
+    parser.add_argument("--output", type=Path, help="rows as JSON lines; goes on with those of the same run")
     given = parser.parse_args(arguments)
-    rows: list[dict[str, Any]] = []
-    painter, model = Painter(given.stamps, given.size), load_tower(given.tower)
-    kepts = [float(part) for part in given.kept.split(",")]
-    for row in measure(model, painter, given.scenes, kepts, given.blocks.split(",")):
-        rows.append(row)
-        print(
-            f"{row['blocks']} {row['kept']} {row['method']} {np.mean(row['right']):.4f}", file=sys.stderr, flush=True
-        )
-        if given.output is not None:
-            given.output.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    kepts, places = [float(part) for part in given.kept.split(",")], given.blocks.split(",")
+    planned = [STOCK, *((where, kept, name) for where in places for kept in kepts for name in methods())]
+    model, rows = load_tower(given.tower), list[dict[str, Any]]()
+    if given.output is not None:
+        weights = digest(value.numpy() for value in model.state_dict().values())
+        rows = known_rows(given.output, {"scenes": given.scenes, "size": given.size}, weights)
+    known = {(row["blocks"], row["kept"], row["method"]) for row in rows}
+    if missing := [key for key in planned if key not in known]:
+        for row in measure(model, Painter(given.stamps, given.size), given.scenes, missing):
+            rows.append(row)
+            told = f"{row['blocks']} {row['kept']} {row['method']} {np.mean(row['right']):.4f}"
+            print(told, file=sys.stderr, flush=True)
+            if given.output is not None:
+                add_line(given.output, row)
     print("\n".join(table(rows)))
 
 

@@ -257,3 +257,13 @@ def test_fractions(text: str) -> None:
     numerator, _, denominator = text.partition("/")
     assert parse_fraction(text, "x") == float(numerator) / float(denominator or 1)
     assert parse_fraction(None, "x") is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_evaluate_measures_nothing_if_a_method_cannot_keep_as_little(model: str, tmp_path: Path) -> None:
+    """`tome` halves a layer's tokens at most; the methods before it would have taken a long time."""
+    rows = tmp_path / "rows.jsonl"
+    suite = ("--items", "small-scenes", "--questions", "8", "--methods", "illava,tome")
+    told = refused("evaluate", "--model", model, *suite, "--keep", "1/3,1/100", "--output", rows)
+    assert "method 'tome' removes at most half in a layer" in told
+    assert rows.read_text().count("\n") <= 1, "a header at most"

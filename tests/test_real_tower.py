@@ -12,6 +12,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 import real_tower
 from illava_hooks import METHODS
+from illava_hooks.errors import InputError
+from illava_hooks.tools.evaluate.lines import add_line
 
 
 @pytest.fixture
@@ -91,3 +93,17 @@ def test_cut_outs_that_fill_their_frame_are_none(tmp_path: Any) -> None:
     found = real_tower.Painter._cut(tmp_path / "thing.png")
     assert found is not None and found.size == (60, 40)
     assert real_tower.Painter._cut(tmp_path / "whole.png") is None
+
+
+def test_a_run_that_was_broken_off_goes_on_and_another_run_is_refused(tmp_path: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    settings = {"scenes": 4, "size": 44}
+    row = {"blocks": "", "kept": 1.0, "method": "none", "left": 1.0, "right": [0.5] * 4}
+    assert real_tower.known_rows(file, settings, "mine") == []
+    add_line(file, row)
+    with file.open("a") as lines:
+        lines.write('{"blocks": "2-4", "ri')
+    assert real_tower.known_rows(file, settings, "mine") == [row]
+    for other in ({**settings, "scenes": 8}, "mine"), (settings, "another"):
+        with pytest.raises(InputError, match="rows of another run"):
+            real_tower.known_rows(file, *other)

@@ -14,6 +14,7 @@ from helpers import MERGING, needs_ready_features
 from illava_hooks import PRESETS, patch, tiny, unpatch
 from illava_hooks.tools.datasets import clip_items, pair_items, scene_items
 from illava_hooks.tools.evaluate import budget_settings, run_items
+from illava_hooks.tools.evaluate.run import Prompts
 from illava_hooks.tools.evaluate.sharing import distinct, repeated
 from illava_hooks.tools.items import Item
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
@@ -125,3 +126,37 @@ def test_flops_are_those_of_every_prompt_for_itself(name: str) -> None:
     assert run_items(model, processor, items, 4).flops == tuple(alone)
     unpatch(model)
     assert run_items(model, processor, items[:1], 1).flops == (0, 0)
+
+
+class Counting:
+    """A processor that counts the calls."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor, self.calls = processor, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.processor(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+
+@pytest.mark.parametrize("most", [2**30, 0], ids=["kept", "no room"])
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_prompts_are_prepared_once_for_all_methods_and_answers_stay_bitwise(family: str, most: int) -> None:
+    model, processor = tiny.load(family)
+    items = [*scene_items(5), *asked_twice(pair_items(1))]
+    counting = Counting(processor)
+    prompts = Prompts(counting, most)
+    calls = []
+    for method in (None, "diverse", "illava", "diverse"):
+        if method:
+            patch(model, method=method)
+        kept = run_items(model, counting, items, 4, prompts=prompts)
+        calls.append(counting.calls)
+        anew = run_items(model, processor, items, 4)
+        assert kept.answers == anew.answers and np.array_equal(kept.log_probs, anew.log_probs)
+        assert (kept.left, kept.whole, kept.flops) == (anew.left, anew.whole, anew.flops)
+        unpatch(model)
+    assert calls == ([calls[0]] * 4 if most else [calls[0] * run for run in (1, 2, 3, 4)])

@@ -60,7 +60,7 @@ def evaluate(
 
     Raises:
         InputError: an argument cannot be used, or ``output`` holds rows of another run.
-        MergeConfigError: there is no such method.
+        MergeConfigError: there is no such method, or one cannot keep as little; nothing was measured then.
         PatchStateError: the model is patched.
     """
     teller = progress if isinstance(progress, Progress) else Bar() if progress else Progress()

@@ -19,7 +19,7 @@ from illava_hooks.tools.evaluate.fingerprint import fingerprint
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.evaluate.matching import Match, find_match, is_right
 from illava_hooks.tools.evaluate.rows import Key, Row, RowFile
-from illava_hooks.tools.evaluate.run import Outcome, answering, run_items
+from illava_hooks.tools.evaluate.run import Outcome, Prompts, answering, run_items
 from illava_hooks.tools.evaluate.statistics import interval
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.methods import find_method
@@ -75,8 +75,9 @@ def sweep(
     Raises:
         InputError: there are no items, no such stage or comparison, a fraction is out of range, two methods have one
             name, or ``file`` holds rows of another run; nothing has run then.
-        MergeConfigError: there is no such method.
+        MergeConfigError: there is no such method, or one cannot keep as little; nothing has run then.
         PatchStateError: the model is patched.
+        UnsupportedModelError: the model cannot merge like that; nothing has run then.
     """
     progress = progress or Progress()
     if session_of(model) is not None:
@@ -94,6 +95,7 @@ def sweep(
     if known:
         progress.note(f"reused from {file}: {'; '.join(_label(key) for key in known)}")
     missing = [key for key in planned if key not in known]
+    _check(model, [planned[key] for key in missing])
     if missing or STOCK not in known:
         unlabelled = sum(not item.accepted for item in items)
         if unlabelled:
@@ -154,6 +156,19 @@ def _planned(
     return planned
 
 
+def _check(model: Any, plans: Iterable[_Plan]) -> None:
+    """Whether the model takes all settings, before a long run begins.
+
+    Raises:
+        MergeConfigError: a method cannot keep as little in these layers.
+        UnsupportedModelError: the model cannot merge like that.
+    """
+    for plan in plans:
+        for settings in (plan.settings or {}).values():
+            patch(model, **settings)
+            unpatch(model)
+
+
 def _by_name(methods: Iterable[str | Method]) -> dict[str, Method | None]:
     """Methods by the names of their rows; None for "downsample".
 
@@ -187,6 +202,7 @@ class _Run:
         self.model, self.processor, self.items = model, processor, items
         self.lengths = batch_size, max_new_tokens
         self.match, self.progress = match, progress
+        self.prompts = Prompts(processor)
 
     def rows(self, planned: Mapping[Key, _Plan], before: Row | None) -> Iterator[Row]:
         """The unpatched model, then what is planned.
@@ -212,7 +228,7 @@ class _Run:
             yield self._row(key, plan.identity, outcome, stock, measured)
 
     def _outcome(self, items: Sequence[Item]) -> Outcome:
-        return run_items(self.model, self.processor, items, *self.lengths, self.progress.advance)
+        return run_items(self.model, self.processor, items, *self.lengths, self.progress.advance, self.prompts)
 
     def _merged(self, settings: Mapping[Modality, dict[str, Any]]) -> Outcome:
         """Images and videos one after the other, each with its own settings; answers in the order of the items."""

@@ -18,7 +18,7 @@ from illava_hooks.methods import Method
 from illava_hooks.tools.evaluate.fingerprint import fingerprint
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.evaluate.lines import add_line, is_begun, parsed
-from illava_hooks.tools.evaluate.run import Outcome, run_items
+from illava_hooks.tools.evaluate.run import Outcome, Prompts, run_items
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.progress import Progress
 from illava_hooks.tools.tune.search import OverError
@@ -184,9 +184,10 @@ class Meter:
         self.model, self.processor, self.items = model, processor, items
         self.methods, self.lengths = methods, lengths
         self.record, self.limit, self.progress = record, limit, progress
+        self._prompts = Prompts(processor)
         self._identities = {name: identity(method) or name for name, method in methods.items()}
         with limit.timing(len(items)):
-            self.stock = run_items(model, processor, items, *lengths, progress.advance)
+            self.stock = run_items(model, processor, items, *lengths, progress.advance, self._prompts)
         if not np.isfinite(self.stock.log_probs).all():
             raise InputError("the unpatched model's logits are not finite, so nothing can agree with them; check the "
                              "weights, or use another dtype")  # fmt: skip
@@ -232,9 +233,8 @@ class Meter:
 
     def _run(self, settings: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
         with self.limit.timing(stop - start), self.patched(settings):
-            merged = run_items(
-                self.model, self.processor, self.items[start:stop], *self.lengths, self.progress.advance
-            )
+            part, tell = self.items[start:stop], self.progress.advance
+            merged = run_items(self.model, self.processor, part, *self.lengths, tell, self._prompts)
         answers = self.stock.answers[start:stop]
         stock = Outcome(answers, self.stock.log_probs[start:stop])
         losses = np.nan_to_num(stock.divergence(merged), nan=np.inf)
@@ -245,7 +245,7 @@ class Meter:
         merged = whole = 0.0
         with self.limit.timing(0), self.patched(settings):
             for item, weight in self._probes(seen):
-                flops = run_items(self.model, self.processor, [item], 1, 1).flops
+                flops = run_items(self.model, self.processor, [item], 1, 1, prompts=self._prompts).flops
                 merged, whole = merged + weight * flops[0], whole + weight * flops[1]
         return merged / max(1.0, whole)
 

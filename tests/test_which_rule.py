@@ -1,0 +1,61 @@
+"""The tables that say which merge rule to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from illava_hooks.tools.evaluate import Row
+from which_rule import Budget, budgets, rules_table, which_table
+
+RNG = np.random.default_rng(0)
+#: Of 1,000 questions the same ones are hard for everybody.
+HARD = RNG.random(1000)
+
+
+def row(method: str, accuracy: float, measured: float = 0.33, stage: str = "both", kept: float = 0.3333) -> Row:
+    """One whose right answers are those below a bar."""
+    right: Sequence[bool | None] = [bool(hard < accuracy) for hard in HARD]
+    share = sum(map(bool, right)) / len(right)
+    return Row(
+        *(method, stage, kept, measured, 1000, 1000, share, None, 1.0, None, 0.0, {}),
+        right=list(right),
+        answers=[],
+    )
+
+
+def found(*rows: Row) -> list[Budget]:
+    return list(budgets("tiny", "scenes", [row("none", 0.99, 1.0, kept=1.0), *rows]))
+
+
+def test_a_method_is_behind_what_leads_beyond_the_interval_with_no_more_tokens() -> None:
+    rows = row("novel", 0.9), row("fastv", 0.8), row("random", 0.8), row("tome", 0.95, 0.5)
+    (budget,) = found(*rows)
+    assert budget.ahead_of("novel") == [], "tome was left more tokens"
+    assert budget.ahead_of("fastv") == [], "novel is no rival, and random is its equal"
+    assert budget.unbeaten() == ["tome", "novel"]
+    (budget,) = found(*rows[:3], row("tome", 0.95, 0.34))
+    assert budget.ahead_of("novel") == ["tome"] and budget.unbeaten() == ["tome"]
+
+
+def test_a_difference_within_the_interval_is_none() -> None:
+    """One question of a thousand."""
+    (budget,) = found(row("novel", 0.9), row("fastv", np.sort(HARD)[900] + 1e-9))
+    assert budget.rows["fastv"].accuracy != budget.rows["novel"].accuracy
+    assert set(budget.unbeaten()) == {"novel", "fastv"} and not budget.ahead_of("novel")
+
+
+def test_tables() -> None:
+    rows = [
+        row("illava", 0.7),
+        row("novel", 0.9),
+        row("illava", 0.9, stage="encoder"),
+        row("novel", 0.8, stage="encoder"),
+    ]
+    both = found(*rows)
+    assert [line.split("|")[3].strip() for line in which_table(both)[2:]] == ["both", "encoder"]
+    assert "`novel` 9" in which_table(both)[2] and "`illava` 9" in which_table(both)[3]
+    first, second = rules_table(both)[2:]
+    assert first.startswith("| `illava` | 2 | 0 |"), "only rivals count, and novel is none"
+    assert second.startswith("| `novel` | 2 | 1 | tiny scenes, encoder, 0.333: illava |")
