@@ -27,6 +27,8 @@ from typing import Any
 from gpu_tables import gpu_section
 from illava_hooks.tools.evaluate import read_header, read_rows
 from illava_hooks.tools.evaluate.budgets import KEEP
+from real_tower import read_tower_rows
+from real_tower import table as tower_table
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
 from which_rule import Budget, budgets, rules_table, which_table
 
@@ -220,6 +222,7 @@ def main() -> None:
                 draw_curves(read_rows(command.path), command.path)
     if given.commands:
         return
+    page = fill(page, "real tower", "\n".join(tower_table(read_tower_rows(DOCS / "results" / "real-tower.jsonl"))))
     (DOCS / "RESULTS.md").write_text(page)
     methods, found = DOCS / "methods.md", which()
     text = fill(methods.read_text(), "rules", "\n".join(rules_table(found)))
