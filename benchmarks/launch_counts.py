@@ -18,9 +18,7 @@ import pytest
 from families import family_of
 from helpers import MERGING
 from illava_hooks import patch
-from illava_hooks.engine import attention_tap
-from illava_hooks.merge import rules, scores
-from test_launches import MANY, METHODS, ONE, added, counted
+from test_launches import MANY, METHODS, ONE, added, counted, go_as_on_a_device
 from tiny_models import Sample, inputs_for, tiny_model
 
 FILE = Path(__file__).parents[1] / "docs" / "results" / "launches.json"
@@ -74,9 +72,7 @@ def moved(width: int, mlp: int, tokens: int) -> dict[str, int]:
 def counts() -> dict[str, Any]:
     """Everything, as it goes to docs/results."""
     with pytest.MonkeyPatch.context() as patched:
-        for module in (scores, rules):
-            patched.setattr(module, "takes", lambda device: True)
-        patched.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
+        go_as_on_a_device(patched)
         found = [launches(family, method) for family in DEEP for method in METHODS]
     moves = [{"shape": name, "tokens": sizes[2], **moved(*sizes)} for name, sizes in ENCODERS.items()]
     return {"launches": found, "bytes": moves}

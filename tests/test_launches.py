@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from families import FAMILIES, family_of
 from helpers import MERGING
-from illava_hooks import merging, patch
+from illava_hooks import Method, merging, patch
 from illava_hooks.engine import attention_tap
 from illava_hooks.merge import rules, scores
 from launches import LaunchCounter
@@ -57,7 +57,7 @@ class LayerCounter(LaunchCounter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func._schema.name.startswith("illava::"):
             return super().__torch_dispatch__(func, types, args, kwargs)
-        self.launches[func._schema.name] += self.own(func)
+        self.launches[func._schema.name] += self.own(func, args)
         if func._schema.name == "illava::closest_behind":
             return torch.zeros_like(args[4])
         if func._schema.name == "illava::match_behind":
@@ -74,10 +74,14 @@ class LayerCounter(LaunchCounter):
 
 @pytest.fixture(autouse=True)
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores and rules go the way of other devices, and no attention is answered in blocks of a CPU's cache."""
-    for module in (scores, rules):
+    """Attention, scores and rules go the way of other devices."""
+    go_as_on_a_device(monkeypatch)
+
+
+def go_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until ``monkeypatch`` is undone."""
+    for module in (scores, rules, attention_tap):
         monkeypatch.setattr(module, "takes", lambda device: True)
-    monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
 
 
 def counted(model: Any, inputs: dict[str, Tensor]) -> tuple[LayerCounter, LayerCounter]:
@@ -159,8 +163,21 @@ def test_the_counter_counts(family: str) -> None:
     handle = layer.register_forward_hook(lambda module, args, out: None if not torch.is_tensor(out) else out + 0)
     ours, _ = counted(model, inputs)
     handle.remove()
-    assert ours.launches["illava::column_means"] == 2 * len(MERGING["vit_layers"])
+    assert ours.launches["illava::column_means"] == len(MERGING["vit_layers"])
     assert before["encoder", 1] > 20 and ours.launches["aten::add"] > 0
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_kernel_makes_an_lse_that_the_attention_gave(family: str, back_end: str) -> None:
+    """One attention in a merging layer: only where a back-end keeps its LSE to itself a kernel runs for it."""
+    model = tiny_model(family, attn_implementation=back_end)
+    inputs = inputs_for(model, [Sample(2, images=MANY["ragged"])])
+    merges = len(MERGING["vit_layers"])
+    for score, kernel, launches in (("received_attention", "column_means", 1), ("query_lse", "row_lse", 0)):
+        patch(model, **MERGING, method=Method("own", encoder_score=score))
+        ours, _ = counted(model, inputs)
+        assert ours.launches[f"illava::{kernel}"] == merges * (launches + (back_end == "eager"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,8 +17,9 @@ from illava_hooks import Method, patch, unpatch
 from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.merge import scores as blocks
-from illava_hooks.merge.scores import ScoreInputs, attend_and_receive, query_lse, received_attention
+from illava_hooks.merge import attention as blocks
+from illava_hooks.merge.attention import attend_and_receive
+from illava_hooks.merge.scores import ScoreInputs, query_lse, received_attention
 from tiny_models import FAMILIES, tiny_model
 
 SIZES = torch.tensor([[1, 3, 2, 1], [4, 1, 1, 2]])
@@ -45,7 +46,8 @@ WAYS = ("sdpa", "eager", "another kernel")
 def weighed(back_end: str, wanted: bool, *calls: list[Tensor], **kwargs: Any) -> Tensor:
     """What a layer gives that listens with sizes, ``(S, N, H, D)`` as ``(S, H, N, D)``."""
     attend = {"sdpa": sdpa_attention_forward, "eager": siglip.eager_attention_forward}.get(back_end, kernel)
-    listener = EncoderTap(LENGTHS, ranks=True, received=wanted, log_sizes=SIZES.log().flatten())
+    score = received_attention if wanted else None
+    listener = EncoderTap(LENGTHS, ranks=True, score=score, log_sizes=SIZES.log().flatten())
     layer = torch.nn.Identity().eval()
     found = [listener.attend(attend, layer, *call, scaling=8**-0.5, is_causal=False, **kwargs)[0] for call in calls]
     return torch.cat(found).transpose(1, 2)
@@ -78,6 +80,23 @@ class TestListening:
         expected = torch.autograd.grad(repeated(*given).square().sum(), given)
         for one, other in zip(torch.autograd.grad(found.square().sum(), given), expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(4, 32, 9), (16, 32, 7), (16, 9, 32)])
+def test_a_bias_starts_where_kernels_can_read_it(lengths: tuple[int, ...]) -> None:
+    """At whole words of 16 elements, each row: SDPA itself copies only rows whose stride is another."""
+    listener = EncoderTap(lengths, ranks=False, log_sizes=torch.arange(1.0, 1 + sum(lengths)).log())
+    seen: list[Tensor] = []
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any) -> tuple[Tensor, None]:
+        seen.append(mask)
+        return query.transpose(1, 2), None
+
+    attend.__name__ = "eager_attention_forward"
+    for length in lengths:
+        listener.attend(attend, torch.nn.Identity(), *[torch.randn(1, 3, length, 8)] * 3)
+    assert torch.equal(torch.cat([mask.flatten() for mask in seen]), torch.arange(1.0, 1 + sum(lengths)).log())
+    assert all(mask.storage_offset() % 16 == 0 and mask.stride(2) % 16 == 0 for mask in seen)
 
 
 @pytest.mark.parametrize("lengths", [(4, 4), (5, 1, 2), (8,)])

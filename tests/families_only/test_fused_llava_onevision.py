@@ -12,7 +12,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, eager_at
 
 from helpers import PROMPTS, feature_outputs
 from illava_hooks import patch, unpatch
-from illava_hooks.engine import encoder
+from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.records import records_of
 from tiny_models import inputs_for, tiny_model
 
@@ -50,14 +50,14 @@ def fused(back_end: str) -> Any:
 def scores_of(model: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, Any]]:
     """The scores of every merge, and what the feature methods give."""
     found: list[Tensor] = []
-    inner = encoder.unit_scores
+    inner = EncoderRun.scores
 
     def listen(*args: Any) -> Tensor:
         found.append(inner(*args))
         return found[-1]
 
     with monkeypatch.context() as patched, torch.no_grad():
-        patched.setattr(encoder, "unit_scores", listen)
+        patched.setattr(EncoderRun, "scores", listen)
         return found, feature_outputs(model, inputs_for(model, PROMPTS[kind]))
 
 

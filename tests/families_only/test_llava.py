@@ -22,6 +22,7 @@ from helpers import assert_differ, assert_says, feature_outputs
 from illava_hooks import UnsupportedModelError, merging, patch, session_of
 from illava_hooks.engine import encoder
 from illava_hooks.engine.encoder import EncoderRun
+from illava_hooks.engine.encoder_scores import ScoredLayer
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.patchers._towers import TowerFeatures
 from reference_checks import check_forward
@@ -107,11 +108,11 @@ def test_scores_that_leave_the_class_token_out_are_found_out(name: str, monkeypa
     """It is a query like all others: whom it looks at counts."""
     plain = encoder.unit_scores
 
-    def without(run: EncoderRun, merges: int, tap: Any) -> Tensor:
+    def without(layer: ScoredLayer, tap: Any) -> Tensor:
         """The mean over the queries of patches alone."""
-        query, key = (part.view(run.num_rows, -1, *part.shape[1:]).transpose(1, 2) for part in tap.heads())
+        query, key = (part.view(layer.num_rows, -1, *part.shape[1:]).transpose(1, 2) for part in tap.heads())
         maps = (query @ key.transpose(-1, -2) * tap.scale).softmax(-1)
-        assert plain(run, merges, tap).numel() == maps[:, 0, 1:, 1:].sum(1).numel()
+        assert plain(layer, tap).numel() == maps[:, 0, 1:, 1:].sum(1).numel()
         return maps[:, :, 1:, 1:].mean((1, 2)).flatten().float()
 
     monkeypatch.setattr(encoder, "unit_scores", without)

@@ -19,7 +19,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from families.smolvlm import SmolVLM
 from helpers import TAKES_READY_FEATURES, assert_says, needs_ready_features
 from illava_hooks import MergeConfigError, Method, merging, patch
-from illava_hooks.engine import encoder, padding
+from illava_hooks.engine import encoder_scores, padding
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers import smolvlm
 from kind_helpers import said
@@ -221,16 +221,12 @@ def empty_as_whole(*args: Any) -> Any:
     return count, whole
 
 
-def queries_of_padding(run: Any, padded: Any, merges: int, tap: Any) -> Tensor:
+def queries_of_padding(layer: Any, real: Tensor, tap: Any) -> Tensor:
     """Padding has a say in what matters."""
-    run.padding = None
-    try:
-        return unit_scores(run, merges, tap)
-    finally:
-        run.padding = padded
+    return unit_scores(replace(layer, real=None), tap)
 
 
-smolvlm_blocks, sorted_units, unit_scores = smolvlm.blocks, padding.Padding.of, encoder.unit_scores
+smolvlm_blocks, sorted_units, unit_scores = smolvlm.blocks, padding.Padding.of, encoder_scores.unit_scores
 
 
 @pytest.mark.parametrize(
@@ -241,7 +237,7 @@ smolvlm_blocks, sorted_units, unit_scores = smolvlm.blocks, padding.Padding.of, 
         ("odd", padding.Padding, "of", staticmethod(mixed_as_whole)),
         ("small", padding.Padding, "of", staticmethod(empty_as_whole)),
         ("blocks", smolvlm.Masks, "__call__", uncut),
-        ("odd", encoder, "_padded_scores", queries_of_padding),
+        ("odd", encoder_scores, "_padded_scores", queries_of_padding),
     ],
 )
 def test_the_oracle_sees(shown: str, where: Any, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:

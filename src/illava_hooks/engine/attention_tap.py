@@ -27,8 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from illava_hooks.engine.regions import ATTENTION, region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.scores import attend_and_receive
-from illava_hooks.merge.segments import Segments, host_table
+from illava_hooks.merge.attention import as_mask, attend_and_receive, attend_with_lse
+from illava_hooks.merge.kernels.devices import takes
+from illava_hooks.merge.scores import Score, received_attention
+from illava_hooks.merge.segments import Segments, host_table, in_words
 
 __all__ = [
     "Attention",
@@ -46,6 +48,9 @@ PREFIX = "illava|"
 
 #: Weak: only the call itself keeps its tap, since PyTorch runs no hook after Ctrl-C that could close it.
 _open: ContextVar[ReferenceType[AttentionTap] | None] = ContextVar("illava_tap", default=None)
+
+#: Scores are made in float32: tables of these types lose nothing.
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -204,7 +209,7 @@ def stock_attention(module: nn.Module, name: str) -> Attention:
 
 
 class EncoderTap:
-    """Listens to the attention of an encoder layer: for queries and keys, or for the scores themselves.
+    """Listens to the attention of an encoder layer: for queries and keys, and for what scores are made of.
 
     Attributes:
         log_sizes: ``(P,)`` float32, what is added to the logits of each key, or None. Every back-end can be
@@ -214,22 +219,41 @@ class EncoderTap:
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, ranks: bool, received: bool = False, log_sizes: Tensor | None = None
+        self,
+        lengths: Sequence[int],
+        *,
+        ranks: bool,
+        score: Score | None = None,
+        log_sizes: Tensor | None = None,
     ) -> None:
         """Listens to a layer.
 
         Args:
             lengths: tokens of each segment, in order.
             ranks: whether queries and keys are asked for afterwards; else they are not kept alive.
-            received: whether received attention shall fall out of the attention itself, where it can.
+            score: one of ``ATTENTION_SCORES`` that shall fall out of the attention itself, where it can; else None.
             log_sizes: as the attribute.
         """
-        self.lengths, self.ranks, self.wanted, self.log_sizes = lengths, ranks, received, log_sizes
+        self.lengths, self.ranks, self.score, self.log_sizes = lengths, ranks, score, log_sizes
         self.received: list[Tensor] = []
         self.scale = 1.0
         self._heard: list[tuple[Tensor, Tensor]] = []
+        self._lse: list[Tensor] = []
         self._sizes: Tensor | None = None
-        self._seen = 0
+        self._rows: Tensor | None = None
+        self._seen = self._segment = 0
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(P,)``, ``log_sizes`` as the attention added them: in half precision rounded."""
+        return self.log_sizes if self._sizes is None else self._sizes
+
+    def row_lse(self) -> Tensor | None:
+        """``(H, P)`` float32 of all tokens; None: some call was answered by an attention that gives none."""
+        if sum(table.shape[1] for table in self._lse) != sum(self.lengths):
+            return None
+        lse = self._lse[0] if len(self._lse) == 1 else torch.cat(self._lse, 1)
+        return lse.contiguous()
 
     def heads(self) -> tuple[Tensor, Tensor]:
         """Queries ``(P, H, D)`` and keys ``(P, G, D)`` of all tokens, rotated."""
@@ -267,14 +291,13 @@ class EncoderTap:
     ) -> tuple[Tensor, Tensor | None]:
         """As ``Listener``; calls come in the order of the segments."""
         self.hear(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-        # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
-        plain = attention is sdpa_attention_forward and _is_plain(query, key, value, attention_mask, **kwargs)
+        plain = attention is sdpa_attention_forward and _is_plain(module, query, key, value, attention_mask, **kwargs)
         bias = None if self.log_sizes is None else self._bias(self.log_sizes, key)
-        if self.wanted and plain and not module.training:
-            with region(ATTENTION, query, key, value, self.scale):
-                mixed, received = attend_and_receive(query, key, value, self.scale, bias)
-            self.received.append(received)
-            return mixed.transpose(1, 2), None
+        # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
+        if self.score is not None and plain and not module.training:
+            mixed = self._attend_for(self.score, query, key, value, bias)
+            if mixed is not None:
+                return mixed.transpose(1, 2).contiguous(), None
         if bias is None:
             return attention(module, query, key, value, attention_mask, **kwargs)
         borders = kwargs.get("cu_seq_lens_q")
@@ -286,7 +309,7 @@ class EncoderTap:
             attention is sdpa_attention_forward or getattr(attention, "__name__", "") == "eager_attention_forward"
         )
         attention = attention if takes_bias else sdpa_attention_forward
-        weighed = bias[:, None, None]
+        weighed = as_mask(bias)
         mask = weighed
         if attention_mask is not None:
             shut = attention_mask.dtype == torch.bool
@@ -297,12 +320,35 @@ class EncoderTap:
             )
         return attention(module, query, key, value, mask, **kwargs)
 
+    def _attend_for(
+        self, score: Score, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> Tensor | None:
+        """SDPA's output ``(S, H, N, D)``; what the score is made of is left here. None: SDPA keeps that to itself."""
+        if score is received_attention and not takes(query.device):
+            with region(ATTENTION, query, key, value, self.scale):
+                mixed, received = attend_and_receive(query, key, value, self.scale, bias)
+            self.received.append(received)
+            return mixed
+        found = attend_with_lse(query, key, value, self.scale, bias)
+        if found is None:
+            return None
+        mixed, lse = found
+        self._lse.append(lse.transpose(0, 1).flatten(1))
+        return mixed
+
     def _bias(self, sizes: Tensor, key: Tensor) -> Tensor:
         """``(S, N)``: the next tokens' logarithms of sizes, in the type of the keys; cast once for all calls."""
         if self._sizes is None:
             self._sizes = sizes.to(key)
-        first, self._seen = self._seen, self._seen + len(key) * key.shape[2]
-        return self._sizes[first : self._seen].view(len(key), -1)
+        calls, num = len(key), key.shape[2]
+        first, self._seen = self._seen, self._seen + calls * num
+        segment, self._segment = self._segment, self._segment + calls
+        if list(self.lengths[segment : self._segment]) == [num] * calls:
+            # CUDA kernels refuse a bias that starts between 16-byte words, and SDPA would copy one that ends there.
+            self._rows = in_words(self._sizes, self.lengths) if self._rows is None else self._rows
+            return self._rows[segment : self._segment, :num]
+        bias = self._sizes[first : self._seen].view(calls, num)
+        return bias.clone() if first % 16 and not num % 16 else bias
 
     def _by_segments(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """``(1, P, H, D)``: SDPA of all segments in one call, for rows that a flash back-end would cut by lengths."""
@@ -343,20 +389,23 @@ def _joined(tables: Sequence[Tensor]) -> Tensor:
 
 
 def _is_plain(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None = None,
     dropout: float = 0.0,
-    is_causal: bool | None = False,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> bool:
-    """Whether a call of SDPA is one that the blocked attention can answer."""
+    """Whether a call of SDPA is attention of all tokens to all that nobody will derive."""
     tables = (query, key, value)
     return (
         attention_mask is None
-        and not (dropout or is_causal)
-        and all(table.shape == query.shape and table.dtype == torch.float32 for table in tables)
-        and query.device.type == "cpu"
+        and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
+        and not dropout
+        and not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and all(table.shape == query.shape and table.dtype == query.dtype for table in tables)
+        and query.dtype in _TYPES
         and not (torch.is_grad_enabled() and any(table.requires_grad for table in tables))
     )

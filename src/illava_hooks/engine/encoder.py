@@ -18,6 +18,7 @@ from torch import Tensor
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.counts import SegmentCounts, encoder_counts, keeps_quota, shown_units
+from illava_hooks.engine.encoder_scores import ScoredLayer, scores_by_place, unit_scores, without_prefix
 from illava_hooks.engine.encoder_state import EncoderState, Visible
 from illava_hooks.engine.padding import Padding, Shares, filled_up, padded_segments
 from illava_hooks.engine.provenance import merge_matrix, product
@@ -28,20 +29,11 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
-from illava_hooks.merge.scores import PLACE_SCORES, ScoreInputs, packed_scores, place_scores, received_attention
-from illava_hooks.merge.segments import (
-    Segments,
-    buckets,
-    counting,
-    everybody,
-    host_table,
-    repeated,
-    scatter_back,
-    starts,
-)
-from illava_hooks.methods import checked_scores, find_score
+from illava_hooks.merge.scores import ATTENTION_SCORES, PLACE_SCORES
+from illava_hooks.merge.segments import Segments, counting, everybody, repeated, scatter_back, starts
+from illava_hooks.methods import find_score
 
-__all__ = ["EncoderRun", "unit_scores"]
+__all__ = ["EncoderRun"]
 
 #: A family's way to cut a layer's keyword arguments down to the survivors after so many merges.
 Shrink = Callable[[dict[str, Any], "EncoderRun", int], dict[str, Any]]
@@ -187,8 +179,9 @@ class EncoderRun:
         lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
         ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan
         removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
-        received = removes and self.score is received_attention
-        return EncoderTap(lengths, ranks=ranks, received=received, log_sizes=log_sizes)
+        # Padding attends, but no score gets to see it.
+        falls_out = removes and self.padding is None and self.score in ATTENTION_SCORES
+        return EncoderTap(lengths, ranks=ranks, score=self.score if falls_out else None, log_sizes=log_sizes)
 
     def _log_sizes(self, merges: int) -> Tensor | None:
         """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
@@ -284,7 +277,7 @@ class EncoderRun:
 
     def _decide(self, merges: int, units: Tensor, tap: EncoderTap | None) -> None:
         state, shown, after = self.states[merges], self.visible, self.segments[merges + 1].lengths
-        scores = self.scores(merges, tap) if self._listens and tap is not None else _scores_by_place(self, merges)
+        scores = self.scores(merges, tap)
         segments, kept = self._merge_segments(merges)
         inputs = RuleInputs.of(
             segments,
@@ -307,9 +300,36 @@ class EncoderRun:
             matrix = merge_matrix(plan)
             self.states[-1].sources = matrix if state.sources is None else product(matrix, state.sources)
 
-    def scores(self, merges: int, tap: EncoderTap) -> Tensor:
-        """As ``unit_scores``; an engine whose ranks hold some of the heads each makes one of all of them here."""
-        return unit_scores(self, merges, tap)
+    def scores(self, merges: int, tap: EncoderTap | None) -> Tensor:
+        """``(B * K,)`` float32 scores of the units of a layer; ``tap`` may be None for one of ``PLACE_SCORES``.
+
+        An engine whose ranks hold some of the heads each makes one of all of them here.
+        """
+        layer = self._scored_layer(merges)
+        if self.score in PLACE_SCORES:
+            return scores_by_place(layer)
+        assert tap is not None
+        return unit_scores(layer, tap)
+
+    def _scored_layer(self, merges: int) -> ScoredLayer:
+        real, counts = None, list[int]()
+        if self.padding is not None:
+            unit = self.traits.patches_per_unit
+            real = self.padding.real.gather(1, self.patch_origins(merges))
+            left = zip(self.padding.counts, self.shares.left[merges], strict=True)
+            counts = [tile.real - (tile.whole - whole) * unit for tile, (whole, _) in left]
+        return ScoredLayer(
+            method=self.session.config.method.name,
+            score=self.score,
+            layer_idx=self.layers[merges],
+            segments=self.segments[merges],
+            num_rows=self.num_rows,
+            unit=self.traits.patches_per_unit,
+            prefix=self.traits.prefix,
+            places=lambda: self.places(merges),
+            real=real,
+            real_counts=counts,
+        )
 
     def _merge_segments(self, merges: int) -> tuple[Segments, tuple[int, ...]]:
         """Who may merge with whom, and how many are to stay: the segments that attend, or their two parts apart."""
@@ -339,13 +359,7 @@ class EncoderRun:
     def _keys(self, tap: EncoderTap | None) -> Tensor:
         """``(P, G, D)``, what rules by similarity of keys compare."""
         assert tap is not None
-        return self._without_prefix(tap.keys())
-
-    def _without_prefix(self, tokens: Tensor) -> Tensor:
-        """``(P, ...)`` without the tokens in front of each row."""
-        if not self.traits.prefix:
-            return tokens
-        return tokens.view(self.num_rows, -1, *tokens.shape[1:])[:, self.traits.prefix :].flatten(0, 1)
+        return without_prefix(tap.keys(), self.num_rows, self.traits.prefix)
 
     def places(self, merges: int) -> Tensor:
         """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""
@@ -356,97 +370,3 @@ class EncoderRun:
         if self.traits.order is not None:
             origins = self.traits.order.to(origins.device)[origins]
         return origins - repeated(begins, [n * unit for n in now], origins.device)
-
-
-def unit_scores(run: EncoderRun, merges: int, tap: EncoderTap) -> Tensor:
-    """``(B * K,)`` float32 scores of the units of a layer, the mean of their patches.
-
-    Args:
-        run: the run.
-        merges: how many merges happened before.
-        tap: what listened to the layer's attention.
-    """
-    if run.padding is not None:
-        return _padded_scores(run, run.padding, merges, tap)
-    segments, unit, prefix = run.segments[merges], run.traits.patches_per_unit, run.traits.prefix
-    total = sum(segments.lengths) * unit
-    if sum(table.numel() for table in tap.received) == total + prefix * run.num_rows:
-        flat = torch.cat([table.flatten() for table in tap.received])
-        return run._without_prefix(flat).view(-1, unit).mean(-1)
-    if run.score in PLACE_SCORES:
-        return _scores_by_place(run, merges)
-    query, key = tap.heads()
-    rows = [n * unit + prefix for n in segments.lengths]
-    pooled = 1 if prefix else unit  # what stands in front of a row belongs to no unit
-    if (packed := packed_scores(run.score, query, key, rows, tap.scale, tap.log_sizes, pooled)) is not None:
-        flat = run._without_prefix(packed)
-        return flat if pooled == unit else flat.view(-1, unit).mean(-1)
-    place, name = run.places(merges), run.session.config.method.name
-    scores = torch.empty(total // unit, dtype=torch.float32, device=key.device)
-    for length, numbers in buckets(segments.lengths).items():
-        members = host_table(numbers, key.device)
-        units = segments.rows[members, :length]
-        patches = (units[..., None] * unit + torch.arange(unit, device=key.device)).flatten(1)
-        # Tokens in front of a row attend, but are not ranked: they are keys and queries like all others.
-        tokens = patches if not prefix else _with_prefix(patches, run, prefix)
-        places = torch.nn.functional.pad(place[patches], (prefix, 0))
-        inputs = _score_inputs(run, merges, tap, query, key, tokens, places)
-        found = checked_scores(name, run.score, inputs)[:, prefix:]
-        scores[units.flatten()] = found.reshape(-1, unit).mean(-1)
-    return scores
-
-
-def _scores_by_place(run: EncoderRun, merges: int) -> Tensor:
-    """As ``unit_scores`` by a score that looks at places alone; patches of padding score 0, as there."""
-    scores = place_scores(run.score, run.places(merges)[None], run.layers[merges])
-    if run.padding is not None:
-        scores = scores * run.padding.real.gather(1, run.patch_origins(merges)).flatten()
-    return scores.view(-1, run.traits.patches_per_unit).mean(-1)
-
-
-def _padded_scores(run: EncoderRun, padding: Padding, merges: int, tap: EncoderTap) -> Tensor:
-    """As ``unit_scores`` for tiles with padding, which no score gets to see: neither as a key nor as a query."""
-    query, key = tap.heads()
-    unit, places, name = run.traits.patches_per_unit, run.places(merges), run.session.config.method.name
-    real = padding.real.gather(1, run.patch_origins(merges))
-    first = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
-    scores = torch.zeros(real.numel(), dtype=torch.float32, device=key.device)
-    left = zip(padding.counts, run.shares.left[merges], strict=True)
-    for length, numbers in buckets([tile.real - (tile.whole - whole) * unit for tile, (whole, _) in left]).items():
-        if length:
-            rows = host_table(numbers, key.device)
-            tokens = first[rows, :length] + rows[:, None] * real.shape[1]
-            inputs = _score_inputs(run, merges, tap, query, key, tokens, places[tokens])
-            scores[tokens.flatten()] = checked_scores(name, run.score, inputs).flatten()
-    return scores.view(-1, unit).mean(-1)
-
-
-def _with_prefix(patches: Tensor, run: EncoderRun, prefix: int) -> Tensor:
-    """Token rows ``(S, prefix + n)`` of the patches ``(S, n)`` of whole rows, and of what stands in front of them."""
-    width = patches.shape[1]
-    row = patches[:, :1] // width
-    front = row * (width + prefix) + torch.arange(prefix, device=patches.device)
-    return torch.cat([front, patches + prefix * (row + 1)], 1)
-
-
-def _score_inputs(
-    run: EncoderRun, merges: int, tap: EncoderTap, query: Tensor, key: Tensor, tokens: Tensor, places: Tensor
-) -> ScoreInputs:
-    """What a score may look at of the segments whose token rows are ``tokens``, ``(S, N)``."""
-    whole = tokens.numel() == len(key) and len(run.segments[merges].lengths) == len(tokens)
-    # Segments of one length are a view, and nothing is copied.
-    queries, keys = (
-        (table.view(*tokens.shape, *table.shape[1:]) if whole else table[tokens]).transpose(1, 2)
-        for table in (query, key)
-    )
-    return ScoreInputs(
-        key=keys,
-        query=lambda: queries,
-        last_query=lambda: queries[:, :, -1],
-        positions=places,
-        key_valid=None,
-        scale=tap.scale,
-        layer_idx=run.layers[merges],
-        causal=False,
-        key_bias=None if tap.log_sizes is None else tap.log_sizes[tokens],
-    )

@@ -3,9 +3,9 @@
 Shapes: ``S`` segments (or samples), ``H`` query heads, ``G`` key heads (``H`` is a multiple of ``G``), ``N``
 tokens that are scored, ``P >= N`` keys (with those of the cache), ``D`` head width. All results are float32.
 
-No attention map is ever held: the encoder score goes through the map in blocks of rows, or falls out of an attention
-that does; the language-model score needs the row of one query. On a CPU blocks are small enough for its cache; on
-other devices kernels take all segments in one launch.
+No attention map is ever held: the encoder score goes through the map in blocks of rows, or falls out of the attention
+that ran (``attention``); the language-model score needs the row of one query. On a CPU blocks are small enough for its
+cache; on other devices kernels take all segments in one launch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.segments import borders
 
 __all__ = [
+    "ATTENTION_SCORES",
     "PLACE_SCORES",
     "SCORES",
     "Score",
     "ScoreInputs",
-    "attend_and_receive",
     "last_query_attention",
     "packed_scores",
     "place_scores",
@@ -113,7 +113,14 @@ def query_lse(inputs: ScoreInputs) -> Tensor:
 
 
 def packed_scores(
-    score: Score, query: Tensor, key: Tensor, lengths: Sequence[int], scale: float, bias: Tensor | None, unit: int = 1
+    score: Score,
+    query: Tensor,
+    key: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    bias: Tensor | None,
+    unit: int = 1,
+    lse: Tensor | None = None,
 ) -> Tensor | None:
     """The scores of all segments at once where a kernel gives them; None: each length goes through ``score``.
 
@@ -123,13 +130,16 @@ def packed_scores(
         key: ``(P, G, D)``.
         lengths: tokens of each segment.
         scale: factor of the attention logits.
-        bias: ``(P,)`` float32 added to the logits of each key, or None.
+        bias: ``(P,)`` of any type, added to the logits of each key in float32; or None.
         unit: neighbours whose mean is asked for.
+        lse: ``(H, P)`` float32 of the attention that ran, so that it is not computed again; None: it gave none.
 
     Returns:
         ``(P / unit,)`` float32, or None.
     """
-    if score not in (received_attention, query_lse) or not takes(key.device):
+    if score is query_lse and lse is not None:
+        return lse.view(query.shape[1], -1, unit).mean((0, 2))
+    if score not in ATTENTION_SCORES or not takes(key.device):
         return None
     from illava_hooks.merge.kernels.ops import received_attention_varlen, row_lse_varlen
 
@@ -141,8 +151,7 @@ def packed_scores(
     }
     if score is query_lse:
         return row_lse_varlen(query, key, **packing).view(query.shape[1], -1, unit).mean((0, 2))
-    packing["unit"] = unit
-    return received_attention_varlen(query, key, **packing)
+    return received_attention_varlen(query, key, **packing, lse=lse, unit=unit)
 
 
 def last_query_attention(inputs: ScoreInputs) -> Tensor:
@@ -244,46 +253,8 @@ def _logit_blocks(inputs: ScoreInputs) -> Iterator[tuple[slice, slice, Tensor]]:
             yield pick, lines, logits
 
 
-def attend_and_receive(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens to all, and the mean over heads and queries of what each token receives.
-
-    One block of the map at a time: products into one buffer, softmax in place, its column sums, its product with the
-    values. The score that way costs one more pass over a block that is in the processor's cache, not a second
-    look at the map. Autograd does not see through it.
-
-    Args:
-        query: ``(S, H, N, D)`` float32.
-        key: the same shape.
-        value: the same shape.
-        scale: factor of the logits.
-        bias: ``(S, N)`` float32 added to the logits of each key, or None.
-
-    Returns:
-        ``(S, H, N, D)``, laid out as ``(S, N, H, D)``; and ``(S, N)`` float32, each row sums to 1.
-    """
-    segments, heads, num, width = query.shape
-    rows = max(1, min(num, BLOCK_ELEMENTS // num))
-    mixed = query.new_empty(segments, num, heads, width)
-    received = query.new_zeros(segments, 1, num)
-    buffer, ones = query.new_empty(rows * num), query.new_ones(1, rows)
-    # With beta 0 what is added is not even read.
-    beta, added = (0, query.new_empty(segments, num)) if bias is None else (1, bias)
-    for segment in range(segments):
-        for head in range(heads):
-            # Copies of one head: products with strided tables are slower by more than the copies cost.
-            keys, values = key[segment, head].T.contiguous(), value[segment, head].contiguous()
-            for first in range(0, num, rows):
-                lines = slice(first, min(first + rows, num))
-                count = lines.stop - first
-                block = buffer[: count * num].view(count, num)
-                torch.addmm(added[segment], query[segment, head, lines], keys, beta=beta, alpha=scale, out=block)
-                torch.softmax(block, -1, out=block)
-                received[segment].addmm_(ones[:, :count], block)
-                torch.mm(block, values, out=mixed[segment, lines, head])
-    return mixed.transpose(1, 2), received[:, 0] / (heads * num)
-
+#: Scores that fall out of an attention of all tokens to all, or of its LSE.
+ATTENTION_SCORES: tuple[Score, ...] = (received_attention, query_lse)
 
 #: Scores that look at places alone: no attention is computed for them, and none is listened to.
 PLACE_SCORES: tuple[Score, ...] = (random_scores, uniform)

@@ -30,6 +30,7 @@ __all__ = [
     "counting",
     "everybody",
     "host_table",
+    "in_words",
     "made_once",
     "numbered",
     "ones",
@@ -97,6 +98,24 @@ def repeated(values: Sequence[int], counts: Sequence[int], device: torch.device)
 def counting(num: int, device: torch.device) -> Tensor:
     """``(num,)`` int64: 0, 1, ...; never write to it."""
     return torch.arange(num, device="cpu")
+
+
+@made_once
+def _in_words(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    first = torch.tensor((0, *lengths[:-1]), device="cpu").cumsum(0)[:, None]
+    last = first + torch.tensor(lengths, device="cpu")[:, None] - 1
+    return torch.minimum(first + torch.arange(width, device="cpu"), last)
+
+
+def in_words(packed: Tensor, lengths: Sequence[int], word: int = 16) -> Tensor:
+    """``(P,)`` of packed segments as ``(S, L)``, where every row starts at a multiple of so many elements.
+
+    ``L`` is the longest length rounded up; what stands behind the end of a shorter segment means nothing.
+    """
+    longest = max(lengths)
+    if not longest % word and min(lengths) == longest:
+        return packed.view(-1, longest)
+    return packed[_in_words(tuple(lengths), -(-longest // word) * word, packed.device)]
 
 
 @made_once

@@ -35,7 +35,7 @@ __all__ = ["MergingBlock", "TowerMerging"]
 class ShardedRun(EncoderRun):
     """A run on a rank that holds some of the heads: all ranks decide the same."""
 
-    def scores(self, merges: int, tap: EncoderTap) -> Tensor:
+    def scores(self, merges: int, tap: EncoderTap | None) -> Tensor:
         """The mean over the heads of all ranks."""
         own = super().scores(merges, tap)
         total: Tensor = tensor_model_parallel_all_reduce(own.clone())

@@ -76,7 +76,7 @@ def _row_lse(
             logits = _product(queries, keys, row, column, row < count, inside, query_row, key_row, D, D1, D2, WIDEN)
             logits *= scale * _LOG2_E
             if HAS_BIAS:
-                logits += tl.load(bias + key_first + column, mask=inside, other=0.0)[None] * _LOG2_E
+                logits += tl.load(bias + key_first + column, mask=inside, other=0.0).to(tl.float32)[None] * _LOG2_E
             seen = inside[None]
             if CAUSAL:
                 seen = seen & (column[None] <= row[:, None] + key_count - count)
@@ -112,7 +112,7 @@ def _column_means(
         keys = key + (head // GROUP).to(tl.int64) * key_head + key_first * key_row
         added = tl.zeros([TILE], tl.float32)
         if HAS_BIAS:
-            added = tl.load(bias + key_first + column, mask=inside, other=0.0) * _LOG2_E
+            added = tl.load(bias + key_first + column, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
         total = tl.zeros([TILE], tl.float32)
         begin = 0
         if CAUSAL:

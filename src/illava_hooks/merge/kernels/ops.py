@@ -46,7 +46,7 @@ def received_attention_varlen(
         key: ``(P, G, D)``.
         cu_seqlens: ``(S + 1,)``, the borders of the segments: 0, ..., P.
         scale: factor of the logits.
-        bias: ``(P,)`` float32 added to the logits of each key, or None.
+        bias: ``(P,)`` of any type, added to the logits of each key in float32; or None.
         lse: ``(H, P)`` float32, ``row_lse_varlen`` of the same, where the attention that ran gives it; None: computed.
         lengths: ``cu_seqlens`` as lengths on the host, so that the device need not be asked for them.
         cu_seqlens_q: borders of the queries where keys of a cache stand in front; None: as the keys.
