@@ -63,7 +63,7 @@ def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.d
     """Bitwise SDPA's output, whichever operator it takes; the LSE against float64; and scores that are made of it."""
     for num in (LENGTHS[1], 96, LENGTHS[3] if DEVICE.type == "cuda" else 33):
         tables = [torch.randn(2, num, 4, width).to(dtype).transpose(1, 2) for _ in range(3)]
-        there = [table.to(DEVICE) for table in tables]
+        there: Any = [table.to(DEVICE) for table in tables]
         for bias in (None, torch.randn(2, num).to(dtype)):
             given = None if bias is None else bias.to(DEVICE)
             mask = None if given is None else as_mask(given)
@@ -83,7 +83,7 @@ def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.d
                 torch.testing.assert_close(mixed, stock, atol=2e-2, rtol=2e-2)
             else:
                 assert torch.equal(mixed, stock)
-            flat = [table.transpose(1, 2).flatten(0, 1) for table in tables[:2]]
+            flat: Any = [table.transpose(1, 2).flatten(0, 1) for table in tables[:2]]
             added = None if bias is None else bias.flatten()
             expected = oracle.lse(*flat, [num, num], SCALE, added)
             lent = lse.transpose(0, 1).flatten(1).contiguous()
@@ -91,7 +91,7 @@ def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.d
             if num != 96:  # kernels are tuned anew for other lengths, and that takes its time
                 continue
             borders = oracle.borders_of([num, num]).to(DEVICE)
-            mine = [table.to(DEVICE) for table in flat]
+            mine: Any = [table.to(DEVICE) for table in flat]
             of_kernel = None if added is None else added.to(DEVICE)
             received = received_attention_varlen(*mine, borders, SCALE, of_kernel, lent, lengths=[num, num])
             expected = oracle.received(*flat, [num, num], SCALE, added)
