@@ -290,4 +290,4 @@ def unit_means(per_head: Tensor, unit: int, rows: int = 1, prefix: int = 0) -> T
         prefix: tokens in front of each row, which belong to no unit and are left out.
     """
     tokens = per_head.view(len(per_head), rows, -1)[..., prefix:]
-    return tokens.reshape(*tokens.shape[:2], -1, unit).mean((0, 3)).flatten()
+    return tokens.reshape(len(per_head), rows, -1, unit).mean((0, 3)).flatten()
