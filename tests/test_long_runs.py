@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched
+from decode_helpers import BOTH, IMAGE, IMAGES, RAGGED, TEXT, VIDEO, patched, stock_keeps_images_apart
 from families import family_of
 from helpers import assert_differ
 from illava_hooks import merging, session_of
@@ -43,8 +43,10 @@ BATCHES: dict[str, list[Sample]] = {
 
 
 def batches(family: str) -> dict[str, list[Sample]]:
-    """Those of `BATCHES` that a family takes."""
-    return {name: batch for name, batch in BATCHES.items() if family_of(family).takes(batch)}
+    """Those of `BATCHES` that a family takes, and of which its stock model makes no mixture."""
+    apart = stock_keeps_images_apart(family)
+    taken = {name: batch for name, batch in BATCHES.items() if family_of(family).takes(batch)}
+    return {name: batch for name, batch in taken.items() if apart or all(len(s.images) < 2 for s in batch)}
 
 
 #: Arguments of `generate`, in turn.

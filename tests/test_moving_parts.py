@@ -147,7 +147,7 @@ def part_names(family: str) -> list[str]:
 def saved_part(model: Any, part: str) -> Any:
     """A wrapper in which a whole part is trained, with weights of its own, and adapters in the other part."""
     known = family_of(model)
-    other = known.encoder_mlp if part == known.language_name else "gate_proj"
+    other = known.encoder_mlp if part == known.language_name else "down_proj"
     config = peft.LoraConfig(r=4, target_modules=[other], modules_to_save=[part], init_lora_weights=False)
     torch.manual_seed(5)
     wrapper = peft.get_peft_model(model, config).eval()
@@ -429,7 +429,7 @@ def pair(family: str, part: str) -> tuple[Any, Any]:
     if part == "tower of a copy":  # as policy and reference of one training have it
         other = copy.deepcopy(model, {id(shared): shared})
         with torch.no_grad():
-            decoder_layers(other)[0].mlp.up_proj.weight.mul_(1.5)
+            decoder_layers(other)[0].mlp.down_proj.weight.mul_(1.5)
     else:
         other = tiny_model(family, seed=1)
         setattr(other.model, name, shared)
