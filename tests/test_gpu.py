@@ -83,18 +83,19 @@ def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.d
                 torch.testing.assert_close(mixed, stock, atol=2e-2, rtol=2e-2)
             else:
                 assert torch.equal(mixed, stock)
-            flat: Any = [table.transpose(1, 2).flatten(0, 1) for table in tables[:2]]
+            query, key = (table.transpose(1, 2).flatten(0, 1) for table in tables[:2])
             added = None if bias is None else bias.flatten()
-            expected = oracle.lse(*flat, [num, num], SCALE, added)
+            expected = oracle.lse(query, key, [num, num], SCALE, added)
             lent = lse.transpose(0, 1).flatten(1).contiguous()
             torch.testing.assert_close(lent.cpu().double(), expected, atol=2e-3, rtol=2e-3)
             if num != 96:  # kernels are tuned anew for other lengths, and that takes its time
                 continue
             borders = oracle.borders_of([num, num]).to(DEVICE)
-            mine: Any = [table.to(DEVICE) for table in flat]
             of_kernel = None if added is None else added.to(DEVICE)
-            received = received_attention_varlen(*mine, borders, SCALE, of_kernel, lent, lengths=[num, num])
-            expected = oracle.received(*flat, [num, num], SCALE, added)
+            received = received_attention_varlen(
+                query.to(DEVICE), key.to(DEVICE), borders, SCALE, of_kernel, lent, lengths=[num, num]
+            )
+            expected = oracle.received(query, key, [num, num], SCALE, added)
             torch.testing.assert_close(received.cpu().double(), expected, atol=1e-6, rtol=2e-2)
 
 
