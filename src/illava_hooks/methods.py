@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from illava_hooks.errors import MergeConfigError
+from illava_hooks.merge.plan import Fold, SegmentPlan
+from illava_hooks.merge.rule_inputs import RuleInputs
 from illava_hooks.merge.rules import KEYLESS_RULES, RULES, MergeRule
 from illava_hooks.merge.scores import PLACE_SCORES, SCORES, Score, ScoreInputs
 
@@ -82,7 +85,9 @@ class Method:
     @property
     def rule(self) -> MergeRule:
         """The merge rule as a function, where ``merge`` may be its name."""
-        return RULES[self.merge] if isinstance(self.merge, str) else self.merge
+        if isinstance(self.merge, str):
+            return RULES[self.merge]
+        return self.merge if self.merge in RULES.values() else partial(_checked_rule, self.name, self.merge)
 
     @property
     def listens_in_encoder(self) -> bool:
@@ -138,6 +143,16 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
     return found.float()
 
 
+def _checked_rule(name: str, rule: MergeRule, inputs: RuleInputs) -> SegmentPlan | Fold:
+    """What a rule of the user's decides, where it decides something."""
+    found = rule(inputs)
+    if not isinstance(found, SegmentPlan | Fold):
+        raise MergeConfigError(
+            f"the merge rule of method {name!r} returned {type(found).__name__}; return a SegmentPlan or a Fold"
+        )
+    return found
+
+
 def _listens(score: str | Score, rule: MergeRule) -> bool:
     function = SCORES.get(score) if isinstance(score, str) else score
     return function not in PLACE_SCORES or rule not in KEYLESS_RULES
@@ -175,9 +190,9 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "illava-v2": "as published at ICLR 2026: a few survivors take up their most similar redundant tokens",
         "illava-reference": "the arithmetic of the published code, for reproduction; its compact layout",
         "nearest": "every redundant token is averaged into its most similar survivor",
-        "diverse": "keeps tokens that no better one resembles; recommended where both stages merge",
-        "novel": "as diverse, without the encoder's attention: a fixed order of places in its stead",
-        "novel-agnostic": "the same in both stages: no question decides, so a cached prefix serves any question",
+        "diverse": "keeps tokens that no better one resembles, and sizes count",
+        "novel": "as diverse, without the encoder's attention: recommended where the encoder alone merges",
+        "novel-agnostic": "as novel in both stages, whatever the question: recommended where both stages merge",
         "tome": "bipartite matching by key similarity, after ToMe (2022)",
         "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
         "random": "random tokens are dropped, reproducibly: the baseline to beat",
