@@ -121,7 +121,7 @@ def url(picture: Any) -> str:
 def server(folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(folder(NAME), tmp_path_factory.mktemp("server") / "log")
     try:
-        made.wait(240)
+        made.wait(900)
         yield made
     finally:
         made.stop()
