@@ -314,6 +314,11 @@ def known_rows(file: Path, settings: dict[str, Any], weights: str) -> list[dict[
     mine = {"tower": {"weights": weights}, "settings": settings, "versions": versions}
     if not is_begun(file, FORM, mine, lambda told: print(told, file=sys.stderr)):
         return []
+    return read_tower_rows(file)
+
+
+def read_tower_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows behind a file's header."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[1:]]
 
 

@@ -1,4 +1,4 @@
-"""Fills the tables and draws the curves of docs/RESULTS.md from what ``bench`` and ``evaluate`` wrote.
+"""Fills docs/RESULTS.md, and what docs/methods.md says to take, from what ``bench`` and ``evaluate`` wrote.
 
     python benchmarks/results.py                   # the tables and curves of what is in docs/results
     python benchmarks/results.py --measure         # runs the commands first, for all that is not there yet
@@ -20,15 +20,23 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from gpu_tables import gpu_section
 from illava_hooks.tools.evaluate import read_header, read_rows
+from illava_hooks.tools.evaluate.budgets import KEEP
+from real_tower import read_tower_rows
+from real_tower import table as tower_table
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
+from which_rule import Budget, budgets, rules_table, which_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 BUILD = Path(__file__).parents[1] / "build" / "results"
+
+#: Tables whose rows are of an earlier command with fewer methods and questions.
+OLDER = {f"{model} {suite}" for model in ("tiny", "tiny-qwen2-vl") for suite in ("easy-vqa", "pairs", "clips")}
 
 
 @dataclass(frozen=True)
@@ -104,27 +112,45 @@ def benches() -> dict[str, Command]:
 
 def evaluations() -> dict[str, Command]:
     """The measurements of quality."""
-    four, all_methods = "illava,diverse,fastv,random", "illava,diverse,fastv,random,tome,nearest,illava-v2"
-    small = f"--stages both --kept 0.3333,0.1111 --methods {four}"
+    asked = "--questions 2000 --stages"
+    # In the encoder alone novel-agnostic is novel, and in the language model alone novel is diverse.
+    both, encoder, language = (
+        f"--kept 0.3333,0.1111 --methods illava,diverse,{name},fastv,nearest,tome,random"
+        for name in ("novel,novel-agnostic", "novel", "novel-agnostic")
+    )
+    four, controls = "illava,diverse,fastv,random", "tome,nearest,illava-v2,uniform,downsample"
+    curve = "--kept 0.5,0.3333,0.2222,0.1111"
     tables = {
-        "headline": f"--items scenes --questions 6000 {small}",
-        "scenes": "--items scenes --questions 2000 --stages both --kept 0.5,0.3333,0.2222,0.1111 "
-        f"--methods {all_methods},uniform,downsample",
-        "score-free": "--items scenes --questions 2000 --stages both --kept 0.1111 "
-        "--methods illava,novel,novel-agnostic,diverse,fastv,random",
-        "stages": "--items scenes --questions 1000 --stages encoder,language,both --kept 0.5,0.3333,0.2222,0.1111 "
-        f"--methods {four}",
-        **{suite: f"--items {suite} --questions 1000 {small}" for suite in ("pairs", "clips", "easy-vqa")},
+        "both": f"--items scenes {asked} both {both}",
+        "encoder": f"--items scenes {asked} encoder {encoder}",
+        "language": f"--items scenes {asked} language {language}",
+        **{suite: f"--items {suite} {asked} both {both}" for suite in ("easy-vqa", "pairs", "clips")},
+        "keep": "--items scenes --questions 2000 --keep 1/3,1/9 --methods illava,diverse,novel-agnostic",
+        "scenes": f"--items scenes {asked} both {curve} --methods {four},{controls}",
+        "stages": f"--items scenes --questions 1000 --stages encoder,language,both {curve} --methods {four}",
+        "headline": f"--items scenes --questions 6000 --stages both --kept 0.3333,0.1111 --methods {four}",
     }
     # The published layout of LLaVA-OneVision needs a square number of survivors.
     choices = {"tiny": "encoder --kept 0.5625,0.25", "tiny-qwen2-vl": "encoder,language --kept 0.3333,0.1111"}
     found = {}
     for model, choice in choices.items():
-        published = f"--items scenes --questions 2000 --stages {choice} --methods illava,illava-reference"
-        for table, asked in {**tables, "choices": published}.items():
+        published = f"--items scenes {asked} {choice} --methods illava,illava-reference"
+        for table, arguments in {**tables, "choices": published}.items():
+            if f"{model} {table}" in OLDER:
+                arguments = f"--items {table} --questions 1000 --stages both --kept 0.3333,0.1111 --methods {four}"
             file = f"{model}-{table}.jsonl"
-            command = f"evaluate --model {model} {asked} --output {file}"
-            found[f"{model} {table}"] = Command(command, file)
+            found[f"{model} {table}"] = Command(f"evaluate --model {model} {arguments} --output {file}", file)
+    return found
+
+
+def which() -> list[Budget]:
+    """All budgets at which methods were compared, in files that say what they were measured with."""
+    found: list[Budget] = []
+    for name, command in evaluations().items():
+        model, table = name.split()
+        if table not in ("choices", KEEP) and command.path.exists() and read_header(command.path) is not None:
+            items = "scenes" if table in ("both", "encoder", "language") else table
+            found += budgets(model, items, read_rows(command.path))
     return found
 
 
@@ -137,10 +163,28 @@ def measured_with(header: dict[str, Any] | None) -> str:
     return f"Measured with {packages} on {model['device']}, {model['dtype']}."
 
 
+def still_missing(command: Command) -> list[str]:
+    """What an ``evaluate`` that was broken off has not measured yet, in words."""
+    words = shlex.split(command.arguments)
+    asked = dict(zip(words, words[1:], strict=False))
+    kept = [float(Fraction(part)) for part in asked.get("--kept", asked.get("--keep", "")).split(",")]
+    known = {row.key for row in read_rows(command.path)}
+    found = []
+    for stage in asked.get("--stages", KEEP).split(","):
+        for fraction in kept:
+            names = [name for name in asked["--methods"].split(",") if (name, stage, fraction) not in known]
+            names = [name for name in names if (name, "both", fraction) not in known or name != "downsample"]
+            found += [f"{stage}, {fraction:.3f}: {', '.join(names)}"] * bool(names)
+    return found
+
+
 def table_of(command: Command) -> list[str]:
     """The table of what a command wrote."""
     if not command.is_bench:
-        return [*quality_table(read_rows(command.path)), "", measured_with(read_header(command.path))]
+        told = measured_with(read_header(command.path))
+        if missing := still_missing(command):
+            told += f" The run was broken off; not measured yet: {'; '.join(missing)}."
+        return [*quality_table(read_rows(command.path)), "", told]
     found = json.loads(command.path.read_text())
     return sweep_table(found) if isinstance(found, list) else speed_table(found)
 
@@ -149,7 +193,7 @@ def fill(page: str, name: str, body: str) -> str:
     """Puts a text between its two markers."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(page):
-        raise SystemExit(f"docs/RESULTS.md has no place for {name!r}; write the two markers")
+        raise SystemExit(f"the page has no place for {name!r}; write the two markers")
     return pattern.sub(lambda found: f"{found[1]}{body}\n{found[2]}", page)
 
 
@@ -170,11 +214,19 @@ def main() -> None:
             continue
         if given.measure:
             command.run()
-        if command.path.exists():
+        if not command.path.exists():
+            page = fill(page, name, f"`{command}`\n\nNot measured yet.")
+        else:
             page = fill(page, name, "\n".join([f"`{command}`", "", *table_of(command)]))
-            if name.endswith(("scenes", "stages")):
+            if name.endswith(("both", "encoder", "language", "scenes")):
                 draw_curves(read_rows(command.path), command.path)
+    if given.commands:
+        return
+    page = fill(page, "real tower", "\n".join(tower_table(read_tower_rows(DOCS / "results" / "real-tower.jsonl"))))
     (DOCS / "RESULTS.md").write_text(page)
+    methods, found = DOCS / "methods.md", which()
+    text = fill(methods.read_text(), "rules", "\n".join(rules_table(found)))
+    methods.write_text(fill(text, "budgets", "\n".join(which_table(found))))
 
 
 if __name__ == "__main__":

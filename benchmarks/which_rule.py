@@ -76,20 +76,22 @@ def which_table(found: Sequence[Budget]) -> list[str]:
 
 
 def rules_table(found: Sequence[Budget]) -> list[str]:
-    """Markdown: how often each method is behind a rival, over all budgets where it was measured."""
-    heads = ("method", "budgets", "behind a rival in", "where", "mean accuracy less than the best")
+    """Markdown: how often each method is behind, over all budgets where it was measured."""
+    heads = ("method", "budgets", "behind any in", "behind a rival in", "which rival, where", "points below the best")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     names = dict.fromkeys(name for budget in found for name in budget.rows)
     measured = {name: [budget for budget in found if name in budget.rows] for name in names}
     lost = {name: [budget for budget in own if budget.ahead_of(name)] for name, own in measured.items()}
+    beaten = {name: sum(name not in budget.unbeaten() for budget in own) for name, own in measured.items()}
     gaps = {name: sum(_gap(budget, name) for budget in own) / len(own) for name, own in measured.items()}
-    for name in sorted(names, key=lambda name: (len(lost[name]) / len(measured[name]), gaps[name])):
+    for name in sorted(names, key=lambda name: (beaten[name] / len(measured[name]), gaps[name])):
         where = "; ".join(
             f"{budget.model} {budget.items}, {budget.stage}, {budget.kept:.3f}: {', '.join(budget.ahead_of(name))}"
             for budget in lost[name][:4]
         )
         where += f"; {len(lost[name]) - 4} more" * (len(lost[name]) > 4)
-        cells = [f"`{name}`", str(len(measured[name])), str(len(lost[name])), where, f"{100 * gaps[name]:.1f}"]
+        counts = [str(count) for count in (len(measured[name]), beaten[name], len(lost[name]))]
+        cells = [f"`{name}`", *counts, where, f"{100 * gaps[name]:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

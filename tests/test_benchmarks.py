@@ -34,13 +34,16 @@ def test_ceiling_prints_the_table_of_the_docs() -> None:
 def test_the_page_of_results_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = results.DOCS / "RESULTS.md"
     shutil.copytree(results.DOCS / "results", tmp_path / "results")
-    emptied = re.sub(r"(<!-- (?!end)[^>]* -->\n).*?(?=<!-- end)", r"\1", page.read_text(), flags=re.DOTALL)
-    assert len(emptied) < len(page.read_text()) / 2
-    (tmp_path / "RESULTS.md").write_text(emptied)
+    for name, most in (("RESULTS.md", 0.5), ("methods.md", 1.0)):
+        text = (results.DOCS / name).read_text()
+        emptied = re.sub(r"(<!-- (?!end)[^>]* -->\n).*?(?=<!-- end)", r"\1", text, flags=re.DOTALL)
+        assert len(emptied) < most * len(text)
+        (tmp_path / name).write_text(emptied)
     monkeypatch.setattr(results, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["results.py"])
     results.main()
-    assert (tmp_path / "RESULTS.md").read_text() == page.read_text()
+    for name in ("RESULTS.md", "methods.md"):
+        assert (tmp_path / name).read_text() == (page.parent / name).read_text()
     for name in re.findall(r"\((results/.*?png)\)", page.read_text()):
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -182,3 +185,19 @@ def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFi
     assert runs[0].values["accuracy"] == [said == item.answer for said, item in zip(answers, items, strict=True)]
     tuned.print_runs(runs)
     assert "| same.json | " in capsys.readouterr().out
+
+
+def test_a_table_says_what_its_command_has_not_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    shutil.copy(BENCHMARKS.parent / "docs" / "results" / "tiny-choices.jsonl", tmp_path / "results" / "rows.jsonl")
+    asked = "evaluate --stages encoder --kept 0.5625,0.25,1/3 --methods illava,illava-reference,fastv"
+    assert results.still_missing(results.Command(asked, "rows.jsonl")) == [
+        "encoder, 0.562: fastv",
+        "encoder, 0.250: fastv",
+        "encoder, 0.333: illava, illava-reference, fastv",
+    ]
+    measured = results.evaluations()["tiny choices"].arguments
+    assert results.still_missing(results.Command(measured, "rows.jsonl")) == []
+    keep = results.Command("evaluate --keep 1/3 --methods illava", "rows.jsonl")
+    assert results.still_missing(keep) == ["keep, 0.333: illava"]

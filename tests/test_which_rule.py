@@ -57,5 +57,5 @@ def test_tables() -> None:
     assert [line.split("|")[3].strip() for line in which_table(both)[2:]] == ["both", "encoder"]
     assert "`novel` 9" in which_table(both)[2] and "`illava` 9" in which_table(both)[3]
     first, second = rules_table(both)[2:]
-    assert first.startswith("| `illava` | 2 | 0 |"), "only rivals count, and novel is none"
-    assert second.startswith("| `novel` | 2 | 1 | tiny scenes, encoder, 0.333: illava |")
+    assert first.startswith("| `novel` | 2 | 1 | 1 | tiny scenes, encoder, 0.333: illava | ")
+    assert second.startswith("| `illava` | 2 | 1 | 0 |  | "), "behind novel, which is no rival"
