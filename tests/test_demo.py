@@ -391,11 +391,18 @@ class TestTheCommand:
                 raise PackageNotFoundError(name)
             return found
 
-        monkeypatch.setattr("illava_hooks.demo.handlers.version", version)
+        monkeypatch.setattr("illava_hooks.demo.extra.version", version)
         monkeypatch.setitem(sys.modules, "gradio", None)  # what stands before the page needs none of it
         result = CliRunner().invoke(app, ["demo", "--model", "nowhere"])
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
         assert "needs gradio" in result.stderr and "pip install 'illava-hooks[demo]'" in result.stderr
+
+
+def test_the_look_for_gradio_loads_nothing_heavy() -> None:
+    """Who lacks it is told at once."""
+    code = "import sys, illava_hooks.demo.extra; print(sorted({'torch', 'transformers', 'gradio'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
 
 
 def test_only_loopback_is_local() -> None:

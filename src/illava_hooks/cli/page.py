@@ -29,13 +29,15 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Serve a page that compares answers with and without merging, and shows what is merged."""
+    from illava_hooks.demo.extra import check_gradio
+
+    check_gradio()  # where it is missing, the error comes before torch is loaded, let alone a large model
+
     from illava_hooks.demo.engine import Engine
-    from illava_hooks.demo.handlers import check_gradio
     from illava_hooks.demo.serve import serve
     from illava_hooks.tools.loading import load_model, quiet
     from illava_hooks.tools.progress import status
 
-    check_gradio()  # where it is missing, the error comes before a large model is loaded
     quiet()
     with status(f"loading {model}"):
         engine = Engine(model, *load_model(model, device, dtype), max_new_tokens, frames)

@@ -5,52 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from illava_hooks.demo.chat import Chat, Turn, messages
 from illava_hooks.demo.engine import Engine, Progress, Request
+from illava_hooks.demo.extra import gradio
 from illava_hooks.demo.forms import SIDES, check_turns, describe, media_of, question_of, settings_of
 from illava_hooks.demo.view import caption, compared, costs, headline, note, step_names
-from illava_hooks.errors import IllavaHooksError, InputError
+from illava_hooks.errors import IllavaHooksError
 from illava_hooks.tools.loading import EMBEDDED, default_question
 
-__all__ = ["PLAY", "STEP_S", "Handlers", "check_gradio", "gradio"]
+__all__ = ["PLAY", "STEP_S", "Handlers"]
 
-CURE = "pip install '.[demo]' in a checkout, or pip install 'illava-hooks[demo]'"
 THUMB = 256  # pixels of a preview's longer side
 
 #: What the button says, and seconds that a position stands.
 PLAY, PAUSE, STEP_S = "▶ Play", "❚❚ Pause", 1.5
 SINGLE = "This toy model was trained on single questions: the turns before can mislead it. New chat asks without them."
-
-
-def check_gradio() -> None:
-    """Looks for gradio without importing it, which makes a folder for its files.
-
-    Raises:
-        InputError: it is not installed, or another major version is.
-    """
-    try:
-        found = version("gradio")
-    except PackageNotFoundError:
-        raise InputError(f"the demo page needs gradio, which is not installed; {CURE}") from None
-    if not found.startswith("6."):
-        raise InputError(f"the demo page needs gradio 6, and {found} is installed; {CURE}")
-
-
-def gradio() -> Any:
-    """The module.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
-    check_gradio()
-    try:
-        return import_module("gradio")
-    except ImportError as error:
-        raise InputError(f"gradio cannot be imported ({error}); {CURE}") from error
 
 
 class Handlers:

@@ -6,8 +6,9 @@ from typing import Any
 
 from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
+from illava_hooks.demo.extra import gradio
 from illava_hooks.demo.forms import FIELDS, MAX_QUESTION, SIDES, limits_of
-from illava_hooks.demo.handlers import PLAY, STEP_S, Handlers, gradio
+from illava_hooks.demo.handlers import PLAY, STEP_S, Handlers
 from illava_hooks.demo.view import HINT
 from illava_hooks.engine.finding import find_family
 from illava_hooks.methods import METHODS

@@ -15,7 +15,7 @@ from typing import Any
 
 from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
-from illava_hooks.demo.handlers import gradio
+from illava_hooks.demo.extra import gradio
 from illava_hooks.demo.look import CSS, FONTS, MONO, READABLE
 from illava_hooks.demo.page import Page
 from illava_hooks.errors import InputError
