@@ -120,7 +120,8 @@ gpu:  ## all that only a GPU can show, into docs/results and docs/RESULTS.md, in
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU)
 
 # What such a machine may lack, for its version of Python; it goes along in build/gpu-pack, at most 60 MB.
-GPU_PACK := transformers tokenizers safetensors regex pillow wrapt typer click rich shellingham markdown-it-py mdurl \
+GPU_PACK := transformers tokenizers safetensors regex huggingface-hub hf-xet httpx2 httpcore2 truststore h11 anyio idna \
+	pillow wrapt typer click rich shellingham markdown-it-py mdurl \
 	pygments annotated-doc pydantic pydantic-core annotated-types typing-extensions typing-inspection pytest pluggy \
 	iniconfig packaging
 GPU_PACK_PYTHON ?= 3.12

@@ -108,7 +108,7 @@ def about(setting: Setting) -> dict[str, Any]:
 def check(setting: Setting) -> None:
     """Tests that are marked ``gpu``: kernels against float64, no synchronisation, models on the device."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command += ["tests/test_gpu.py", "-m", "gpu"]
+    command += ["tests/test_gpu.py", "-m", "gpu", "-rs"]  # what is skipped is told, with its reason
     environment = {**os.environ, "ILLAVA_GPU_DEVICE": setting.device, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     setting.leave({"complete": done.returncode == 0, "output": done.stdout.splitlines()[-30:]})
@@ -149,9 +149,13 @@ def kernel_calls(lengths: list[int], width: int, heads: int, device: Any) -> dic
     counts = torch.tensor(lengths, device=device)
     rows = (counts.cumsum(0) - counts)[:, None] + torch.minimum(order, counts[:, None] - 1)
     zeros = torch.zeros(order.shape, device=device)
+    lse = ops.row_lse_varlen(query, key, borders, 0.1, lengths=lengths)
     return {
         "row LSE": lambda: ops.row_lse_varlen(query, key, borders, 0.1, lengths=lengths),
         "received attention": lambda: ops.received_attention_varlen(query, key, borders, 0.1, lengths=lengths),
+        "received attention, LSE lent": lambda: ops.received_attention_varlen(
+            query, key, borders, 0.1, lse=lse, lengths=lengths
+        ),
         "closest": lambda: ops.closest_behind(features, rows, order, counts, zeros),
         "match": lambda: ops.match_behind(features, rows, order, counts, counts // 2),
         "SDPA of the longest": lambda: torch.nn.functional.scaled_dot_product_attention(whole, whole, whole),
@@ -271,7 +275,7 @@ def _speed(given: Speed) -> Callable[[Setting], None]:
 
 #: In the order of what they are worth.
 PIECES = {
-    "check": Piece(check, 120),
+    "check": Piece(check, 240),
     "kernels": Piece(kernels, 60),
     **{f"speed-{name}": Piece(_speed(given), 75) for name, given in SPEEDS.items()},
     "frames": Piece(frames, 60),
@@ -284,25 +288,44 @@ PIECES = {
 #: From this release of transformers on stages can be timed apart.
 TRANSFORMERS = (5, 18)
 #: What it wants as new as it is itself.
-_ITS_OWN = ("tokenizers", "safetensors", "regex")
+_ITS_OWN = ("tokenizers", "safetensors", "regex", "huggingface_hub", "hf_xet")
 
 
 def unpack(target: Path) -> list[str]:
-    """Makes importable what ``make gpu-pack`` left and the machine lacks; wheels are archives of packages."""
+    """Makes importable what ``make gpu-pack`` left and the machine lacks; wheels are archives of packages.
+
+    What is packed also goes before an older release, since packed ones want each other as new as they are; but the
+    machine keeps its transformers, and what belongs to it, where stages can be timed apart with them.
+
+    Raises:
+        SystemExit: a wheel that is needed is for another Python.
+    """
     wheels = {wheel.name.split("-")[0].lower(): wheel for wheel in sorted(PACK.glob("*.whl"))}
     is_old = "transformers" in wheels and _installed("transformers") < TRANSFORMERS
     taken = []
     for name, wheel in wheels.items():
         there = _installed(name)
-        newer = name in ("transformers", *_ITS_OWN) and is_old and there < _numbers(wheel.name.split("-")[1])
+        newer = there < _numbers(wheel.name.split("-")[1]) and (name not in ("transformers", *_ITS_OWN) or is_old)
         if there and not newer:
             continue
+        if not _fits(wheel):
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            raise SystemExit(
+                f"{wheel.name} in {PACK} is not for this Python, {version}; run make gpu-pack "
+                f"GPU_PACK_PYTHON={version} where there is a network, or give make gpu a GPU_PYTHON that it is for"
+            )
         taken.append(name)
         if not (done := target / f"{wheel.stem}.unpacked").exists():
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
             done.touch()
     return taken
+
+
+def _fits(wheel: Path) -> bool:
+    """Whether this Python can load what is compiled in a wheel."""
+    python, abi, _ = wheel.stem.split("-")[-3:]
+    return abi in ("none", "abi3") or f"cp{sys.version_info.major}{sys.version_info.minor}" in python.split(".")
 
 
 def _installed(name: str) -> tuple[int, ...]:
@@ -320,7 +343,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 def variables() -> dict[str, str]:
     """The environment of a piece; what is packed goes before what the machine has."""
     path = os.pathsep.join(str(part) for part in (SITE, ROOT / "src", ROOT / "tests", ROOT / "benchmarks"))
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    # What Triton finds when it tunes a kernel is kept, too: a second call does not tune again.
+    kept = {"TRITON_CACHE_AUTOTUNING": "1"}
+    return {**os.environ, **kept, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def is_complete(file: Path) -> bool:

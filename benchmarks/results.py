@@ -145,7 +145,7 @@ def evaluations() -> dict[str, Command]:
 
 def which() -> list[Budget]:
     """All budgets at which methods were compared, in files that say what they were measured with."""
-    found = []
+    found: list[Budget] = []
     for name, command in evaluations().items():
         model, table = name.split()
         if table not in ("choices", KEEP) and command.path.exists() and read_header(command.path) is not None:

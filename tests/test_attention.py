@@ -109,12 +109,12 @@ class TestLse:
 
     def test_gives_way(self) -> None:
         """To operators without an LSE, and to casts."""
-        given = tables(1, 2, 9, 8)
+        query, key, value = tables(1, 2, 9, 8)
         with sdpa_kernel(SDPBackend.MATH):
-            assert attend_with_lse(*given, 0.3) is None
+            assert attend_with_lse(query, key, value, 0.3) is None
         with torch.autocast("cpu", torch.bfloat16):
-            assert attend_with_lse(*given, 0.3) is None
-        assert attend_with_lse(*given, 0.3) is not None
+            assert attend_with_lse(query, key, value, 0.3) is None
+        assert attend_with_lse(query, key, value, 0.3) is not None
 
 
 class Attention(torch.nn.Module):

@@ -115,11 +115,28 @@ def test_a_method_is_checked_when_made() -> None:
         Method("mine", layout="round")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("found", [None, 3.0], ids=["none", "number"])
+def test_a_rule_that_decides_nothing(found: Any) -> None:
+    model = patched(FAMILIES[0], method=Method("mine", merge=lambda inputs: found))
+    with pytest.raises(MergeConfigError) as caught:
+        model(**single(model, IMAGE))
+    assert_says(caught.value, f"^the merge rule of method 'mine' returned {type(found).__name__}", "a SegmentPlan or")
+
+
+def test_what_stands_in_the_place_of_layers() -> None:
+    """A method's name is told its argument; other words are not taken for one."""
+    with pytest.raises(MergeConfigError, match="^vit_layers is 'diverse'.*, or method='diverse'$"):
+        patch(tiny_model(FAMILIES[0]), "diverse")  # type: ignore[arg-type]
+    with pytest.raises(MergeConfigError, match="^vit_layers is '1-2'; give a list of layer numbers in [^,]*$"):
+        patch(tiny_model(FAMILIES[0]), "1-2")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), "a word", None], ids=["module", "word", "none"])
 def test_things_that_are_no_model(model: Any) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         patch(model)
     assert_says(caught.value, type(model).__name__, f"supported are {re.escape(str(SUPPORTED))}", "give one")
+    assert ("loaded with from_pretrained" in str(caught.value)) == isinstance(model, str)
 
 
 def test_another_model() -> None:

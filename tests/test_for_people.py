@@ -130,7 +130,7 @@ class TestShow:
             with torch.no_grad():
                 before = model(**inputs).logits
             report = session.report
-            for given in (PHOTO, [PHOTO], PHOTO.convert("L")):
+            for given in (PHOTO, [PHOTO], PHOTO.convert("L"), np.asarray(PHOTO)):
                 (picture,) = session.show(given)
                 assert isinstance(picture, Image.Image) and picture.width > 640
             page = session.show([PHOTO, PHOTO], "how many ?", processor)._repr_html_()  # type: ignore[attr-defined]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernel_oracles as oracle
 from families import FAMILIES, family_of
 from helpers import MERGING
-from illava_hooks import merging, patch
+from illava_hooks import Method, merging, patch
+from illava_hooks.engine import attention_tap
+from illava_hooks.engine.attention_tap import EncoderTap
+from illava_hooks.merge.attention import as_mask, attend_with_lse
 from illava_hooks.merge.kernels.ops import closest_behind, match_behind, received_attention_varlen, row_lse_varlen
 from tiny_models import Sample, inputs_for, tiny_model
 
@@ -43,6 +47,81 @@ def test_scores_against_float64(width: int, groups: int, dtype: torch.dtype) -> 
         torch.testing.assert_close(lse.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         expected = oracle.received(query, key, LENGTHS, SCALE, given)
         torch.testing.assert_close(received.cpu().double(), expected, atol=1e-6, rtol=10 * TOLERANCE[dtype])
+
+
+#: What SDPA chooses among, on each kind of device; None: it chooses.
+OPERATORS = {
+    "cuda": [None, "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"],
+    "cpu": [None, "FLASH_ATTENTION"],
+}[DEVICE.type]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [64, 72, 80, 128])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.dtype) -> None:
+    """Bitwise SDPA's output, whichever operator it takes; the LSE against float64; and scores that are made of it."""
+    for num in (LENGTHS[1], 96, LENGTHS[3] if DEVICE.type == "cuda" else 33):
+        tables = [torch.randn(2, num, 4, width).to(dtype).transpose(1, 2) for _ in range(3)]
+        there: Any = [table.to(DEVICE) for table in tables]
+        for bias in (None, torch.randn(2, num).to(dtype)):
+            given = None if bias is None else bias.to(DEVICE)
+            mask = None if given is None else as_mask(given)
+            with sdpa_kernel(getattr(SDPBackend, kind)) if kind else nullcontext():
+                try:
+                    stock = torch.nn.functional.scaled_dot_product_attention(*there, mask, scale=SCALE)
+                except RuntimeError as error:  # "No available kernel"
+                    if kind is None or "ernel" not in str(error):
+                        raise
+                    if bias is None and num == 96:
+                        pytest.skip(f"{kind} has no kernel for {dtype} of width {width}")
+                    continue
+                found = attend_with_lse(*there, SCALE, given)
+            assert found is not None, "SDPA takes an operator whose LSE is not known"
+            mixed, lse = found
+            if kind == "CUDNN_ATTENTION" or kind is None:  # cuDNN plans anew for an LSE
+                torch.testing.assert_close(mixed, stock, atol=2e-2, rtol=2e-2)
+            else:
+                assert torch.equal(mixed, stock)
+            flat: Any = [table.transpose(1, 2).flatten(0, 1) for table in tables[:2]]
+            added = None if bias is None else bias.flatten()
+            expected = oracle.lse(*flat, [num, num], SCALE, added)
+            lent = lse.transpose(0, 1).flatten(1).contiguous()
+            torch.testing.assert_close(lent.cpu().double(), expected, atol=2e-3, rtol=2e-3)
+            if num != 96:  # kernels are tuned anew for other lengths, and that takes its time
+                continue
+            borders = oracle.borders_of([num, num]).to(DEVICE)
+            mine: Any = [table.to(DEVICE) for table in flat]
+            of_kernel = None if added is None else added.to(DEVICE)
+            received = received_attention_varlen(*mine, borders, SCALE, of_kernel, lent, lengths=[num, num])
+            expected = oracle.received(*flat, [num, num], SCALE, added)
+            torch.testing.assert_close(received.cpu().double(), expected, atol=1e-6, rtol=2e-2)
+
+
+@pytest.mark.parametrize("method", ["illava", "diverse", Method("lse", encoder_score="query_lse")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lent_lse_changes_nobody_who_stays(
+    family: str, method: str | Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the LSE of the attention that ran and with that of a kernel the same tokens merge."""
+    model = tiny_model(family).to(DEVICE)
+    session = patch(model, **MERGING, method=method, track=True)
+    inputs = on_device(inputs_for(model, [Sample(1, images=((64, 64), (48, 30)))]), torch.float32)
+    lent: list[bool] = []
+    inner = EncoderTap.row_lse
+    monkeypatch.setattr(EncoderTap, "row_lse", lambda tap: lent.append(inner(tap) is not None) or inner(tap))
+    found = []
+    for lends in (True, False):
+        if not lends:
+            monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
+        with torch.no_grad():
+            found.append((model(**inputs).logits, session.provenance.merges))
+    if DEVICE.type == "cuda":  # a CPU has no use for it where received attention is the score
+        assert any(lent) and not all(lent)
+    torch.testing.assert_close(found[0][0], found[1][0], atol=5e-4, rtol=1e-3)
+    for step, merged in found[0][1].items():
+        for one, other in zip(merged.images, found[1][1][step].images, strict=True):
+            assert torch.equal(one.seats, other.seats)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

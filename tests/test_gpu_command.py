@@ -107,7 +107,7 @@ def test_goals_are_told_apart(change: dict[str, Any], missed: list[str]) -> None
 
 def test_only_what_the_machine_lacks_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PACK", tmp_path)
-    for name in ("nobody_has_this-1.0", "torch-9.0", "transformers-5.24.0", "tokenizers-99.0"):
+    for name in ("nobody_has_this-1.0", "transformers-5.24.0", "tokenizers-99.0"):
         with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
     has = {"torch": "2.11.0+cu130", "transformers": "5.23.0", "tokenizers": "0.23.2"}
@@ -120,5 +120,18 @@ def test_only_what_the_machine_lacks_is_unpacked(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu.importlib.metadata, "version", version)
     assert gpu.unpack(tmp_path / "site") == ["nobody_has_this"]
     assert (tmp_path / "site" / "nobody_has_this" / "__init__.py").exists()
+    has["nobody_has_this"] = "0.9"  # what is packed wants the others as new as they are packed
+    assert gpu.unpack(tmp_path / "site") == ["nobody_has_this"]
     has["transformers"] = "5.17.0"  # stages cannot be timed apart there
     assert gpu.unpack(tmp_path / "site") == ["nobody_has_this", "tokenizers", "transformers"]
+
+
+def test_wheels_for_another_python_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PACK", tmp_path)
+    for tag in ("cp27-abi3", "py3-none", f"cp3{sys.version_info.minor}-cp3{sys.version_info.minor}"):
+        with zipfile.ZipFile(tmp_path / f"nobody_{tag[:4]}-1.0-{tag}-any.whl", "w") as wheel:
+            wheel.writestr("nobody/__init__.py", "")
+    assert len(gpu.unpack(tmp_path / "site")) == 3
+    (tmp_path / "compiled_one-1.0-cp27-cp27-any.whl").touch()
+    with pytest.raises(SystemExit, match="compiled_one.* is not for this Python, 3.*GPU_PACK_PYTHON=3"):
+        gpu.unpack(tmp_path / "site")

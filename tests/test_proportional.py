@@ -18,7 +18,7 @@ from illava_hooks.engine import attention_tap
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.merge import attention as blocks
-from illava_hooks.merge.attention import attend_and_receive
+from illava_hooks.merge.attention import SizeBias, attend_and_receive
 from illava_hooks.merge.scores import ScoreInputs, query_lse, received_attention
 from tiny_models import FAMILIES, tiny_model
 
@@ -47,7 +47,7 @@ def weighed(back_end: str, wanted: bool, *calls: list[Tensor], **kwargs: Any) ->
     """What a layer gives that listens with sizes, ``(S, N, H, D)`` as ``(S, H, N, D)``."""
     attend = {"sdpa": sdpa_attention_forward, "eager": siglip.eager_attention_forward}.get(back_end, kernel)
     score = received_attention if wanted else None
-    listener = EncoderTap(LENGTHS, ranks=True, score=score, log_sizes=SIZES.log().flatten())
+    listener = EncoderTap(LENGTHS, ranks=True, score=score, sizes=SizeBias(SIZES.log().flatten(), LENGTHS))
     layer = torch.nn.Identity().eval()
     found = [listener.attend(attend, layer, *call, scaling=8**-0.5, is_causal=False, **kwargs)[0] for call in calls]
     return torch.cat(found).transpose(1, 2)
@@ -85,7 +85,7 @@ class TestListening:
 @pytest.mark.parametrize("lengths", [(4, 32, 9), (16, 32, 7), (16, 9, 32)])
 def test_a_bias_starts_where_kernels_can_read_it(lengths: tuple[int, ...]) -> None:
     """At whole words of 16 elements, each row: SDPA itself copies only rows whose stride is another."""
-    listener = EncoderTap(lengths, ranks=False, log_sizes=torch.arange(1.0, 1 + sum(lengths)).log())
+    listener = EncoderTap(lengths, ranks=False, sizes=SizeBias(torch.arange(1.0, 1 + sum(lengths)).log(), lengths))
     seen: list[Tensor] = []
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any) -> tuple[Tensor, None]:
@@ -104,7 +104,7 @@ def test_one_row_of_all_segments(lengths: tuple[int, ...]) -> None:
     """As flash attention takes it, cut by lengths."""
     query, key, value = (torch.randn(1, 3, 8, 8) for _ in range(3))
     sizes = torch.tensor([1, 3, 2, 1, 4, 1, 1, 2])
-    listener = EncoderTap(lengths, ranks=True, log_sizes=sizes.log())
+    listener = EncoderTap(lengths, ranks=True, sizes=SizeBias(sizes.log(), lengths))
     borders = torch.tensor([0, *lengths]).cumsum(0)
     found, _ = listener.attend(kernel, torch.nn.Identity(), query, key, value, scaling=8**-0.5, cu_seq_lens_q=borders)
     for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
@@ -165,7 +165,7 @@ class TestInAModel:
 
         def tap(run: EncoderRun, layer_idx: int) -> EncoderTap:
             listener = inner(run, layer_idx)
-            seen[layer_idx] = listener.log_sizes is not None and bool(listener.log_sizes.max() > 0)
+            seen[layer_idx] = listener.sizes is not None and bool(listener.sizes.log_sizes.max() > 0)
             return listener
 
         monkeypatch.setattr(EncoderRun, "tap", tap)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from illava_hooks.errors import MergeConfigError
+from illava_hooks.merge.plan import Fold, SegmentPlan
+from illava_hooks.merge.rule_inputs import RuleInputs
 from illava_hooks.merge.rules import KEYLESS_RULES, RULES, MergeRule
 from illava_hooks.merge.scores import PLACE_SCORES, SCORES, Score, ScoreInputs
 
@@ -82,7 +85,9 @@ class Method:
     @property
     def rule(self) -> MergeRule:
         """The merge rule as a function, where ``merge`` may be its name."""
-        return RULES[self.merge] if isinstance(self.merge, str) else self.merge
+        if isinstance(self.merge, str):
+            return RULES[self.merge]
+        return self.merge if self.merge in RULES.values() else partial(_checked_rule, self.name, self.merge)
 
     @property
     def listens_in_encoder(self) -> bool:
@@ -136,6 +141,16 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
             f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
         )
     return found.float()
+
+
+def _checked_rule(name: str, rule: MergeRule, inputs: RuleInputs) -> SegmentPlan | Fold:
+    """What a rule of the user's decides, where it decides something."""
+    found = rule(inputs)
+    if not isinstance(found, SegmentPlan | Fold):
+        raise MergeConfigError(
+            f"the merge rule of method {name!r} returned {type(found).__name__}; return a SegmentPlan or a Fold"
+        )
+    return found
 
 
 def _listens(score: str | Score, rule: MergeRule) -> bool:

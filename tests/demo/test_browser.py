@@ -55,7 +55,7 @@ class Visitor:
 
     def _note(self, message: Any) -> None:
         if message.type == "error":
-            self.errors.append(message.text)
+            self.errors.append(f"{message.text} {message.location.get('url', '')}")
 
     def upload(self, *files: str | Path) -> None:
         self.page.set_input_files("#files input[type=file]", [str(file) for file in files])
@@ -172,9 +172,9 @@ def test_a_chat(visitor: Visitor) -> None:
     visitor.page.wait_for_selector("#map-picture img")
     visitor.ask(STAR[0])
     visitor.wait_for_chat(*TRIANGLES, *STAR)
-    assert "trained on single questions" in visitor.page.inner_text("#notes")
-    assert re.search(r"Prompt tokens\s+360\s+360", visitor.page.inner_text("#costs table")), "24 more than the first"
     visitor.page.wait_for_selector("#map-picture img")
+    assert "trained on single questions" in visitor.page.inner_text("#notes")
+    assert re.search(r"Prompt tokens\s+360\s+360", visitor.page.inner_text("#costs table")), "the turn before is in it"
     visitor.page.get_by_label("On", exact=True).check()
     visitor.page.click("#again")
     visitor.wait_for_chat(*TRIANGLES, STAR[0], STAR[2])
@@ -184,7 +184,7 @@ def test_a_chat(visitor: Visitor) -> None:
     visitor.ask(STAR[0])
     visitor.wait_for_chat(STAR[0], STAR[2])
     visitor.page.wait_for_selector("#map-picture img")
-    assert re.search(r"Prompt tokens\s+349", visitor.page.inner_text("#costs table"))
+    assert re.search(r"Prompt tokens\s+347", visitor.page.inner_text("#costs table"))
     visitor.page.get_by_role("button", name="Digits").click()
     visitor.wait_for_chat("is there a green digit ?", "With merging: yes")
 
@@ -283,7 +283,9 @@ def test_a_large_file(browser: Any, server: Server, tmp_path: Path) -> None:
     visitor.shoot("desktop-large-file")
     visitor.page.get_by_role("button", name="Scene").click()
     visitor.wait_for_chat(*TRIANGLES)
-    visitor.errors = [error for error in visitor.errors if "413" not in error]
+    # The page's script also asks, on a slow machine too late, how far the upload has come, and says what it got.
+    known = re.compile(r"413|404 .*/upload_progress|^Response http")
+    visitor.errors = [error for error in visitor.errors if not known.search(error)]
     visitor.leave()
 
 

@@ -93,12 +93,14 @@ def test_the_tower_is_that_of_the_surviving_blocks(rule: str) -> None:
     check_oracle(rule)
 
 
+@pytest.mark.parametrize("lends", [True, False])
 @pytest.mark.parametrize("rule", ["drop", "recycle"])
-def test_so_it_is_where_kernels_score(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On other devices one kernel scores the rows of all tiles, class tokens and all."""
-    for module in (scores, rules):
+def test_so_it_is_where_kernels_score(rule: str, lends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other devices one kernel scores the rows of all tiles, class tokens and all; with a lent LSE and without."""
+    for module in (scores, rules, attention_tap):
         monkeypatch.setattr(module, "takes", lambda device: True)
-    monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
+    if not lends:
+        monkeypatch.setattr(attention_tap, "_is_plain", lambda *_, **__: False)
     check_oracle(rule)
 
 

@@ -26,11 +26,15 @@ OPTIONS: dict[str, Any] = {"batch_size": 8, "max_new_tokens": 4, "llm_ratio": 0.
 
 
 class Noted(BatchAnswers):
-    """Leaves the number of its process in a folder with each batch, and takes its time, so that it can be killed."""
+    """Leaves the number of its process in a folder, and goes on when another one has: then one of them is killed."""
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
         found = super().__call__(batch)
-        (Path(os.environ["NOTES"]) / str(os.getpid())).touch()
+        notes = Path(os.environ["NOTES"])
+        (notes / str(os.getpid())).touch()
+        end = time.monotonic() + 300
+        while len(list(notes.iterdir())) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
         time.sleep(0.2)
         return {**found, "process": [os.getpid()] * len(found["question"])}
 
@@ -93,7 +97,7 @@ def test_an_actor_is_killed(notes: Path) -> None:
     killed: list[int] = []
 
     def kill_one() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             if len(at_work := sorted(notes.iterdir())) >= 2:
                 os.kill(int(at_work[0].name), signal.SIGKILL)

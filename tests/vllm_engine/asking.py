@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from illava_hooks import patch, unpatch
+from illava_hooks.integrations.vllm import SUPPORTED, version_of
 from illava_hooks.tools.items import Item
 
 NEW_TOKENS = 6
@@ -53,8 +55,9 @@ def request_of(processor: Any, item: Item, arguments: Mapping[str, Any] | None =
 
 
 def timed(processor: Any) -> bool:
-    """Whether a model is told when the frames of a video were taken."""
-    return type(processor).__name__ in ("Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+    """Whether a model is told when the frames of a video were taken; Qwen2.5-VL is not in vLLM 0.29."""
+    name, oldest = type(processor).__name__, version_of(vllm.__version__) == SUPPORTED[0]
+    return name == "Qwen3VLProcessor" or (name == "Qwen2_5_VLProcessor" and not oldest)
 
 
 def clock(frames: Any) -> dict[str, Any]:

@@ -71,6 +71,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             "text_config": {
                 **TEXT,
                 "head_dim": 32,
+                "architectures": ["Qwen3ForCausalLM"],  # without it stock vLLM 0.29 does not start on a CPU
                 "rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
             },
             "vision_config": {**VISION, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1, 4]},

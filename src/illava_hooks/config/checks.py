@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from numbers import Integral, Real
 
 from illava_hooks.errors import MergeConfigError
+from illava_hooks.methods import METHODS
 
 __all__ = ["check_keep", "check_layers", "check_ratio", "check_vit_r"]
 
@@ -25,7 +26,8 @@ def check_layers(name: str, value: object, first: int, depth: int | None, origin
     """
     allowed = f"{first}..{depth - 1}" if depth is not None else f"{first} and above"
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise MergeConfigError(f"{name} is {value!r}; give a list of layer numbers in {allowed}")
+        hint = f", or method={value!r}" if isinstance(value, str) and value in METHODS else ""
+        raise MergeConfigError(f"{name} is {value!r}; give a list of layer numbers in {allowed}{hint}")
     layers = []
     for given in value:
         layer = _number(given)

@@ -37,7 +37,7 @@ table.costs :is(th[scope=row], thead td) { text-align: left; color: var(--body-t
 table.costs thead th { font-weight: 600; }
 #preview :is(.gallery-container, .grid-wrap) { min-height: 0; height: auto; max-height: 9.5rem; }
 #preview .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-table.costs tr.short :is(th, td) { opacity: .55; }
+table.costs tr.short :is(th, td) { opacity: .65; }
 .hint { color: var(--body-text-color-subdued); margin: .3rem 0; }
 #headline .ratios { font-size: 1.15rem; font-weight: 600; margin: 0; }
 @media (max-width: 900px) {
@@ -47,6 +47,8 @@ table.costs tr.short :is(th, td) { opacity: .55; }
 }
 #chat .message { padding: .4rem .75rem; }
 #chat .message-wrap { padding: .6rem; }
+#chat :is(.placeholder, .placeholder-content) { background: none; }
+#chat .placeholder { padding: 1rem; text-align: center; }
 #chat .message-row { margin: .25rem 0; }
 :is(#notes, #headline, #costs) .html-container { padding: 0; }
 #chat button[aria-label="Clear"] { display: none; }

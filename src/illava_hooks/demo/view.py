@@ -180,7 +180,7 @@ def _time(seconds: float) -> str:
 
 
 def _work(flops: float) -> str:
-    return f"{flops / 1e9:,.3g} GFLOP" if flops < 1e12 else f"{flops / 1e12:,.2f} TFLOP"
+    return f"{flops / 1e9:,.2f} GFLOP" if flops < 1e12 else f"{flops / 1e12:,.2f} TFLOP"
 
 
 def _bytes(count: float) -> str:

@@ -27,10 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from illava_hooks.engine.regions import ATTENTION, region
 from illava_hooks.errors import PatchStateError
-from illava_hooks.merge.attention import as_mask, attend_and_receive, attend_with_lse
+from illava_hooks.merge.attention import SizeBias, as_mask, attend_and_receive, attend_with_lse
 from illava_hooks.merge.kernels.devices import takes
 from illava_hooks.merge.scores import Score, received_attention
-from illava_hooks.merge.segments import Segments, host_table, in_words
+from illava_hooks.merge.segments import Segments, host_table
 
 __all__ = [
     "Attention",
@@ -212,8 +212,8 @@ class EncoderTap:
     """Listens to the attention of an encoder layer: for queries and keys, and for what scores are made of.
 
     Attributes:
-        log_sizes: ``(P,)`` float32, what is added to the logits of each key, or None. Every back-end can be
-            weighed: one that takes no bias gives way to SDPA in this layer.
+        sizes: what is added to the logits of each key, or None. Every back-end can be weighed: one that takes no
+            bias gives way to SDPA in this layer.
         received: for each call that the blocked attention answered, ``(S, N)`` float32 received attention.
         scale: factor of the attention logits, as the layer gave it.
     """
@@ -224,7 +224,7 @@ class EncoderTap:
         *,
         ranks: bool,
         score: Score | None = None,
-        log_sizes: Tensor | None = None,
+        sizes: SizeBias | None = None,
     ) -> None:
         """Listens to a layer.
 
@@ -232,21 +232,19 @@ class EncoderTap:
             lengths: tokens of each segment, in order.
             ranks: whether queries and keys are asked for afterwards; else they are not kept alive.
             score: one of ``ATTENTION_SCORES`` that shall fall out of the attention itself, where it can; else None.
-            log_sizes: as the attribute.
+            sizes: as the attribute.
         """
-        self.lengths, self.ranks, self.score, self.log_sizes = lengths, ranks, score, log_sizes
+        self.lengths, self.ranks, self.score, self.sizes = lengths, ranks, score, sizes
         self.received: list[Tensor] = []
         self.scale = 1.0
         self._heard: list[tuple[Tensor, Tensor]] = []
         self._lse: list[Tensor] = []
-        self._sizes: Tensor | None = None
-        self._rows: Tensor | None = None
         self._seen = self._segment = 0
 
     @property
     def bias(self) -> Tensor | None:
-        """``(P,)``, ``log_sizes`` as the attention added them: in half precision rounded."""
-        return self.log_sizes if self._sizes is None else self._sizes
+        """``(P,)``, as the attention added it: in half precision rounded."""
+        return None if self.sizes is None else self.sizes.flat(self._heard[0][1])
 
     def row_lse(self) -> Tensor | None:
         """``(H, P)`` float32 of all tokens; None: some call was answered by an attention that gives none."""
@@ -292,7 +290,7 @@ class EncoderTap:
         """As ``Listener``; calls come in the order of the segments."""
         self.hear(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         plain = attention is sdpa_attention_forward and _is_plain(module, query, key, value, attention_mask, **kwargs)
-        bias = None if self.log_sizes is None else self._bias(self.log_sizes, key)
+        bias = None if self.sizes is None else self._bias(self.sizes, key)
         # In training the first pass of a reentrant checkpoint has no gradients, and must compute what its replay will.
         if self.score is not None and plain and not module.training:
             mixed = self._attend_for(self.score, query, key, value, bias)
@@ -336,18 +334,14 @@ class EncoderTap:
         self._lse.append(lse.transpose(0, 1).flatten(1))
         return mixed
 
-    def _bias(self, sizes: Tensor, key: Tensor) -> Tensor:
-        """``(S, N)``: the next tokens' logarithms of sizes, in the type of the keys; cast once for all calls."""
-        if self._sizes is None:
-            self._sizes = sizes.to(key)
+    def _bias(self, sizes: SizeBias, key: Tensor) -> Tensor:
+        """``(S, N)``: the next tokens' logarithms of sizes, in the type of the keys."""
         calls, num = len(key), key.shape[2]
         first, self._seen = self._seen, self._seen + calls * num
         segment, self._segment = self._segment, self._segment + calls
         if list(self.lengths[segment : self._segment]) == [num] * calls:
-            # CUDA kernels refuse a bias that starts between 16-byte words, and SDPA would copy one that ends there.
-            self._rows = in_words(self._sizes, self.lengths) if self._rows is None else self._rows
-            return self._rows[segment : self._segment, :num]
-        bias = self._sizes[first : self._seen].view(calls, num)
+            return sizes.rows(key)[segment : self._segment, :num]
+        bias = sizes.flat(key)[first : self._seen].view(calls, num)
         return bias.clone() if first % 16 and not num % 16 else bias
 
     def _by_segments(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.session import MergeSession
 from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.errors import PatchStateError
+from illava_hooks.merge.attention import SizeBias
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RuleInputs
 from illava_hooks.merge.scores import ATTENTION_SCORES, PLACE_SCORES
@@ -173,24 +174,27 @@ class EncoderRun:
     def tap(self, layer_idx: int) -> EncoderTap | None:
         """What listens to the attention of a layer that merges or weighs; None: it has nothing to tell."""
         merges, prefix = self.merges_before(layer_idx), self.traits.prefix
-        log_sizes = self._log_sizes(merges)
-        if log_sizes is None and not self._listens:
-            return None
         lengths = [n * self.traits.patches_per_unit + prefix for n in self.segments[merges].lengths]
+        sizes = self._size_bias(merges, lengths)
+        if sizes is None and not self._listens:
+            return None
         ranks = self._listens and self.merges_in(layer_idx) and len(self.plans) == merges  # a replay finds the plan
         removes = ranks and self.segments[merges].lengths != self.segments[merges + 1].lengths
         # Padding attends, but no score gets to see it.
         falls_out = removes and self.padding is None and self.score in ATTENTION_SCORES
-        return EncoderTap(lengths, ranks=ranks, score=self.score if falls_out else None, log_sizes=log_sizes)
+        return EncoderTap(lengths, ranks=ranks, score=self.score if falls_out else None, sizes=sizes)
 
-    def _log_sizes(self, merges: int) -> Tensor | None:
-        """``(P,)`` float32, what a proportional method adds to the logits of each key, or None; 0 for the prefix."""
+    def _size_bias(self, merges: int, lengths: Sequence[int]) -> SizeBias | None:
+        """What a proportional method adds to the logits of each key, or None; 0 for the prefix."""
         if not merges or not self.session.config.method.proportional:
             return None
-        sizes, unit, prefix = self.states[merges].token_size.log(), self.traits.patches_per_unit, self.traits.prefix
-        if unit > 1:
-            sizes = sizes.repeat_interleave(unit, dim=1)
-        return (torch.nn.functional.pad(sizes, (prefix, 0)) if prefix else sizes).flatten()
+        state, unit, prefix = self.states[merges], self.traits.patches_per_unit, self.traits.prefix
+        if state.size_bias is None:
+            sizes = state.token_size.log()
+            sizes = sizes.repeat_interleave(unit, dim=1) if unit > 1 else sizes
+            padded = torch.nn.functional.pad(sizes, (prefix, 0)) if prefix else sizes
+            state.size_bias = SizeBias(padded.flatten(), lengths)
+        return state.size_bias
 
     def check_finished(self) -> None:
         """Every planned merge ran.

@@ -72,11 +72,10 @@ def unit_scores(layer: ScoredLayer, tap: EncoderTap) -> Tensor:
         flat = torch.cat([table.flatten() for table in tap.received])
         return without_prefix(flat, layer.num_rows, prefix).view(-1, unit).mean(-1)
     query, key = tap.heads()
-    pooled = 1 if prefix else unit  # what stands in front of a row belongs to no unit
-    packed = packed_scores(layer.score, query, key, rows, tap.scale, tap.bias, pooled, tap.row_lse())
+    where = {"unit": unit, "rows": layer.num_rows if prefix else 1, "prefix": prefix}
+    packed = packed_scores(layer.score, query, key, rows, tap.scale, tap.bias, lse=tap.row_lse(), **where)
     if packed is not None:
-        flat = without_prefix(packed, layer.num_rows, prefix)
-        return flat if pooled == unit else flat.view(-1, unit).mean(-1)
+        return packed
     place = layer.places()
     scores = torch.empty(len(place) // unit, dtype=torch.float32, device=key.device)
     for length, numbers in buckets(segments.lengths).items():

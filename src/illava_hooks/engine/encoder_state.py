@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from illava_hooks.merge.attention import SizeBias
+
 __all__ = ["EncoderState", "Visible"]
 
 
@@ -21,6 +23,7 @@ class EncoderState:
         sources: sparse ``(B * K, B * M)`` weights of the original units, if tracked.
         windows: borders of the traits' windows among the survivors, once a layer has asked for them.
         rope: the tables of all tokens that a layer was given, and what the survivors need of them.
+        size_bias: what a proportional method adds to their attention logits, once a layer has asked for it.
     """
 
     origins: Tensor
@@ -29,6 +32,7 @@ class EncoderState:
     sources: Tensor | None = None
     windows: Tensor | None = None
     rope: tuple[Any, Any] | None = None
+    size_bias: SizeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)

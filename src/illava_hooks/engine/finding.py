@@ -40,9 +40,10 @@ def find_family(model: Any) -> Family:
         if kind in family.model_types:
             return family
     supported = sorted(model_type for family in families() for model_type in family.model_types)
+    loaded = "loaded with from_pretrained, " if isinstance(model, str) else ""
     raise UnsupportedModelError(
         f"model is a {type(model).__name__} with model_type {kind!r}; supported are {supported}: give one of those "
-        "Hugging Face models, or the ...Model inside"
+        f"Hugging Face models, {loaded}or the ...Model inside"
     )
 
 

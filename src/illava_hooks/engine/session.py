@@ -121,8 +121,8 @@ class MergeSession:
         The model is asked twice, outside of any forward of yours; report, provenance and settings stay as they are.
 
         Args:
-            pictures: a picture (PIL) or several in one prompt, the frames ``(F, H, W, 3)`` of a video, or the path of
-                an image, a folder or a video.
+            pictures: a picture (PIL, or an array ``(H, W, 3)``), several PIL pictures in one prompt, the frames
+                ``(F, H, W, 3)`` of a video, or the path of an image, a folder or a video.
             question: what is asked: it decides what the language model keeps. None: a general question.
             processor: the model's; None: loaded from where the model was loaded.
 

@@ -6,14 +6,16 @@ head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-__all__ = ["as_mask", "attend_and_receive", "attend_with_lse"]
+from illava_hooks.merge.segments import in_words
+
+__all__ = ["SizeBias", "as_mask", "attend_and_receive", "attend_with_lse"]
 
 #: Elements of one block of the attention map (4 MB in float32).
 BLOCK_ELEMENTS = 1 << 20
@@ -98,6 +100,39 @@ def attend_with_lse(
 def as_mask(bias: Tensor) -> Tensor:
     """``(S, N)`` as ``(S, 1, 1, N)``, whose strides are those of the rows: SDPA copies what seems to lie askew."""
     return bias.as_strided((len(bias), 1, 1, bias.shape[1]), (*[bias.stride(0)] * 3, bias.stride(1)))
+
+
+class SizeBias:
+    """Logarithms of sizes in the forms in which attentions add them to the logits of each key.
+
+    Each is made once for all layers that are given the same sizes.
+
+    Attributes:
+        log_sizes: ``(P,)`` float32, of the tokens of all segments.
+        lengths: tokens of each segment.
+    """
+
+    def __init__(self, log_sizes: Tensor, lengths: Sequence[int]) -> None:
+        """Makes nothing yet."""
+        self.log_sizes, self.lengths = log_sizes, lengths
+        self._flat: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    def flat(self, key: Tensor) -> Tensor:
+        """``(P,)`` in the type of the keys and where they are: in half precision rounded."""
+        if self._flat is None or (self._flat.dtype, self._flat.device) != (key.dtype, key.device):
+            self._flat, self._rows = self.log_sizes.to(key), None
+        return self._flat
+
+    def rows(self, key: Tensor) -> Tensor:
+        """The same as ``(S, L)``, where kernels can read it.
+
+        Those of CUDA refuse a bias that starts between two 16-byte words, and SDPA copies one that ends there.
+        """
+        flat = self.flat(key)
+        if self._rows is None:
+            self._rows = in_words(flat, self.lengths)
+        return self._rows
 
 
 _Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Any]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.kernels.devices import takes
-from illava_hooks.merge.segments import borders
+from illava_hooks.merge.segments import borders, unit_means
 
 __all__ = [
     "ATTENTION_SCORES",
@@ -121,6 +121,8 @@ def packed_scores(
     bias: Tensor | None,
     unit: int = 1,
     lse: Tensor | None = None,
+    rows: int = 1,
+    prefix: int = 0,
 ) -> Tensor | None:
     """The scores of all segments at once where a kernel gives them; None: each length goes through ``score``.
 
@@ -133,12 +135,14 @@ def packed_scores(
         bias: ``(P,)`` of any type, added to the logits of each key in float32; or None.
         unit: neighbours whose mean is asked for.
         lse: ``(H, P)`` float32 of the attention that ran, so that it is not computed again; None: it gave none.
+        rows: equal rows that the tokens lie in.
+        prefix: tokens in front of each row, which attend and are not ranked.
 
     Returns:
         ``(P / unit,)`` float32, or None.
     """
     if score is query_lse and lse is not None:
-        return lse.view(query.shape[1], -1, unit).mean((0, 2))
+        return unit_means(lse, unit, rows, prefix)
     if score not in ATTENTION_SCORES or not takes(key.device):
         return None
     from illava_hooks.merge.kernels.ops import received_attention_varlen, row_lse_varlen
@@ -150,8 +154,8 @@ def packed_scores(
         "lengths": lengths,
     }
     if score is query_lse:
-        return row_lse_varlen(query, key, **packing).view(query.shape[1], -1, unit).mean((0, 2))
-    return received_attention_varlen(query, key, **packing, lse=lse, unit=unit)
+        return unit_means(row_lse_varlen(query, key, **packing), unit, rows, prefix)
+    return received_attention_varlen(query, key, **packing, lse=lse, unit=unit, rows=rows, prefix=prefix)
 
 
 def last_query_attention(inputs: ScoreInputs) -> Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "repeated",
     "right_align",
     "scatter_back",
+    "unit_means",
 ]
 
 
@@ -277,3 +278,16 @@ def scatter_back(survivors: Tensor, kept_at: Tensor) -> Tensor:
     """
     index = kept_at.reshape(*kept_at.shape, *([1] * (survivors.dim() - 2)))
     return survivors.gather(1, index.expand(*kept_at.shape, *survivors.shape[2:]))
+
+
+def unit_means(per_head: Tensor, unit: int, rows: int = 1, prefix: int = 0) -> Tensor:
+    """The mean over heads and over the neighbours of a unit, ``(P / unit,)``, of ``(H, P)``.
+
+    Args:
+        per_head: a number for each head and token.
+        unit: tokens of a unit.
+        rows: equal rows that the tokens lie in.
+        prefix: tokens in front of each row, which belong to no unit and are left out.
+    """
+    tokens = per_head.view(len(per_head), rows, -1)[..., prefix:]
+    return tokens.reshape(len(per_head), rows, -1, unit).mean((0, 3)).flatten()

@@ -73,11 +73,13 @@ def media_of(pictures: Any) -> Media:
     if isinstance(pictures, np.ndarray) and pictures.ndim == 4 and pictures.shape[-1] == 3:
         frames = tuple(Image.fromarray(frame.astype(np.uint8)) for frame in pictures)
         return Media("video", ("video",), frames, tuple(map(float, range(len(frames)))))
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 3 and pictures.shape[-1] == 3:
+        pictures = Image.fromarray(pictures.astype(np.uint8))
     given = list(pictures) if isinstance(pictures, Sequence) else [pictures]
     if not given or not all(isinstance(one, Image.Image) for one in given):
         raise InputError(
-            f"pictures is a {type(pictures).__name__}; give a PIL picture, a list of them, frames (F, H, W, 3), or "
-            "the path of an image, a folder or a video"
+            f"pictures is a {type(pictures).__name__}; give a PIL picture or an array (H, W, 3), a list of pictures, "
+            "frames (F, H, W, 3), or the path of an image, a folder or a video"
         )
     return Media("image", tuple(f"image {number}" for number in range(1, len(given) + 1)), tuple(map(to_rgb, given)))
 

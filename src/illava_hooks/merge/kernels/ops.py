@@ -17,6 +17,7 @@ from torch import Tensor
 
 from illava_hooks.merge.kernels import blocks
 from illava_hooks.merge.kernels.devices import uses_triton
+from illava_hooks.merge.segments import unit_means
 
 __all__ = ["closest_behind", "match_behind", "received_attention_varlen", "row_lse_varlen"]
 
@@ -36,6 +37,8 @@ def received_attention_varlen(
     lengths_q: Sequence[int] = (),
     causal: bool = False,
     unit: int = 1,
+    rows: int = 1,
+    prefix: int = 0,
 ) -> Tensor:
     """Mean over heads and queries of the attention that each token receives inside its segment: ``(P / unit,)``.
 
@@ -53,12 +56,14 @@ def received_attention_varlen(
         lengths_q: the same as lengths on the host.
         causal: whether a query sees only keys up to its own; the last query and the last key of a segment meet.
         unit: neighbours whose mean is asked for.
+        rows: equal rows that the tokens lie in.
+        prefix: tokens in front of each row, which are left out of what is returned.
     """
     query_borders = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     counts = lengths if cu_seqlens_q is None else lengths_q
     _check(query, key, query_borders)
     per_head: Tensor = _column_means(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, lse, causal)
-    return per_head.view(len(per_head), -1, unit).mean((0, 2))
+    return unit_means(per_head, unit, rows, prefix)
 
 
 def row_lse_varlen(
