@@ -63,38 +63,39 @@ def test_an_attention_lends_its_lse(kind: str | None, width: int, dtype: torch.d
     """Bitwise SDPA's output, whichever operator it takes; the LSE against float64; and scores that are made of it."""
     for num in (LENGTHS[1], 96, LENGTHS[3] if DEVICE.type == "cuda" else 33):
         tables = [torch.randn(2, num, 4, width).to(dtype).transpose(1, 2) for _ in range(3)]
-        there: Any = [table.to(DEVICE) for table in tables]
+        first, second, third = (table.to(DEVICE) for table in tables)
         for bias in (None, torch.randn(2, num).to(dtype)):
             given = None if bias is None else bias.to(DEVICE)
             mask = None if given is None else as_mask(given)
             with sdpa_kernel(getattr(SDPBackend, kind)) if kind else nullcontext():
                 try:
-                    stock = torch.nn.functional.scaled_dot_product_attention(*there, mask, scale=SCALE)
+                    stock = torch.nn.functional.scaled_dot_product_attention(first, second, third, mask, scale=SCALE)
                 except RuntimeError as error:  # "No available kernel"
                     if kind is None or "ernel" not in str(error):
                         raise
                     if bias is None and num == 96:
                         pytest.skip(f"{kind} has no kernel for {dtype} of width {width}")
                     continue
-                found = attend_with_lse(*there, SCALE, given)
+                found = attend_with_lse(first, second, third, SCALE, given)
             assert found is not None, "SDPA takes an operator whose LSE is not known"
             mixed, lse = found
             if kind == "CUDNN_ATTENTION" or kind is None:  # cuDNN plans anew for an LSE
                 torch.testing.assert_close(mixed, stock, atol=2e-2, rtol=2e-2)
             else:
                 assert torch.equal(mixed, stock)
-            flat: Any = [table.transpose(1, 2).flatten(0, 1) for table in tables[:2]]
+            query, key = (table.transpose(1, 2).flatten(0, 1) for table in tables[:2])
             added = None if bias is None else bias.flatten()
-            expected = oracle.lse(*flat, [num, num], SCALE, added)
+            expected = oracle.lse(query, key, [num, num], SCALE, added)
             lent = lse.transpose(0, 1).flatten(1).contiguous()
             torch.testing.assert_close(lent.cpu().double(), expected, atol=2e-3, rtol=2e-3)
             if num != 96:  # kernels are tuned anew for other lengths, and that takes its time
                 continue
             borders = oracle.borders_of([num, num]).to(DEVICE)
-            mine: Any = [table.to(DEVICE) for table in flat]
             of_kernel = None if added is None else added.to(DEVICE)
-            received = received_attention_varlen(*mine, borders, SCALE, of_kernel, lent, lengths=[num, num])
-            expected = oracle.received(*flat, [num, num], SCALE, added)
+            received = received_attention_varlen(
+                query.to(DEVICE), key.to(DEVICE), borders, SCALE, of_kernel, lent, lengths=[num, num]
+            )
+            expected = oracle.received(query, key, [num, num], SCALE, added)
             torch.testing.assert_close(received.cpu().double(), expected, atol=1e-6, rtol=2e-2)
 
 
