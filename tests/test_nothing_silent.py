@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single
+from decode_helpers import IMAGE, IMAGES, RICHEST, SETTINGS, TEXT, patched, single, stock_keeps_images_apart
 from families import families, family_of
 from helpers import (
     assert_differ,
@@ -138,8 +138,10 @@ def switched_off(model: Any, inputs: Inputs) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_said_where_all_is_well(family: str, use: str, caplog: pytest.LogCaptureFixture) -> None:
     model = patched(family)
+    # Where stock mixes a prompt's images among beams, merging is refused.
+    several = use != "beams" or stock_keeps_images_apart(family)
     with torch.no_grad():
-        FINE[use](model, single(model, IMAGES))
+        FINE[use](model, single(model, IMAGES if several else IMAGE))
     assert said(caplog) == []
 
 

@@ -166,6 +166,8 @@ class Family:
         closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
             rounded to float32 depends on the rows beside.
         waits_in_layers: Operations that wait for the device inside layers beyond stock's, in each call of the encoder.
+        list_carries_run: Whether the list of encoder layers is what hands the run on, since the stock tower calls them
+            without its keyword arguments: who replaces the list behind `patch` is told to patch again.
         back_ends: Attention back-ends that the stock model offers on a CPU.
 
         carries_state: Whether some decoder layers carry a state along, from which nothing can be taken back, as in
@@ -240,6 +242,7 @@ class Family:
     rounding: ClassVar[int] = 1
     closest: ClassVar[float] = 0.0
     waits_in_layers: ClassVar[Mapping[str, int]] = {}
+    list_carries_run: ClassVar[bool] = False
     back_ends: ClassVar[tuple[str, ...]] = ("eager", "sdpa")
 
     carries_state: ClassVar[bool] = False

@@ -17,6 +17,7 @@ class GlmOcr(Glm4V):
 
     title = "GLM-OCR"
     model_class = GlmOcrForConditionalGeneration
+    list_carries_run = True
     suites = {"GlmOcr": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False, unpatched=WITHOUT_IDS)}
     shapes = {"glm-ocr": 0.92}
     stock_modules = ("glm_ocr.modeling_glm_ocr",)
