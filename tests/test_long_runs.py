@@ -107,7 +107,7 @@ def test_many_generations(family: str, track: bool) -> None:
         with merging(model, number % 11 != 0):
             model.generate(**prompts[number % len(prompts)], max_new_tokens=2, **way)
 
-    warm_up = len(prompts) * len(WAYS)  # every prompt in every way
+    warm_up = len(BATCHES) * len(WAYS)  # every prompt in every way, and some of them switched off
     for number in range(warm_up):
         call(number)
     hooks, tensors, memory = hooks_of(model), live_tensors(), resident()
