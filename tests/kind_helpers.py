@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 
 from families import family_of
 from helpers import Found, assert_says, forward
-from illava_hooks import PatchStateError, UnsupportedModelError
-from tiny_models import Inputs
+from illava_hooks import PatchStateError, UnsupportedModelError, patch
+from tiny_models import Inputs, Sample, inputs_for
 
 #: What forwards and `generate` of this release call the cache.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -87,3 +87,22 @@ def feed(model: Any, cache: Any, ids: Tensor, start: Tensor, mask: Tensor | None
     where = family_of(model).spread(start[:, None] + torch.arange(ids.shape[1]))
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=where, **{CACHE: cache}).logits
+
+
+def assert_balancing_loss_is_stocks(model: Any, sample: Sample, settings: Mapping[str, Any]) -> None:
+    """Of a mixture of experts, where nothing is removed: its routers see what they see in stock.
+
+    Args:
+        model: as it comes; it is patched.
+        sample: with an image.
+        settings: that merge.
+    """
+    inputs = inputs_for(model, [sample])
+    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
+    stock = model(**asked)
+    session = patch(model, **{**settings, "vit_r": 1e-4, "llm_ratio": 0.9999})
+    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
+    assert session.report.kept_fraction == 1
+    # Rows are laid out anew, and the loss would leave out others than padding.
+    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
+        model(**inputs_for(model, [sample, Sample(5, text=(4,))], "right"), output_router_logits=True)

@@ -18,6 +18,7 @@ from illava_hooks import Method, PatchStateError, UnsupportedModelError, merging
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.engine.records import records_of
 from illava_hooks.patchers.glm4v import Glm4V
+from kind_helpers import assert_balancing_loss_is_stocks
 from tiny_models import IMAGE_ID, Sample, build, inputs_for, padded, tiny_model
 from unit_oracle import merged
 
@@ -229,17 +230,7 @@ def test_a_balancing_loss_is_refused_in_a_call_that_merges(layers: dict[str, Any
 @torch.no_grad()
 def test_a_balancing_loss_is_stocks_where_nothing_is_removed() -> None:
     """Routers see what they see in stock, though every layer that could merge is in place."""
-    model = mixture()
-    inputs = inputs_for(model, [Sample(1, images=((24, 32),))])
-    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
-    stock = model(**asked)
-    session = patch(model, **SETTINGS | {"vit_r": 1e-4, "llm_ratio": 0.9999})
-    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
-    assert session.report.kept_fraction == 1
-    # Rows are laid out anew, and the loss would leave out others than padding.
-    ragged = inputs_for(model, [Sample(1, images=((24, 32),)), Sample(5, text=(4,))], "right")
-    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
-        model(**ragged, output_router_logits=True)
+    assert_balancing_loss_is_stocks(mixture(), Sample(1, images=((24, 32),)), SETTINGS)
 
 
 def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:

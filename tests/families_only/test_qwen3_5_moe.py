@@ -26,8 +26,9 @@ from helpers import PROMPTS, assert_same, assert_says, everything, needs_ready_f
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.engine import decoder
 from illava_hooks.patchers import qwen3_5
+from kind_helpers import assert_balancing_loss_is_stocks
 from reference_checks import SAMPLES, check_forward
-from tiny_models import Sample, build, inputs_for, tiny_model
+from tiny_models import build, inputs_for, tiny_model
 
 NAME = "qwen3_5"
 IN_TURN: dict[str, Any] = EXPERTS | {"layer_types": [LINEAR, FULL] * 2}
@@ -186,17 +187,7 @@ def test_a_balancing_loss_is_refused_in_a_call_that_merges(settings: dict[str, A
 @torch.no_grad()
 def test_a_balancing_loss_is_stocks_where_nothing_is_removed() -> None:
     """Routers see what they see in stock, though every layer that could merge is in place."""
-    model = tiny_model(NAME)
-    inputs = inputs_for(model, [SAMPLES["image"]])
-    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
-    stock = model(**asked)
-    session = patch(model, **MERGING | {"vit_r": 1e-4, "llm_ratio": 0.9999})
-    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
-    assert session.report.kept_fraction == 1
-    # Rows are laid out anew, and the loss would leave out others than padding.
-    ragged = inputs_for(model, [SAMPLES["image"], Sample(5, text=(4,))], "right")
-    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
-        model(**ragged, output_router_logits=True)
+    assert_balancing_loss_is_stocks(tiny_model(NAME), SAMPLES["image"], MERGING)
 
 
 def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:

@@ -27,8 +27,9 @@ from helpers import PROMPTS, VISUAL, assert_same, assert_says, everything, needs
 from illava_hooks import METHODS, PatchStateError, UnsupportedModelError, merging, patch, session_of
 from illava_hooks.patchers import qwen3_vl
 from illava_hooks.tools.bench import Workload, build_shape, build_workload, compare
+from kind_helpers import assert_balancing_loss_is_stocks
 from reference_checks import RULES, SAMPLES, SETTINGS, check_forward
-from tiny_models import Sample, build, inputs_for, tiny_model
+from tiny_models import build, inputs_for, tiny_model
 
 NAME = "qwen3_vl"
 #: One layer without experts.
@@ -196,17 +197,7 @@ def test_a_balancing_loss_is_refused_in_a_call_that_merges(settings: dict[str, A
 @torch.no_grad()
 def test_a_balancing_loss_is_stocks_where_nothing_is_removed() -> None:
     """Routers see what they see in stock, though every layer that could merge is in place."""
-    model = tiny_model(NAME)
-    inputs = inputs_for(model, [SAMPLES["image"]])
-    asked = {**inputs, "output_router_logits": True, "labels": inputs["input_ids"]}
-    stock = model(**asked)
-    session = patch(model, **SETTINGS | {"vit_r": 1e-4, "llm_ratio": 0.9999})
-    assert torch.equal(stock.aux_loss, model(**asked).aux_loss)
-    assert session.report.kept_fraction == 1
-    # Rows are laid out anew, and the loss would leave out others than padding.
-    ragged = inputs_for(model, [SAMPLES["image"], Sample(5, text=(4,))], "right")
-    with pytest.raises(PatchStateError, match="^output_router_logits is True"):
-        model(**ragged, output_router_logits=True)
+    assert_balancing_loss_is_stocks(tiny_model(NAME), SAMPLES["image"], SETTINGS)
 
 
 def test_a_balancing_loss_by_default_is_refused_by_patch() -> None:
