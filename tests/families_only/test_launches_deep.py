@@ -64,4 +64,5 @@ def test_a_whole_prefill_has_a_budget(family: str, method: str) -> None:
         assert ours.launches["illava::column_means"] + ours.launches["illava::most_similar"] > 0
         assert ours.total <= 1.15 * stock.total + 200, (ours.total, stock.total)
         totals.append(ours.total - stock.total)
-    assert family == "llava_onevision" or len(set(totals)) == 1, totals
+    # One more for sizes whose number is no multiple of what kernels of attention want.
+    assert family == "llava_onevision" or max(totals) - min(totals) <= 1, totals
