@@ -181,6 +181,14 @@ class TestTap:
             layer(*tables(1, 2, 4, 8), mask=torch.zeros(1, 1, 4, 4))
         assert listener.row_lse() is None
 
+    def test_hears_what_another_engine_attends_with(self) -> None:
+        """Which says no lengths, and lends no LSE."""
+        listener = EncoderTap([], ranks=True)
+        query, key, _ = tables(1, 2, 9, 8)
+        listener.hear(query, key, 0.3)
+        assert listener.row_lse() is None
+        assert torch.equal(listener.keys(), key[0].transpose(0, 1))
+
     @pytest.mark.parametrize(
         "settings", [{"is_causal": True}, {"mask": torch.zeros(2, 1, 9, 9)}, {"dropout": 0.5}, {"training": True}]
     )

@@ -248,8 +248,8 @@ class EncoderTap:
 
     def row_lse(self) -> Tensor | None:
         """``(H, P)`` float32 of all tokens; None: some call was answered by an attention that gives none."""
-        if sum(table.shape[1] for table in self._lse) != sum(self.lengths):
-            return None
+        if not self._lse or sum(table.shape[1] for table in self._lse) != sum(self.lengths):
+            return None  # who only hears what another engine attends with knows no lengths
         lse = self._lse[0] if len(self._lse) == 1 else torch.cat(self._lse, 1)
         return lse.contiguous()
 
