@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -315,3 +316,13 @@ def test_the_example(
     vllm_offline.main()
     said = re.search(r"scene.png: (\d+) tokens, merged (\d+)", capsys.readouterr().out)
     assert said is not None and int(said[1]) > int(said[2])
+
+
+def test_items_of_warm_up_stand_apart() -> None:
+    """Of an image and a video that touch the processor refuses to tell positions."""
+    from illava_hooks.integrations.vllm.qwen2_vl import Dummies
+
+    tokens = SimpleNamespace(image_token="<i>", video_token="<v>")
+    for merging, text in ((object(), "<i>.<i>.<v>"), (None, "<i><i><v>")):
+        made = Dummies(SimpleNamespace(merging=merging, get_hf_processor=lambda: tokens))
+        assert made.get_dummy_text({"image": 2, "video": 1}) == text

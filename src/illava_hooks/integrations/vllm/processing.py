@@ -18,7 +18,7 @@ from illava_hooks.errors import MergeConfigError
 from illava_hooks.integrations.vllm.counts import KeptCounts
 from illava_hooks.integrations.vllm.settings import AS_SERVED, KEY, Settings, Strength, settings_of, take_strength
 
-__all__ = ["MergingInfo", "MergingProcessor", "strength_of"]
+__all__ = ["MergingInfo", "MergingProcessor", "SpacedDummies", "strength_of"]
 
 
 def strength_field(modality: Modality) -> str:
@@ -58,6 +58,17 @@ class MergingInfo:
             yield
         finally:
             config.video_pruning_rate = rate
+
+
+class SpacedDummies:
+    """In front of what writes vLLM's own prompts for its warm-up, in which items of two kinds would touch."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """As stock, with a full stop between any two items."""
+        stock = super().get_dummy_text  # type: ignore[misc]  # of the class behind
+        if _stock(self).info.merging is None:
+            return str(stock(mm_counts))
+        return ".".join(stock({modality: 1}) for modality, count in mm_counts.items() for _ in range(count))
 
 
 class MergingProcessor:

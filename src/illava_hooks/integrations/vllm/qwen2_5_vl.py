@@ -23,7 +23,7 @@ from illava_hooks.engine.traits import EncoderTraits
 from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
 from illava_hooks.integrations.vllm.packed_model import PackedModel, PackedProcessor
 from illava_hooks.integrations.vllm.positions import in_seconds
-from illava_hooks.integrations.vllm.processing import MergingInfo
+from illava_hooks.integrations.vllm.processing import MergingInfo, SpacedDummies
 from illava_hooks.patchers._windows import window_borders
 
 __all__ = ["MergingQwen25VL"]
@@ -31,6 +31,10 @@ __all__ = ["MergingQwen25VL"]
 
 class Info(MergingInfo, Qwen2_5_VLProcessingInfo):
     """Knows the settings."""
+
+
+class Dummies(SpacedDummies, Qwen2_5_VLDummyInputsBuilder):
+    """Items stand apart."""
 
 
 class Processor(PackedProcessor, Qwen2_5_VLMultiModalProcessor):
@@ -67,7 +71,7 @@ class WindowedTower(TowerMerging):
         return state.windows.to(given)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
 class MergingQwen25VL(PackedModel, Qwen2_5_VLForConditionalGeneration):
     """vLLM's model, whose vision encoder merges where its configuration has settings."""
 

@@ -13,13 +13,17 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from illava_hooks.integrations.vllm.blocks import MergingBlock
 from illava_hooks.integrations.vllm.packed_model import PackedModel, PackedProcessor
-from illava_hooks.integrations.vllm.processing import MergingInfo
+from illava_hooks.integrations.vllm.processing import MergingInfo, SpacedDummies
 
 __all__ = ["MergingQwen2VL"]
 
 
 class Info(MergingInfo, Qwen2VLProcessingInfo):
     """Knows the settings."""
+
+
+class Dummies(SpacedDummies, Qwen2VLDummyInputsBuilder):
+    """Items stand apart."""
 
 
 class Processor(PackedProcessor, Qwen2VLMultiModalProcessor):
@@ -30,7 +34,7 @@ class Block(MergingBlock, Qwen2VisionBlock):
     """A vision block that merges between attention and MLP."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
 class MergingQwen2VL(PackedModel, Qwen2VLForConditionalGeneration):
     """vLLM's model, whose vision encoder merges where its configuration has settings."""
 

@@ -20,7 +20,7 @@ from illava_hooks.config import Modality
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.integrations.vllm.blocks import MergingBlock, TowerMerging
 from illava_hooks.integrations.vllm.packed_model import PackedModel, PackedProcessor
-from illava_hooks.integrations.vllm.processing import MergingInfo
+from illava_hooks.integrations.vllm.processing import MergingInfo, SpacedDummies
 from illava_hooks.merge.plan import apply_merge
 
 __all__ = ["MergingQwen3VL"]
@@ -28,6 +28,10 @@ __all__ = ["MergingQwen3VL"]
 
 class Info(MergingInfo, Qwen3VLProcessingInfo):
     """Knows the settings."""
+
+
+class Dummies(SpacedDummies, Qwen3VLDummyInputsBuilder):
+    """Items stand apart."""
 
 
 class Processor(PackedProcessor, Qwen3VLMultiModalProcessor):
@@ -64,7 +68,7 @@ class StackedTower(TowerMerging):
         return torch.cat(parts, 1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
 class MergingQwen3VL(PackedModel, Qwen3VLForConditionalGeneration):
     """vLLM's model, whose vision encoder merges where its configuration has settings."""
 
