@@ -175,3 +175,12 @@ def test_chunks_of_sixteen(folder: Callable[[str], Path], ours: Expected) -> Non
     with running(folder(NAME), **options) as engine:
         found = ask_engine(engine, [request_of(ours.processor, item) for item in items])
     assert largest_difference(found, ours.by_kind["cropped"]) < CLOSE
+
+
+def test_clips_of_any_form_are_counted() -> None:
+    """One, several of one length, and several of different lengths, which vLLM leaves in a list."""
+    from illava_hooks.integrations.vllm.transformers_backend import shapes_of
+
+    one, other = torch.zeros(3, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    for pixels, frames in ((one, [3]), (torch.stack([one, one]), [3, 3]), ([one, other], [3, 2])):
+        assert shapes_of(None, "video", {"pixel_values_videos": pixels}) == [(n,) for n in frames]

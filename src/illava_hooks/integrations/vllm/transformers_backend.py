@@ -65,7 +65,8 @@ def shapes_of(hf_config: Any, modality: Modality, fields: Mapping[str, Any]) -> 
     """
     if modality == "video":
         pixels = fields["pixel_values_videos"]
-        return [(int(pixels.shape[-4]),)] * (len(pixels) if pixels.dim() == 5 else 1)
+        alone = isinstance(pixels, Tensor) and pixels.dim() == 4
+        return [(len(clip),) for clip in ([pixels] if alone else pixels)]  # a list where clips differ in length
     # Not by the pixels: beside a larger picture they are filled up with empty tiles.
     sizes = fields["image_sizes"].reshape(-1, 2).tolist()
     return [(num_tiles(hf_config, size), *size) for size in sizes]
