@@ -67,6 +67,15 @@ class Visitor:
             self.page.fill("#question textarea", question)
         self.page.click("#ask")
 
+    def ask_twice(self) -> None:
+        """The example's question about the scene, and one of its own, each until all is there."""
+        self.page.get_by_role("button", name="Scene").click()
+        self.wait_for_chat(*TRIANGLES)
+        self.page.wait_for_selector("#map-picture img")
+        self.ask(STAR[0])
+        self.wait_for_chat(*TRIANGLES, *STAR)
+        self.page.wait_for_selector("#map-picture img")
+
     def caption(self) -> str:
         found: str = self.page.input_value("#map-caption textarea")
         return found
@@ -167,12 +176,7 @@ def test_upload_and_ask(visitor: Visitor) -> None:
 
 def test_a_chat(visitor: Visitor) -> None:
     """A second question keeps the picture and the turns; it is asked again in its place; a new chat begins anew."""
-    visitor.page.get_by_role("button", name="Scene").click()
-    visitor.wait_for_chat(*TRIANGLES)
-    visitor.page.wait_for_selector("#map-picture img")
-    visitor.ask(STAR[0])
-    visitor.wait_for_chat(*TRIANGLES, *STAR)
-    visitor.page.wait_for_selector("#map-picture img")
+    visitor.ask_twice()
     assert "trained on single questions" in visitor.page.inner_text("#notes")
     assert re.search(r"Prompt tokens\s+360\s+360", visitor.page.inner_text("#costs table")), "the turn before is in it"
     visitor.page.get_by_label("On", exact=True).check()
@@ -320,12 +324,7 @@ def test_a_chat_fits_the_window(browser: Any, server: Server, size: tuple[int, i
     visitor = Visitor(browser, server.url, size, scheme)
     assert visitor.overflow() <= 0
     visitor.shoot(f"{SIZES[size]}-{scheme}-empty")
-    visitor.page.get_by_role("button", name="Scene").click()
-    visitor.wait_for_chat(*TRIANGLES)
-    visitor.page.wait_for_selector("#map-picture img")
-    visitor.ask(STAR[0])
-    visitor.wait_for_chat(*TRIANGLES, *STAR)
-    visitor.page.wait_for_selector("#map-picture img")
+    visitor.ask_twice()
     visitor.page.wait_for_timeout(500)
     log, last = (
         visitor.page.locator("#chat").bounding_box(),

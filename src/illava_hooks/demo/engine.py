@@ -161,17 +161,14 @@ class Engine:
 
         check()
         media, settings = request.media, request.settings
-        inputs = {
-            side: build_inputs(
-                self.processor,
-                media,
-                request.question,
-                self.model.device,
-                self.model.dtype,
-                history(request.turns, side),
-            )
-            for side in request.sides
+        chats = {side: tuple(history(request.turns, side)) for side in request.sides}
+        target = self.model.device, self.model.dtype
+        # Sides that read the same chat, as of a first question, have its pictures prepared once.
+        made = {
+            turns: build_inputs(self.processor, media, request.question, *target, turns)
+            for turns in dict.fromkeys(chats.values())
         }
+        inputs = {side: made[turns] for side, turns in chats.items()}
         unknown = unknown_words(self.processor, request.question)
         notes = [f"This model does not know the words {', '.join(unknown)}."] if unknown else []
         now = Progress(notes=tuple(notes))

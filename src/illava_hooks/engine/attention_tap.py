@@ -342,6 +342,7 @@ class EncoderTap:
         if list(self.lengths[segment : self._segment]) == [num] * calls:
             return sizes.rows(key)[segment : self._segment, :num]
         bias = sizes.flat(key)[first : self._seen].view(calls, num)
+        # A mask of such a length is taken as it lies, and kernels want it to begin at a word: `SizeBias.rows`.
         return bias.clone() if first % 16 and not num % 16 else bias
 
     def _by_segments(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

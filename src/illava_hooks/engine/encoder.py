@@ -18,7 +18,7 @@ from torch import Tensor
 from illava_hooks.config import Modality
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.engine.counts import SegmentCounts, encoder_counts, keeps_quota, shown_units
-from illava_hooks.engine.encoder_scores import ScoredLayer, scores_by_place, unit_scores, without_prefix
+from illava_hooks.engine.encoder_scores import ScoredLayer, scores_by_place, unit_scores
 from illava_hooks.engine.encoder_state import EncoderState, Visible
 from illava_hooks.engine.padding import Padding, Shares, filled_up, padded_segments
 from illava_hooks.engine.provenance import merge_matrix, product
@@ -361,9 +361,10 @@ class EncoderRun:
         return parts
 
     def _keys(self, tap: EncoderTap | None) -> Tensor:
-        """``(P, G, D)``, what rules by similarity of keys compare."""
+        """``(P, G, D)``, what rules by similarity of keys compare, without the tokens in front of each row."""
         assert tap is not None
-        return without_prefix(tap.keys(), self.num_rows, self.traits.prefix)
+        keys, prefix = tap.keys(), self.traits.prefix
+        return keys.view(self.num_rows, -1, *keys.shape[1:])[:, prefix:].flatten(0, 1) if prefix else keys
 
     def places(self, merges: int) -> Tensor:
         """``(P,)`` int64: each surviving patch's place in its segment before any merge, as the picture has it."""

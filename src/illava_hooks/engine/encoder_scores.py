@@ -14,10 +14,10 @@ from torch import Tensor
 
 from illava_hooks.engine.attention_tap import EncoderTap
 from illava_hooks.merge.scores import Score, ScoreInputs, packed_scores, place_scores
-from illava_hooks.merge.segments import Segments, buckets, host_table
+from illava_hooks.merge.segments import Segments, buckets, host_table, unit_means
 from illava_hooks.methods import checked_scores
 
-__all__ = ["ScoredLayer", "scores_by_place", "unit_scores", "without_prefix"]
+__all__ = ["ScoredLayer", "scores_by_place", "unit_scores"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +68,10 @@ def unit_scores(layer: ScoredLayer, tap: EncoderTap) -> Tensor:
         return _padded_scores(layer, layer.real, tap)
     segments, unit, prefix = layer.segments, layer.unit, layer.prefix
     rows = [n * unit + prefix for n in segments.lengths]
-    if sum(table.numel() for table in tap.received) == sum(rows):
-        flat = torch.cat([table.flatten() for table in tap.received])
-        return without_prefix(flat, layer.num_rows, prefix).view(-1, unit).mean(-1)
-    query, key = tap.heads()
     where = {"unit": unit, "rows": layer.num_rows if prefix else 1, "prefix": prefix}
+    if sum(table.numel() for table in tap.received) == sum(rows):
+        return unit_means(torch.cat([table.flatten() for table in tap.received])[None], **where)
+    query, key = tap.heads()
     packed = packed_scores(layer.score, query, key, rows, tap.scale, tap.bias, lse=tap.row_lse(), **where)
     if packed is not None:
         return packed
@@ -104,11 +103,6 @@ def _padded_scores(layer: ScoredLayer, real: Tensor, tap: EncoderTap) -> Tensor:
             inputs = _score_inputs(layer, tap, query, key, tokens, place[tokens])
             scores[tokens.flatten()] = checked_scores(layer.method, layer.score, inputs).flatten()
     return scores.view(-1, layer.unit).mean(-1)
-
-
-def without_prefix(tokens: Tensor, num_rows: int, prefix: int) -> Tensor:
-    """``(P, ...)`` without the tokens in front of each row."""
-    return tokens.view(num_rows, -1, *tokens.shape[1:])[:, prefix:].flatten(0, 1) if prefix else tokens
 
 
 def _with_prefix(patches: Tensor, prefix: int) -> Tensor:
