@@ -73,7 +73,7 @@ def counts() -> dict[str, Any]:
     """Everything, as it goes to docs/results."""
     with pytest.MonkeyPatch.context() as patched:
         go_as_on_a_device(patched)
-        found = [launches(family, method) for family in DEEP for method in METHODS]
+        found = [launches(family, method) for family in DEEP for method in (*METHODS, "novel-agnostic")]
     moves = [{"shape": name, "tokens": sizes[2], **moved(*sizes)} for name, sizes in ENCODERS.items()]
     return {"launches": found, "bytes": moves}
 

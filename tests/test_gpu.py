@@ -138,7 +138,7 @@ def test_searches_against_float64(dtype: torch.dtype) -> None:
     there = (features.to(DEVICE), rows.to(DEVICE), order.to(DEVICE), counts.to(DEVICE))
     found = closest_behind(*there, torch.zeros(order.shape, device=DEVICE)).cpu()
     splits = [n // 2 for n in lengths]
-    match = match_behind(*there, torch.tensor(splits, device=DEVICE)).cpu()
+    match, cosines = (t.cpu() for t in match_behind(*there, torch.tensor(splits, device=DEVICE)))
     flat = torch.cat(orders)
     expected, _ = oracle.closest(features, flat, lengths, None)
     most, _ = oracle.closest(features, flat, lengths, splits)

@@ -200,8 +200,11 @@ class TestSearch:
                 torch.testing.assert_close(row[places].double(), mine, atol=1e-6, rtol=1e-5, equal_nan=True)
                 assert (row[n:] == -torch.inf).all()
             return
-        own, match = match_behind(features, *tables, torch.tensor(splits))
+        (own, match), best = match_behind(features, *tables, torch.tensor(splits))
         for s, n in enumerate(lengths):
+            mine, asking = expected[starts[s] : starts[s] + n], splits[s]
+            torch.testing.assert_close(best[s, :asking].double(), mine[:asking], atol=1e-6, rtol=1e-5, equal_nan=True)
+            assert (best[s, asking:] == -torch.inf).all()
             part = slice(int(starts[s]), int(starts[s]) + n)
             assert torch.equal(own[s, :n], order[part] + starts[s])
             assert torch.equal(match[s, :n], who[part] + starts[s])
@@ -226,8 +229,9 @@ class TestSearch:
             closest_behind(features[place], rows, places, lengths, zeros),
         )
         splits = torch.tensor([3, 9])
-        there = match_behind(features, lent, places, lengths, splits)
-        here = match_behind(features[place], rows, places, lengths, splits)
+        there, best = match_behind(features, lent, places, lengths, splits)
+        here, same = match_behind(features[place], rows, places, lengths, splits)
+        assert torch.equal(best, same)
         assert torch.equal(there[:, 0, :10], place[here[:, 0, :10]]) and torch.equal(there[:, 1], place[here[:, 1]])
 
     def test_who_is_protected_is_close_to_nobody(self) -> None:
@@ -251,7 +255,7 @@ class TestInAModel:
     """What other devices compute is what a CPU computes, through both stages; here in blocks or in the interpreter."""
 
     @pytest.mark.parametrize(
-        ("family", "method"), families_and_methods(["illava", "nearest", "diverse", "illava-reference"])
+        ("family", "method"), families_and_methods(["illava", "nearest", "diverse", "tome", "illava-reference"])
     )
     def test_gives_the_same(self, family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(family)

@@ -23,11 +23,9 @@ from tiny_models import Sample, inputs_for, tiny_model
 
 #: Launches that a merging layer may add, whatever the number and the lengths of its segments.
 BUDGET = 40
-#: What `tome` may add: its matching is PyTorch's own, in more operations than a kernel.
-TOME = 56
 #: The layer in front of one that merges in the language model ranks for it.
 RANKING = 14
-METHODS = ("illava", "nearest", "fastv", "diverse")
+METHODS = ("illava", "nearest", "fastv", "diverse", "tome")
 
 
 class LayerCounter(LaunchCounter):
@@ -64,7 +62,8 @@ class LayerCounter(LaunchCounter):
             return torch.zeros_like(args[4])
         if func._schema.name == "illava::match_behind":
             found = args[1].gather(1, args[2])
-            return torch.stack([found, found.gather(1, args[3][:, None] - 1).expand_as(found)])
+            match = torch.stack([found, found.gather(1, args[3][:, None] - 1).expand_as(found)])
+            return match, torch.zeros(found.shape)
         rows = args[1] if func._schema.name == "illava::column_means" else args[0]
         return torch.zeros(args[0].shape[1], len(rows))
 
@@ -107,10 +106,10 @@ ONE = ((64, 64),)
 MANY = {"one": ONE, "five": ONE * 5, "twelve": ONE * 12, "ragged": ((64, 64), (48, 30), (100, 100))}
 
 
-def assert_budget(more: dict[tuple[str, int], int], budget: int = BUDGET) -> None:
+def assert_budget(more: dict[tuple[str, int], int]) -> None:
     for (stage, index), launches in more.items():
         if index in MERGING["vit_layers" if stage == "encoder" else "llm_layers"]:
-            assert 0 < launches <= budget, (stage, index, launches)
+            assert 0 < launches <= BUDGET, (stage, index, launches)
         elif stage == "decoder" and index + 1 in MERGING["llm_layers"]:
             assert launches <= RANKING, (stage, index, launches)
         else:
@@ -124,16 +123,6 @@ def test_a_merging_layer_has_a_budget(family: str, method: str, kind: str) -> No
     model = tiny_model(family)
     patch(model, **MERGING, method=method)
     assert_budget(added(*counted(model, inputs_for(model, [Sample(1, images=MANY[kind])]))))
-
-
-@pytest.mark.parametrize("kind", ["twelve", "ragged"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tome_has_another(family: str, kind: str) -> None:
-    model = tiny_model(family)
-    patch(model, **MERGING, method="tome")
-    more = added(*counted(model, inputs_for(model, [Sample(1, images=MANY[kind])])))
-    assert_budget(more, TOME)
-    assert max(more.values()) > BUDGET  # else the docs say too much
 
 
 @pytest.mark.parametrize("method", METHODS)

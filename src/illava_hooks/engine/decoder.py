@@ -241,7 +241,8 @@ class DecoderRun:
             PatchStateError: it should have been, and was not.
         """
         if not self.config.method.listens_in_llm:
-            return place_scores(self.score, self.states[self.layers.index(layer_idx)].origins, layer_idx), None
+            origins, width = self.states[self.layers.index(layer_idx)].origins, self.states[0].kept_at.shape[1]
+            return place_scores(self.score, origins, layer_idx, width), None
         if layer_idx not in self._ranked:
             raise PatchStateError(
                 f"decoder layer {layer_idx} cannot merge: the attention of layer {layer_idx - 1} was not heard; "

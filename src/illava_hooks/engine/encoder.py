@@ -331,6 +331,7 @@ class EncoderRun:
             unit=self.traits.patches_per_unit,
             prefix=self.traits.prefix,
             places=lambda: self.places(merges),
+            num_places=self.states[0].kept_at.shape[1] * self.traits.patches_per_unit,
             real=real,
             real_counts=counts,
         )

@@ -33,6 +33,7 @@ class ScoredLayer:
         unit: ``u``.
         prefix: tokens in front of each row.
         places: returns ``(B * K * u,)`` int64, each patch's place in its segment before any merge.
+        num_places: how many such places there are at most.
         real: ``(B, K * u)`` bool, False on padding, which scores 0 and no score gets to see; None: there is none.
         real_counts: on the host, how many patches of each row are no padding.
     """
@@ -45,13 +46,14 @@ class ScoredLayer:
     unit: int
     prefix: int
     places: Callable[[], Tensor]
+    num_places: int
     real: Tensor | None = None
     real_counts: Sequence[int] = ()
 
 
 def scores_by_place(layer: ScoredLayer) -> Tensor:
     """As ``unit_scores`` by one of ``PLACE_SCORES``, for which nothing need have listened."""
-    scores = place_scores(layer.score, layer.places()[None], layer.layer_idx)
+    scores = place_scores(layer.score, layer.places(), layer.layer_idx, layer.num_places)
     if layer.real is not None:
         scores = scores * layer.real.flatten()
     return scores.view(-1, layer.unit).mean(-1)

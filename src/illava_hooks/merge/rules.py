@@ -222,19 +222,44 @@ def bipartite(inputs: RuleInputs) -> Fold:
     The ``r`` most similar pairs merge, weighted by token size; scores are not used. At most half of a segment
     can go, so ``r`` is clamped to that.
     """
-    keys = unit_vectors(inputs.keys())
-    even, odd = keys[:, ::2], keys[:, 1::2]
-    if odd.shape[1] == 0:
+    if inputs.scores.shape[1] == 1:
         return drop(inputs)
-    similarity = even @ odd.transpose(1, 2)
-    beyond = _slots_in_use(inputs.lengths, False, inputs.scores.device)
-    similarity = similarity.masked_fill(beyond[:, None, 1::2], -torch.inf)
-    best, partner = similarity.max(-1)
+    best, pairs = (_proposals_by_kernel if takes(inputs.scores.device) else _proposals)(inputs)
     # A protected or padded token proposes to nobody.
     best = best.masked_fill(inputs.scores[:, ::2] == torch.inf, -torch.inf)
-    order = torch.argsort(best, dim=-1, descending=True, stable=True)[:, : max(inputs.num_removed)]
-    absorbed, anchors = 2 * order, 2 * partner.gather(1, order) + 1
-    return Fold(inputs.rows(absorbed, inputs.num_removed), inputs.rows(anchors, inputs.num_removed), "size")
+    order = _closest_first(best)[:, : max(inputs.num_removed)]
+    absorbed, anchors = inputs.firsts(pairs.gather(2, order.expand(2, *order.shape)), inputs.num_removed).unbind()
+    return Fold(absorbed, anchors, "size")
+
+
+def _proposals(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+    """The best cosine of each even token to an odd one, ``(S, E)``, and the rows of both, ``(2, S, E)``."""
+    keys = unit_vectors(inputs.keys())
+    similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    beyond = _slots_in_use(inputs.lengths, False, inputs.scores.device)
+    best, partner = similarity.masked_fill(beyond[:, None, 1::2], -torch.inf).max(-1)
+    even = 2 * inputs.slots(best.shape[1]).expand_as(best)
+    return best, torch.stack([inputs.where.rows_of(tokens) for tokens in (even, 2 * partner + 1)])
+
+
+def _proposals_by_kernel(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+    """The same in one launch; it divides by lengths of its own, so that of almost equals another may be found."""
+    from illava_hooks.merge.kernels.ops import match_behind
+
+    device, longest = inputs.scores.device, inputs.scores.shape[1]
+    # Who is alone has nobody to propose to.
+    lengths, even = (
+        host_table(n, device) for n in (inputs.lengths, [(n + 1) // 2 if n > 1 else 0 for n in inputs.lengths])
+    )
+    features, order = _flat(inputs.flat_keys, inputs.keys), _even_first(inputs.lengths, longest, device)
+    pairs, best = match_behind(features, inputs.where.rows, order, lengths, even)
+    return best[:, : (longest + 1) // 2], pairs[..., : (longest + 1) // 2]
+
+
+@made_once
+def _even_first(lengths: tuple[int, ...], longest: int, device: torch.device) -> Tensor:
+    """``(S, L)`` int64, the even numbers of each segment's tokens, the odd ones, and padding."""
+    return torch.tensor([[*range(0, n, 2), *range(1, n, 2), *range(n, longest)] for n in lengths], device="cpu")
 
 
 def _fold(inputs: RuleInputs, features: Tensor, order: Tensor) -> Fold:
@@ -250,9 +275,8 @@ def _match(inputs: RuleInputs, features: Tensor, order: Tensor) -> Fold:
     from illava_hooks.merge.kernels.ops import match_behind
 
     lengths, removed = (host_table(n, order.device) for n in (inputs.lengths, inputs.num_removed))
-    absorbed, anchors = inputs.firsts(
-        match_behind(features, inputs.where.rows, order, lengths, removed), inputs.num_removed
-    ).unbind()
+    match, _ = match_behind(features, inputs.where.rows, order, lengths, removed)
+    absorbed, anchors = inputs.firsts(match, inputs.num_removed).unbind()
     return Fold(absorbed, anchors, "size")
 
 

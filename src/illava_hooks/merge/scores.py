@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from illava_hooks.merge.kernels.devices import takes
-from illava_hooks.merge.segments import borders, unit_means
+from illava_hooks.merge.segments import borders, made_once, unit_means
 
 __all__ = [
     "ATTENTION_SCORES",
@@ -191,30 +191,37 @@ def uniform(inputs: ScoreInputs) -> Tensor:
     return torch.frac((inputs.positions + 1).double() * 0.6180339887498949).float()
 
 
-def place_scores(score: Score, positions: Tensor, layer_idx: int) -> Tensor:
-    """The scores by one of ``PLACE_SCORES``, for which no query and no key need be at hand.
+def place_scores(score: Score, positions: Tensor, layer_idx: int, num_places: int) -> Tensor:
+    """The scores by one of ``PLACE_SCORES``, for which no query and no key need be at hand: looked up in a table.
 
     Args:
         score: the score.
-        positions: ``(S, N)`` int64, each token's place in its image, tile or frame before any merge.
+        positions: int64, each token's place in its image, tile or frame before any merge.
         layer_idx: the layer that merges.
+        num_places: how many places there are at most.
 
     Returns:
-        ``(S, N)`` float32.
+        float32, of the shape of ``positions``.
     """
-    nothing = positions.new_zeros(len(positions), 1, positions.shape[1], 0, dtype=torch.float32)
-    return score(
-        ScoreInputs(
-            key=nothing,
-            query=lambda: nothing,
-            last_query=lambda: nothing[:, :, -1],
-            positions=positions,
-            key_valid=None,
-            scale=1.0,
-            layer_idx=layer_idx,
-            causal=False,
-        )
+    # Rounded up, so that pictures of many sizes share a table.
+    return _score_of_places(score, layer_idx, 1 << (num_places - 1).bit_length(), positions.device)[positions]
+
+
+@made_once
+def _score_of_places(score: Score, layer_idx: int, num: int, device: torch.device) -> Tensor:
+    """``(num,)`` float32, the score of each place."""
+    nothing = torch.zeros(1, 1, num, 0, device="cpu")
+    inputs = ScoreInputs(
+        key=nothing,
+        query=lambda: nothing,
+        last_query=lambda: nothing[:, :, -1],
+        positions=torch.arange(num, device="cpu")[None],
+        key_valid=None,
+        scale=1.0,
+        layer_idx=layer_idx,
+        causal=False,
     )
+    return score(inputs)[0]
 
 
 def _packed(inputs: ScoreInputs) -> tuple[Tensor, Tensor, dict[str, Any]]:

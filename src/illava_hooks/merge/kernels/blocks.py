@@ -177,20 +177,25 @@ def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tenso
     return torch.empty_like(best).scatter_(1, order, best).masked_fill_(scores == torch.inf, -torch.inf)
 
 
-def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+def match_behind(
+    features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor
+) -> tuple[Tensor, Tensor]:
     """As ``ops.match_behind``."""
     length = order.shape[1]
     place, table = torch.arange(length, device=order.device), _ordered(features, rows, order)
     asks = place < splits[:, None]
     nobody = (asks | (place >= lengths[:, None]))[:, None]
-    match = torch.empty_like(order)
+    match, best = torch.empty_like(order), torch.empty_like(order, dtype=torch.float32)
     far = torch.iinfo(torch.int64).max
     for lines in _thirds(length):
         cosine = _cosines(table, lines, slice(None)).masked_fill_(nobody, -torch.inf)
         # Of equals the first.
-        others = order[:, None].masked_fill(cosine < cosine.amax(-1, keepdim=True), far)
+        highest = cosine.amax(-1, keepdim=True)
+        best[:, lines] = highest[..., 0]
+        others = order[:, None].masked_fill(cosine < highest, far)
         match[:, lines] = others.masked_fill_(nobody, far).amin(-1)
-    return torch.stack([rows.gather(1, order), rows.gather(1, torch.where(asks, match, order))])
+    best.masked_fill_(best == torch.inf, torch.nan).masked_fill_(~asks, -torch.inf)
+    return torch.stack([rows.gather(1, order), rows.gather(1, torch.where(asks, match, order))]), best
 
 
 def _ordered(features: Tensor, rows: Tensor, order: Tensor) -> Tensor:

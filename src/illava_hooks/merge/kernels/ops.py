@@ -103,7 +103,9 @@ def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tenso
     return found
 
 
-def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+def match_behind(
+    features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor
+) -> tuple[Tensor, Tensor]:
     """For the first so many tokens of each segment's order the most similar of the segment's others.
 
     Args:
@@ -115,9 +117,10 @@ def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor,
 
     Returns:
         ``(2, S, L)`` int64: the row of the token in each place of the order, and the row of its match, of equals the
-        one with the lowest number; who does not look matches itself.
+        one with the lowest number; who does not look matches itself. And ``(S, L)`` float32, the cosine of both; minus
+        infinity on who does not look.
     """
-    found: Tensor = _match(features, rows, order, lengths, splits)
+    found: tuple[Tensor, Tensor] = _match(features, rows, order, lengths, splits)
     return found
 
 
@@ -228,7 +231,7 @@ def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Te
 
 
 @torch.library.custom_op("illava::match_behind", mutates_args=())
-def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> tuple[Tensor, Tensor]:
     if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
         from illava_hooks.merge.kernels import search_triton
 
@@ -237,5 +240,6 @@ def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, split
 
 
 @_match.register_fake
-def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
-    return torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)
+def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> tuple[Tensor, Tensor]:
+    match = torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)
+    return match, torch.empty(order.shape, dtype=torch.float32, device=order.device)

@@ -22,9 +22,10 @@ def _search(
     feature_row, width, places, longest, length_class,
     HAS_SPLIT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """For each place of an order the largest cosine to one behind it, or with splits who of those behind it is that.
+    """For each place of an order the largest cosine to one behind it, and with splits who of those behind it that is.
 
-    ``given`` are the scores of the tokens, or the splits of the segments; one of ``best`` and ``match`` is written.
+    ``given`` are the scores of the tokens, or the splits of the segments; ``best`` is written by token, or with splits
+    by place, and ``match`` with splits only.
     """
     tiles = tl.cdiv(longest, TILE)
     segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -82,13 +83,14 @@ def _search(
         better = (highest > top) | ((highest == top) & (first < found) & (highest > float("-inf")))
         top, found = tl.where(better, highest, top), tl.where(better, first, found)
     asks = place < asking
+    top = tl.where(top == float("inf"), float("nan"), top)
     if HAS_SPLIT:
+        tl.store(best + begin + place, tl.where(asks, top, float("-inf")), mask=inside)
         tl.store(match + begin + place, row, mask=inside)
         whose = tl.load(rows + begin + tl.where(asks, found, number), mask=inside, other=0)
         tl.store(match + places + begin + place, whose, mask=inside)
     else:
         score = tl.load(given + begin + number, mask=inside, other=0.0)
-        top = tl.where(top == float("inf"), float("nan"), top)
         tl.store(best + begin + number, tl.where(asks & (score < float("inf")), top, float("-inf")), mask=inside)
 
 
@@ -102,11 +104,14 @@ def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tenso
     return best
 
 
-def match_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> Tensor:
+def match_behind(
+    features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor
+) -> tuple[Tensor, Tensor]:
     """As ``ops.match_behind``."""
     match = torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)
-    _run(features, rows, order, lengths, splits, order, match, has_split=True)
-    return match
+    best = torch.empty(order.shape, dtype=torch.float32, device=order.device)
+    _run(features, rows, order, lengths, splits, best, match, has_split=True)
+    return match, best
 
 
 def _run(
