@@ -20,6 +20,7 @@ from illava_hooks.tools.loading import build_inputs
 from illava_hooks.tools.media import Media
 
 TARGET = Path(__file__).parents[1] / "docs" / "before-after.jpg"
+METHOD = "novel-agnostic"
 
 
 def merged() -> tuple[MergeMap, MergeReport]:
@@ -27,8 +28,8 @@ def merged() -> tuple[MergeMap, MergeReport]:
     photo = Media("image", ("china.jpg",), (Image.fromarray(load_sample_image("china.jpg")),))
     model, processor = tiny.load("qwen2_vl")
     inputs = build_inputs(processor, photo, "how many triangles are there ?")
-    last = merge_maps(model, processor, inputs, photo.images, method="diverse")[-1]
-    session = patch(model, method="diverse")
+    last = merge_maps(model, processor, inputs, photo.images, method=METHOD)[-1]
+    session = patch(model, method=METHOD)
     model.generate(**inputs, max_new_tokens=1)
     report = session.report
     unpatch(model)

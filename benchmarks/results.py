@@ -86,7 +86,7 @@ def benches() -> dict[str, Command]:
     neutral = "OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"
     ways = {
         "neutral": (neutral, "--fresh --rounds 2"),
-        "diverse": (neutral, "--fresh --rounds 2 --method diverse"),
+        "recommended": (neutral, "--fresh --rounds 2 --method novel-agnostic"),
         "default": ("OMP_NUM_THREADS=1", "--fresh --rounds 2"),
         "returning": ("OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=262144", "--rounds 1"),
     }

@@ -64,7 +64,7 @@ OF_EVERY_FAMILY = {
 }
 
 #: Of their cases, families without an embedded model get one of so many, each family others; all of the first file.
-WHOLE, ONE_OF = "test_every_family.py", 8
+WHOLE, ONE_OF = "test_every_family.py", 16
 
 #: Of all tests one of so many: where another run has them all, as on the lowest releases.
 SHARE = int(os.environ.get("ILLAVA_ONE_OF", "1"))

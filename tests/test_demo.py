@@ -368,12 +368,12 @@ class TestAChat:
 @pytest.mark.parametrize("name", families(embedded=True))
 def test_examples_hold(name: str) -> None:
     """What the page offers with one click, with its own settings, is answered alike both ways."""
-    from illava_hooks.demo.page import EXAMPLES
+    from illava_hooks.demo.page import EXAMPLES, METHOD
 
     one = Engine(family_of(name).embedded or "", *tiny.load(name))
     for title, (names, question) in EXAMPLES.items():
         media = forms.media_of([str(tiny.media(file)) for file in names], 8)
-        texts = last(one, Request(media, question, settings=forms.settings_of("diverse", "auto", NONE))).texts
+        texts = last(one, Request(media, question, settings=forms.settings_of(METHOD, "auto", NONE))).texts
         assert texts[False] and texts[True] == texts[False], title
 
 

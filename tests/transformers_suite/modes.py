@@ -36,7 +36,7 @@ SAMPLED = frozenset(name for name, (family, _) in CLASSES.items() if family.embe
 SAMPLE_MODES = ("stock", "merging")
 #: Left out of a sample: loading, which no hook sees, and most of the 24 settings in which back-ends are compared.
 #: Of the other tests each model gets one of so many, each model others.
-ONE_OF = 4
+ONE_OF = 8
 LEFT_OUT = re.compile(r"test_bc_torch_dtype|test_eager_matches_sdpa_inference_(?!09_|13_)|test_can_init_all_missing")
 
 #: Compares attention back-ends in half precision: `alike` says what decides there.

@@ -15,7 +15,7 @@ from illava_hooks.methods import METHODS
 from illava_hooks.tools.info import model_info
 from illava_hooks.tools.loading import EMBEDDED
 
-__all__ = ["EXAMPLES", "Page"]
+__all__ = ["EXAMPLES", "METHOD", "Page"]
 
 #: Bundled scenes, one click away: files, and a question that the embedded models know.
 EXAMPLES = {
@@ -24,6 +24,8 @@ EXAMPLES = {
     "Two images": (("pair/first.png", "pair/second.png"), "which image has a red circle ?"),
     "Clip": (("clip.gif",), "which way does the circle move ?"),
 }
+#: What merges at first: the method that the docs recommend where both stages merge.
+METHOD = "novel-agnostic"
 TOY = (
     "**This is a toy model** of 1.6 million parameters: it knows drawn shapes and digits, and its times say little. "
     "For photos of your own: `illava-hooks demo --model {}`"
@@ -143,7 +145,7 @@ class Page:
         )
         with gr.Accordion("Settings of merging", open=False, elem_id="settings"):
             with gr.Row():
-                method = gr.Dropdown(list(METHODS), value="diverse", label="method", min_width=120, elem_id="method")
+                method = gr.Dropdown(list(METHODS), value=METHOD, label="method", min_width=120, elem_id="method")
                 preset = gr.Dropdown(
                     ["auto", "image", "video"], value="auto", label="preset", min_width=120, elem_id="preset"
                 )
@@ -152,7 +154,7 @@ class Page:
                 with gr.Row():
                     looks = {"placeholder": "by the preset", "max_length": 200, "min_width": 150}
                     numbers += [gr.Textbox(label=name, info=limits[name], elem_id=name, **looks) for name in pair]
-            says = gr.HTML(self.handlers.describe("diverse", "auto", *[""] * len(FIELDS)), elem_id="says")
+            says = gr.HTML(self.handlers.describe(METHOD, "auto", *[""] * len(FIELDS)), elem_id="says")
         given = [method, preset, *numbers, keep]
         gr.on(
             [field.change for field in given], self.handlers.describe, given, says,
