@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,30 @@ class TestAsk:
         assert visual["vision_tokens"] == [320, 320, 320, 270, 220, 170, 170, 170, 170]
         assert len(set(visual["language_tokens"])) == 3
 
+    def test_two_numbers_are_no_range_and_that_is_said(self) -> None:
+        result = CliRunner().invoke(app, ["ask", "--vit-layers", "3-6", "--llm-layers", "2,5", "--json"])
+        assert result.stderr == "note: --vit-layers 3-6 is layers 3 and 6; write 3-4-...-6 for all of them\n"
+        tokens = json.loads(result.stdout)["answers"][0]["report"]["visuals"][0]["vision_tokens"]
+        assert [one != other for one, other in pairwise(tokens)].count(True) == 2
+        for quiet in ("3-4", "3-4-5", "3,6"):
+            assert CliRunner().invoke(app, ["ask", "--vit-layers", quiet]).stderr == ""
+
+    @pytest.mark.parametrize("empty", ["", " ", "\n"])
+    def test_an_empty_question_is_none(self, empty: str) -> None:
+        for question in ([str(tiny.media("scene.png")), empty], ["--question", empty]):
+            assert "question is empty; give one, or leave it out" in refused("ask", *question)
+
+    def test_times_of_a_toy_say_nothing(self) -> None:
+        said = "note: the model is too small for its times"
+        assert said in CliRunner().invoke(app, ["ask", "--compare"]).stdout
+        assert said not in CliRunner().invoke(app, ["ask"]).stdout
+
     def test_no_merge_leaves_the_model_alone(self) -> None:
         assert ask_json("--no-merge")["answers"][0]["report"] is None
 
     def test_unknown_words_are_told(self) -> None:
         result = CliRunner().invoke(app, ["ask", "--question", "is there a red dragon ?"])
-        assert result.exit_code == 0 and result.stderr == "note: tiny does not know the words dragon\n"
+        assert result.exit_code == 0 and result.stderr == "note: tiny does not know the word dragon\n"
 
     @pytest.mark.parametrize("mode", ["RGBA", "L", "I;16", "P", "CMYK", "1"])
     def test_odd_pictures(self, tmp_path: Path, mode: str) -> None:

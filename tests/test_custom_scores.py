@@ -89,3 +89,23 @@ def test_a_wrong_shape_is_refused(family: str, stage: str, wrong: str) -> None:
     assert_says(caught.value, "mine", "score", rf"[(\[]{wanted_text},?[)\]]", rf"[(\[]{given_text},?[)\]]")
     session_of(model).enabled = False
     assert_same(forward(model, inputs), stock)
+
+
+def lost(inputs: ScoreInputs) -> Tensor:
+    return inputs.positions * float("nan")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_that_knows_no_token_is_a_mistake(family: str, stage: str) -> None:
+    own: Any = {stage: lost}
+    model = tiny_model(family)
+    inputs = inputs_for(model, KINDS["images"])
+    patch(model, **SETTINGS[family], method=Method("lost", **own))
+    with pytest.raises(MergeConfigError) as told:
+        model(**inputs)
+    assert_says(told.value, "the score of method 'lost' returned NaN for all", "infinity")
+    # Broken pixels are no mistake of the score's.
+    broken = {name: value * float("nan") if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        assert model(**broken).logits.shape[0] == len(inputs["input_ids"])

@@ -197,12 +197,13 @@ class TestBench:
     @needs_ready_features
     @pytest.mark.parametrize("shape", NARROW.values())
     @pytest.mark.parametrize("kind", ["tiles", "images", "frames"])
-    def test_workloads_run_and_merge(self, shape: str, kind: str) -> None:
+    def test_workloads_run_and_merge(self, shape: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
         load = {
             "tiles": Workload(tiles=3, patches=400, text=40, new=3),
             "images": Workload(images=2, patches=256, batch=2, text=40, new=3),
             "frames": Workload(frames=4, patches=256, text=40, new=3),
         }[kind]
+        caplog.set_level("WARNING", logger="illava_hooks")
         model = build_shape(shape, narrow=True)
         known = family_of(model)
         if load.frames and not (known.takes_frames or known.tiles_are_visuals):
@@ -221,6 +222,8 @@ class TestBench:
         if family_of(model).tiles_are_visuals:
             visuals = load.batch * load.frames or visuals * load.tiles
         assert len(cost.report.visuals) == visuals
+        # The features go to a forward: there is nothing to warn of.
+        assert not [record.message for record in caplog.records if "outside of a forward" in record.message]
 
     def test_published_shapes(self) -> None:
         sizes = {}

@@ -15,11 +15,22 @@ from sklearn.datasets import load_sample_image
 
 from decode_helpers import SETTINGS
 from families import families, family_of
-from illava_hooks import InputError, MergeConfigError, MergeReport, PatchStateError, patch, session_of, tiny, unpatch
+from illava_hooks import (
+    InputError,
+    MergeConfigError,
+    MergeReport,
+    PatchStateError,
+    merging,
+    patch,
+    session_of,
+    tiny,
+    unpatch,
+)
 from illava_hooks.tools.canvas import SAME_PICTURE, View, colour_of, sharpened
 from illava_hooks.tools.draw import MergeMap, draw, merge_maps, strip
 from illava_hooks.tools.loading import build_inputs
 from illava_hooks.tools.media import load_media
+from illava_hooks.tools.show import media_of
 from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 EMBEDDED = families(embedded=True)
@@ -105,6 +116,38 @@ class TestTheSession:
         with pytest.raises(PatchStateError, match="^track is False"):
             session.provenance.at("vision", 1)
 
+    @pytest.mark.parametrize("wrong", ["off", "no", "", None, 0, 1, [False]])
+    def test_is_switched_by_true_and_false_only(self, wrong: Any) -> None:
+        """Any other text would mean on, "off" included."""
+        session = patch(tiny_model(FAMILIES[0]), **SETTINGS[FAMILIES[0]])
+        with pytest.raises(MergeConfigError, match=f"^enabled is {re.escape(repr(wrong))}; give True or False$"):
+            session.enabled = wrong
+        with pytest.raises(MergeConfigError, match="^enabled is"), merging(session.root, wrong):
+            pass
+        assert session.enabled is True and session.active
+        session.enabled = np.bool_(False)  # type: ignore[assignment]
+        assert session.enabled is False and not session.active
+
+    @pytest.mark.parametrize("family", families(embedded=True))
+    def test_report_is_of_the_last_forward_that_merged(self, embedded: Any, family: str) -> None:
+        model, processor = embedded[family]
+        session = patch(model)
+        first, second = (
+            build_inputs(processor, media_of(picture), "how many stars are there ?")
+            for picture in (PHOTO, PHOTO.crop((0, 0, 200, 100)))
+        )
+        with torch.no_grad():
+            model(**first)
+            report = session.report
+            with merging(model, False):
+                model(**second)
+            assert session.report is report
+            session.enabled = False
+            model(**second)
+            assert session.report is report
+            unpatch(model)
+            assert session.report is report
+
     @pytest.mark.parametrize("family", FAMILIES)
     def test_is_short(self, family: str) -> None:
         session = patch(tiny_model(family), **SETTINGS[family])
@@ -173,7 +216,8 @@ class TestShow:
         try:
             for given, words in (
                 (7, "pictures is a int"),
-                ([], "pictures is a list"),
+                ([], "pictures is a list;"),
+                (["a.png", "b.png"], "pictures is a list of str; give"),
                 (tmp_path / "no.png", "does not"),
             ):
                 with pytest.raises(InputError, match=words):

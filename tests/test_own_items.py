@@ -159,6 +159,11 @@ class TestCounts:
         pytest.importorskip("easy_vqa", reason="pip install easy-vqa")
         assert len(load_items("easy-vqa", 7)) == 7
 
+    def test_a_folder_is_told_what_takes_one(self, folder: Path) -> None:
+        for given in (folder, str(folder)):
+            with pytest.raises(InputError, match="is a folder; give a file with JSON lines .tune takes a folder"):
+                load_items(str(given))
+
     def test_all_of_a_file_unless_told(self, folder: Path) -> None:
         file = write(folder, *[{"image": "a.png", **QUESTION}] * 4)
         assert len(load_items(str(file))) == 4 == len(load_items(str(file), 9)) and len(load_items(str(file), 3)) == 3

@@ -133,6 +133,16 @@ class TestCommands:
         answer = json.loads(run("ask", "--json", "--method", "own.py:mine"))["answers"][0]
         assert answer["merged"] and answer["report"]["visuals"] and (file.parent / "scored").exists()
 
+    @pytest.mark.parametrize("command", ["ask --method", "visualize --method", "evaluate --questions 2 --methods"])
+    def test_that_fails_is_told_in_one_line(self, file: Path, command: str) -> None:
+        file.write_text(CENTRE.replace("    return", "    inputs.hidden_states\n    return"))
+        done = CliRunner().invoke(app, [*command.split(), "own.py:mine"])
+        assert done.exit_code == 2
+        said = done.stderr.splitlines()[-1]
+        assert said.startswith("error: your method failed (own.py, line 4: AttributeError: ") and "--debug" in said
+        again = CliRunner().invoke(app, [*command.split(), "own.py:mine", "--debug"])
+        assert isinstance(again.exception, AttributeError)
+
     def test_visualize(self, file: Path) -> None:
         for method in ("own.py:mine", "fastv"):
             run("visualize", "--method", method, "--output", method.partition(".")[0])

@@ -138,6 +138,24 @@ class TestScenes:
         assert not train & test and not train & validation and not validation & test and len(train) > 1000
         assert all(set(digit_images(split)[1]) == set(range(10)) for split in splits)
 
+    def test_digits_are_those_of_scikit_learn_without_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sklearn.datasets import load_digits
+
+        known = load_digits()
+        monkeypatch.setitem(sys.modules, "sklearn", None)
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+        digit_images.cache_clear()
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        images, classes = map(np.concatenate, zip(*(digit_images(split) for split in splits), strict=True))
+        assert {(i.tobytes(), c) for i, c in zip(images, classes, strict=True)} == {
+            ((i / 16).astype(np.float32).tobytes(), c) for i, c in zip(known.images, known.target, strict=True)
+        }
+        assert len(images) == len(known.images)
+
+    @pytest.mark.parametrize("alias", tiny.ALIASES)
+    def test_a_model_has_the_command_lines_name_too(self, alias: str) -> None:
+        assert tiny.folder(alias) == tiny.folder(tiny.ALIASES[alias]) and tiny.presets(alias)
+
     def test_clips_move_one_thing_the_way_they_say(self) -> None:
         rng, seen = np.random.default_rng(6), set()
         for _ in range(24):

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from illava_hooks.tools.items import Item
 from illava_hooks.tools.progress import Progress
 from illava_hooks.tools.tune import Tuning, tune
 from illava_hooks.tools.tune.inputs import SUITES, Choice, read_choice
-from illava_hooks.tools.tune.result import Point, pareto
+from illava_hooks.tools.tune.result import TUNED, Point, _verdict, pareto
 from illava_hooks.tools.tune.search import ELITE, WIDTH, OverError, planned, rungs, search, solve_keep
 from illava_hooks.tools.tune.space import MOST_LAYERS, Candidate, Space, settings_of
 
@@ -612,3 +613,16 @@ def test_named_methods_come_from_the_registry() -> None:
     able = {name for name, method in illava_hooks.METHODS.items() if method.layout == "aligned"}
     assert set(_methods(None)) == able - {"random"}
     assert list(itertools.islice(_methods("diverse"), 2)) == ["diverse"]
+
+
+@pytest.mark.parametrize(("cost", "said"), [(0.548, True), (0.519, False), (0.3, False)])
+def test_a_cost_that_is_missed_on_what_was_not_seen_is_said(cost: float, said: bool) -> None:
+    judge: Any = SimpleNamespace(loyalty=None, counts_language=True, kinds={"image", "video"})
+    sample: Any = SimpleNamespace(cost=cost, loyalty=0.9, loss=0.1)
+    config: Any = object()
+    plan = {"complete": True}
+    for held_out in (1, 40):
+        found = Tuning(config, (), (), {"flops": 0.5}, (60, held_out), (60, held_out), plan)
+        verdict = _verdict(found, judge, [], {TUNED: sample})
+        assert any("more than the 0.500 that was wanted" in sentence for sentence in verdict) == said
+        assert any("so few held-out questions, 1, tell little" in sentence for sentence in verdict) == (held_out == 1)

@@ -102,6 +102,7 @@ def merging(model: Any, enabled: bool = True) -> Iterator[Any]:
 
     Raises:
         PatchStateError: the model is not patched.
+        MergeConfigError: ``enabled`` is neither True nor False.
     """
     session = session_of(model)
     if session is None:

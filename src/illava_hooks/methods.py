@@ -8,6 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from illava_hooks.errors import MergeConfigError
@@ -131,7 +132,8 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
         inputs: what it may look at.
 
     Raises:
-        MergeConfigError: it is no tensor of one number per token.
+        MergeConfigError: it is no tensor of one number per token, or on a CPU nothing but NaN though the keys are
+            numbers. Elsewhere nobody waits for that, and NaN is the lowest score.
     """
     found = score(inputs)
     shape = tuple(inputs.positions.shape)
@@ -140,6 +142,13 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
         raise MergeConfigError(
             f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
         )
+    if type(found) is Tensor and found.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A token of NaN is one that the score does not know, and goes first; one that knows no token is a mistake.
+        if found.numel() and found.isnan().all() and inputs.key.isfinite().all():
+            raise MergeConfigError(
+                f"the score of method {name!r} returned NaN for all {found.numel()} tokens; return numbers, and "
+                "infinity for tokens that must stay"
+            )
     return found.float()
 
 

@@ -166,14 +166,14 @@ def evaluate(
     """Measure accuracy, loyalty and divergence of methods at equal budgets."""
     from illava_hooks.tools.evaluate import evaluate as measure
     from illava_hooks.tools.evaluate import print_rows
-    from illava_hooks.tools.loading import load_model, parse_ratio, quiet
+    from illava_hooks.tools.loading import load_model, parse_fraction, quiet
     from illava_hooks.tools.progress import status
 
     quiet()
     check_target("--output", output)
     if keep is not None:
         stages, kept = _one_number(context, keep)
-    fractions = [parse_ratio(part, "--kept") or 0.0 for part in kept.split(",")]
+    fractions = [parse_fraction(part, "--kept") or 0.0 for part in kept.split(",")]
     with status(f"loading {model}"):
         loaded = load_model(model, device, dtype)
     names = [name for name in methods.split(",") if name]

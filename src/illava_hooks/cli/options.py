@@ -24,7 +24,9 @@ Picture = Annotated[
 ]
 Asked = Annotated[
     str | None,
-    typer.Argument(metavar="[QUESTION]", help="What to ask; a general question when not given.", show_default=False),
+    typer.Argument(
+        metavar="[QUESTION]", help="What to ask; when not given, one that fits the model.", show_default=False
+    ),
 ]
 Input = Annotated[Path | None, typer.Option("--input", help="The picture, as an option.")]
 Question = Annotated[str | None, typer.Option(help="The question, as an option.")]
@@ -79,8 +81,21 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except Exception as error:
+            place = _place_in_own_file(error)
+            if kwargs.get("debug") or place is None:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"error: your method failed ({place}: {reason}); repair it, --debug shows all", file=sys.stderr)
+            raise typer.Exit(2) from None
 
     return run
+
+
+def _place_in_own_file(error: Exception) -> str | None:
+    """Where a method of the user's failed; looked up by name, since it is loaded only where methods are."""
+    methods = sys.modules.get("illava_hooks.tools.methods")
+    return None if methods is None else methods.place_in_own_file(error)
 
 
 def unbroken_output() -> None:
@@ -111,6 +126,14 @@ def check_target(option: str, file: Path | None) -> None:
         raise InputError(f"{option} is {str(file)!r}, where no file can be; give a file in a folder that exists")
 
 
+def _tell_of_ranges(option: str, layers: str | None) -> None:
+    """Says that two layers joined as the published scripts join them are not all from the one to the other."""
+    first, dash, last = (layers or "").strip().partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(last) > int(first) + 1:
+        every = f"{first}-{int(first) + 1}" + "-..." * (int(last) > int(first) + 2) + f"-{last}"
+        print(f"note: {option} {layers} is layers {first} and {last}; write {every} for all of them", file=sys.stderr)
+
+
 def merge_settings(
     vit_layers: str | None,
     vit_r: str | None,
@@ -135,6 +158,8 @@ def merge_settings(
         if keep is not None and amount is not None:
             raise InputError(f"--keep and {option} exclude each other; give one of them")
     check_preset(preset)
+    for option, layers in (("--vit-layers", vit_layers), ("--llm-layers", llm_layers)):
+        _tell_of_ranges(option, layers)
     settings = {
         "vit_layers": parse_layers(vit_layers, "--vit-layers"),
         "vit_r": parse_number(vit_r, "--vit-r"),

@@ -46,6 +46,8 @@ def _prepared(
     model_name: str, device: str, dtype: str, path: Path | None, frames: int, question: str | None
 ) -> tuple[Any, ...]:
     """Loads the media before the model, so that a missing file is reported at once."""
+    if question is not None and not question.strip():
+        raise InputError("question is empty; give one, or leave it out for a general one")
     from illava_hooks.tools.progress import status
 
     with status("starting"):
@@ -58,11 +60,12 @@ def _prepared(
         media = load_media(path or tiny.media("scene.png"), frames)
     with status(f"loading {model_name}"):
         model, processor = load_model(model_name, device, dtype)
-    text = question or default_question(model_name, media)
+    text = default_question(model_name, media) if question is None else question
     inputs = build_inputs(processor, media, text, model.device, model.dtype)
     unknown = unknown_words(processor, text)
     if unknown:
-        print(f"note: {model_name} does not know the words {', '.join(unknown)}", file=sys.stderr)
+        words = "the word" if len(unknown) == 1 else "the words"
+        print(f"note: {model_name} does not know {words} {', '.join(unknown)}", file=sys.stderr)
     return model, processor, media, text, inputs
 
 
@@ -97,7 +100,7 @@ def ask(
     settings = merge_settings(vit_layers, vit_r, llm_layers, llm_ratio, keep, method, preset)
     network, processor, media, text, inputs = _prepared(model, device, dtype, path, frames, question)
     from illava_hooks.api import patch
-    from illava_hooks.tools.ask import answer
+    from illava_hooks.tools.ask import answer, is_small
     from illava_hooks.tools.progress import status
 
     if not no_merge:
@@ -121,6 +124,8 @@ def ask(
         print(json.dumps(body, indent=2))
         return
     _print_costs(answers)
+    if compare and is_small(network):
+        print("note: the model is too small for its times to say anything; `illava-hooks bench` measures large ones")
     if not no_merge and answers[-1].report is None:
         print("nothing merged: these settings remove nothing from this input", file=sys.stderr)
 
@@ -219,8 +224,9 @@ def info(
 
     with status("starting"):
         from illava_hooks.tools.info import environment, model_info, model_lines
-        from illava_hooks.tools.loading import load_model
+        from illava_hooks.tools.loading import load_model, quiet
 
+        quiet()
         facts = environment()
     if model is not None:
         with status(f"loading {model}"):

@@ -15,7 +15,7 @@ from illava_hooks.config import MergeConfig, Modality, describe
 from illava_hooks.engine.hookset import Hook, HookSet
 from illava_hooks.engine.provenance import Provenance
 from illava_hooks.engine.report import MergeReport
-from illava_hooks.errors import NotYet
+from illava_hooks.errors import MergeConfigError, NotYet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,6 +61,13 @@ class SessionHook(Hook):
         return hook
 
 
+def _checked_switch(enabled: object) -> bool:
+    """True or False, NumPy's too; any text would be true, "off" included."""
+    if type(enabled).__name__ not in ("bool", "bool_"):
+        raise MergeConfigError(f"enabled is {enabled!r}; give True or False")
+    return bool(enabled)
+
+
 class MergeSession:
     """The state of one patched model; ``patch`` returns it, ``session_of`` finds it.
 
@@ -73,11 +80,20 @@ class MergeSession:
     def __init__(self, config: MergeConfig, root: Any) -> None:
         """Starts enabled."""
         self.config, self.root = config, root
-        self.enabled = True
+        self._enabled = True
         self.hooks = HookSet()
         self._warned: set[str] = set()
         self._report: MergeReport | None = None
         self._provenance: Provenance | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """The switch for everybody."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = _checked_switch(enabled)
 
     @property
     def active(self) -> bool:
@@ -88,7 +104,7 @@ class MergeSession:
     @contextlib.contextmanager
     def switched(self, enabled: bool) -> Iterator[None]:
         """Switches merging for this thread or task while the context is open."""
-        switch = _Switch(bool(enabled))
+        switch = _Switch(_checked_switch(enabled))
         _switched.set({**_switched.get(), id(self): (*_switched.get().get(id(self), ()), switch)})
         try:
             yield
@@ -99,8 +115,9 @@ class MergeSession:
 
     @property
     def report(self) -> MergeReport:
-        """Tokens, FLOPs and KV bytes of the last forward that brought visual tokens.
+        """Tokens, FLOPs and KV bytes of the last forward that brought visual tokens while merging was on.
 
+        Forwards with merging off leave it as it is, and so does ``unpatch``: a comparison can print it at its end.
         Before there was one it is false, and its attributes raise ``PatchStateError``.
         """
         return self._report or cast(MergeReport, NotYet(_NO_REPORT))

@@ -31,11 +31,12 @@ def folder(name: str) -> Path:
     """The checkpoint's folder, which ``from_pretrained`` of transformers loads.
 
     Args:
-        name: "llava_onevision" or "qwen2_vl".
+        name: "llava_onevision" or "qwen2_vl", or what the command line calls them, "tiny" or "tiny-qwen2-vl".
 
     Raises:
         InputError: there is no embedded model of that name.
     """
+    name = ALIASES.get(name, name)
     if name not in NAMES:
         raise InputError(f"tiny model is {name!r}; choose one of {list(NAMES)}")
     return Path(__file__).parent / name
@@ -67,7 +68,7 @@ def load(name: str) -> tuple[Any, Any]:
     """Loads an embedded model, in float32 and in eval mode, and its processor.
 
     Args:
-        name: "llava_onevision" or "qwen2_vl".
+        name: as for ``folder``.
 
     Returns:
         The stock model and the stock processor.

@@ -13,7 +13,10 @@ from transformers import TextStreamer
 from illava_hooks.api import merging, session_of
 from illava_hooks.engine.report import MergeReport
 
-__all__ = ["Answer", "answer"]
+__all__ = ["Answer", "answer", "is_small"]
+
+#: Parameters of models whose times say something.
+_LARGE = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,11 @@ class _Clock(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._show(text)
+
+
+def is_small(model: Any) -> bool:
+    """Whether a model is too small for its times to say anything: there every call costs more than the arithmetic."""
+    return bool(sum(parameter.numel() for parameter in model.parameters()) < _LARGE)
 
 
 def answer(

@@ -101,6 +101,11 @@ def read_items(file: Path, num_frames: int = 32) -> list[Item]:
     Raises:
         InputError: the file, a line of it or a picture cannot be read.
     """
+    if file.is_dir():
+        raise InputError(
+            f"items {str(file)!r} is a folder; give a file with JSON lines (tune takes a folder of pictures: what it "
+            "compares needs no question of yours)"
+        )
     try:
         data = file.read_bytes()
         text = data.decode(json.detect_encoding(data))  # UTF-8 or UTF-16, with or without a byte order mark

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Final
 from illava_hooks.errors import InputError, MergeConfigError
 from illava_hooks.methods import METHODS, Method
 
-__all__ = ["UNIFORM", "find_method"]
+__all__ = ["UNIFORM", "find_method", "place_in_own_file"]
+
+#: The files of the user's that were run.
+_RUN: set[str] = set()
 
 #: A control that is no method of ``METHODS``: what it drops is spread evenly.
 UNIFORM: Final = Method("uniform", "uniform", "uniform", merge="drop")
@@ -52,6 +56,14 @@ def find_method(choice: str | Method) -> Method:
     )
 
 
+def place_in_own_file(error: BaseException) -> str | None:
+    """The last line of a file that ``find_method`` has run in which an error was raised; None: it was elsewhere."""
+    lines = traceback.extract_tb(error.__traceback__)
+    return next(
+        (f"{Path(line.filename).name}, line {line.lineno}" for line in lines[::-1] if line.filename in _RUN), None
+    )
+
+
 def _named(module: ModuleType, choice: str, name: str) -> Method:
     """The method of a module that has this name."""
     found = vars(module).get(name)
@@ -73,6 +85,7 @@ def _run_file(choice: str, path: Path) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(file)
     sys.modules[name] = module  # dataclasses look there
+    _RUN.add(str(file))
     try:
         with _importing_from(file.parent):
             # Compiled here and not imported: a cached compilation can be older than the file.

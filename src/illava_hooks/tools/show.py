@@ -77,9 +77,10 @@ def media_of(pictures: Any) -> Media:
         pictures = Image.fromarray(pictures.astype(np.uint8))
     given = list(pictures) if isinstance(pictures, Sequence) else [pictures]
     if not given or not all(isinstance(one, Image.Image) for one in given):
+        held = f" of {type(given[0]).__name__}" if given and isinstance(pictures, Sequence) else ""
         raise InputError(
-            f"pictures is a {type(pictures).__name__}; give a PIL picture or an array (H, W, 3), a list of pictures, "
-            "frames (F, H, W, 3), or the path of an image, a folder or a video"
+            f"pictures is a {type(pictures).__name__}{held}; give a PIL picture or an array (H, W, 3), a list of "
+            "pictures, frames (F, H, W, 3), or the path of an image, a folder or a video"
         )
     return Media("image", tuple(f"image {number}" for number in range(1, len(given) + 1)), tuple(map(to_rgb, given)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.tooling import PIXELS
+from illava_hooks.engine.transport import Generation, generating
 from illava_hooks.tools.bench.meters import Memory, Stopwatch, timed
 from illava_hooks.tools.progress import SILENT, Progress
 
@@ -75,8 +77,23 @@ def stage_inputs(model: Any, inputs: Mapping[str, Tensor]) -> tuple[list[tuple[s
             name = f"get_{modality}_features"
             # Of the class: what stands around the method of a patched model need not tell.
             taken = inspect.signature(getattr(type(base), name)).parameters
-            calls.append((modality, getattr(base, name), {key: inputs[key] for key in taken if key in inputs}))
+            arguments = {key: inputs[key] for key in taken if key in inputs}
+            calls.append((modality, _handed_on(model, getattr(base, name)), arguments))
     return calls, text
+
+
+def _handed_on(model: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A feature method whose output a forward will get: as inside ``generate``, nothing need be said of it."""
+
+    @functools.wraps(method)
+    def call(**arguments: Any) -> Any:
+        session = session_of(model)
+        if session is None:
+            return method(**arguments)
+        with generating(Generation(session, None)):
+            return method(**arguments)
+
+    return call
 
 
 @torch.inference_mode()

@@ -26,6 +26,10 @@ _ROWS: dict[str, tuple[Callable[[Measurement], float], str, float]] = {
     "language model, peak above weights": (lambda m: m.language.peak_bytes, "MB", 1e-6),
     "KV cache": (lambda m: m.kv_bytes, "MB", 1e-6),
 }
+#: Smaller peaks are the allocator's: no ratio is shown.
+_LEAST = {"peak above weights": 16e6}
+#: A shorter prefill is mostly calls.
+_SHORT_S = 0.5
 
 
 def summarize(runs: Sequence[Measurement]) -> dict[str, tuple[float, float, float]]:
@@ -80,16 +84,22 @@ def print_table(found: Comparison) -> None:
     for name, (_, unit, factor) in _ROWS.items():
         if not any(before[name]) and not any(after[name]):
             continue
+        digits = 3 if unit == "s" else 1
         cells = [
-            f"{middle * factor:.1f} ({low * factor:.1f} to {high * factor:.1f}) {unit}"
+            f"{middle * factor:.{digits}f} ({low * factor:.{digits}f} to {high * factor:.{digits}f}) {unit}"
             for middle, low, high in (before[name], after[name])
         ]
-        achieved = f"{after[name][0] / before[name][0]:.3f}" if before[name][0] else ""
+        tells = before[name][0] >= _LEAST.get(name.rpartition(", ")[2], 1e-9)
+        achieved = f"{after[name][0] / before[name][0]:.3f}" if tells else ""
         table.add_row(name, *cells, achieved, f"{ideal[name]:.3f}" if name in ideal else "")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)  # a file or a pipe need not wrap
     console.print(table)
+    if before["prefill (time to first token)"][0] < _SHORT_S:
+        print(
+            "note: these times are too short to say anything; measure a larger shape, or more tiles, patches or frames"
+        )
     for line in str(found.report).splitlines()[: len(found.report.visuals) + 2]:
         print(line)
     print(f"merging takes {found.cost.share:.2%} of the merged prefill")

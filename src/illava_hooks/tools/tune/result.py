@@ -22,6 +22,10 @@ __all__ = ["Point", "Tuning", "conclude", "pareto"]
 
 Interval = tuple[float, float]
 TUNED, PRESET, RIVAL, OTHER = "tuned", "preset", "preset's layers", "front"
+#: How far above the wanted cost the held-out questions may be without a word.
+COST_WITHIN = 0.02
+#: Fewer held-out questions tell little.
+FEW = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,8 @@ def conclude(judge: Judge, ranked: Sequence[Candidate], plan: dict[str, Any]) ->
     points = pareto([_point(*one, sample) for one, sample in zip(wanted, samples, strict=True)])
     held = {name: sample for (name, _), sample in zip(wanted, samples, strict=True) if name != OTHER}
     other = held.get(RIVAL, held.get(PRESET) if "as" in judge.wanted else None)
-    lead = paired_interval(other.losses, held[TUNED].losses) if other is not None and TUNED in held else None
+    tells = other is not None and TUNED in held and len(held[TUNED].losses) > 1  # of one question alone nothing does
+    lead = paired_interval(other.losses, held[TUNED].losses) if other is not None and tells else None
     config = None
     if settings is not None:
         with judge.meter.patched(settings) as session:
@@ -183,6 +188,11 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
             f"on {found.questions[1]} questions about {found.pictures[1]} pictures that the search did not see: "
             f"{tuned.cost:.3f} of the FLOPs, loyalty {tuned.loyalty:.1%}, KL {tuned.loss:.4f}"
         )
+        if judge.loyalty is None and tuned.cost > float(found.wanted["flops"]) + COST_WITHIN:
+            said.append(f"that is more than the {found.wanted['flops']:.3f} that was wanted, which the pictures of "
+                        "the search keep to: these have other sizes; ask for less, or give more pictures")  # fmt: skip
+        if found.questions[1] < FEW:
+            said.append(f"so few held-out questions, {found.questions[1]}, tell little: give more pictures")
         if found.lead is not None:
             low, high = found.lead
             word = "better" if low > 0 else "worse" if high < 0 else "no different, as far as these questions tell,"
