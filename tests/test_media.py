@@ -741,3 +741,16 @@ def test_media_is_frozen(tmp_path: Path) -> None:
     media = load_media(save(tmp_path / "a.png", ImageOps.expand(Image.new("RGB", (2, 2)), 1)))
     with pytest.raises(AttributeError):
         media.kind = "video"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["empty.png", "empty.mp4", "empty"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert "is an empty file; give an image or a video" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["text.jpg", "text.mp4", "text.png", "text"])
+def test_what_a_reader_says_comes_without_its_numbers(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("hello, this is no picture at all")
+    said = refusal(tmp_path / name)
+    assert "cannot be read as an image or a video" in said and "Errno" not in said and "returned" not in said

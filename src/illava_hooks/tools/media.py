@@ -82,6 +82,8 @@ def load_media(path: str | Path, num_frames: int = 32) -> Media:
         if not file.is_file():
             what = "is neither a file nor a folder" if file.exists() else "does not exist"
             raise _error(path, what, "give a file or a folder on this machine; URLs and pipes are not read")
+        if not file.stat().st_size:
+            raise _error(path, "is an empty file", "give an image or a video")
         # A stream of JPEGs begins like one JPEG, so here the content does not tell the two apart.
         if file.suffix.lower() not in (".mjpeg", ".mjpg"):
             with suppress(UnidentifiedImageError):
@@ -108,7 +110,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise _error(path, f"has more than {Image.MAX_IMAGE_PIXELS} pixels", "scale it down first") from error
     except Exception as error:  # readers of damaged files raise whatever trips them: struct.error, SyntaxError, ...
         cure = "change its permissions" if isinstance(error, PermissionError) else "convert it or get a whole copy"
-        raise _error(path, f"cannot be read as an image or a video ({error})", cure) from error
+        reason = getattr(error, "strerror", None) or error  # without libav's numbers and names
+        raise _error(path, f"cannot be read as an image or a video ({reason})", cure) from error
 
 
 def _read_folder(folder: Path) -> Media:
