@@ -150,6 +150,7 @@ def test_searches_against_float64(dtype: torch.dtype) -> None:
         for place in range(splits[s]):  # of almost equals another may be found: as close it must be
             cosine = unit[match[0, s, place]] @ unit[match[1, s, place]]
             torch.testing.assert_close(cosine, most[start + place], atol=TOLERANCE[dtype], rtol=0)
+            torch.testing.assert_close(cosines[s, place].double(), cosine, atol=TOLERANCE[dtype], rtol=0)
         start += n
 
 
