@@ -391,7 +391,7 @@ class TestBench:
         arguments = f"bench --shape {shape} --narrow --tiles 3 --rounds 1 --new-tokens 2".split()
         result = CliRunner().invoke(app, [*arguments, "--plot", str(plot)])
         assert result.exit_code == 0, result.output
-        for word in ("encoder", "language model", "KV cache", "Worth it?", "ideal", "as many keys"):
+        for word in ("encoder", "language model", "KV cache", "Worth it?", "ideal", "as many keys", "too short"):
             assert word in result.stdout
         with Image.open(plot) as picture:
             assert picture.format == "PNG"
