@@ -17,7 +17,7 @@ from illava_hooks import Method, PatchStateError
 from illava_hooks.engine.encoder import EncoderRun
 from illava_hooks.integrations.vllm import overrides, version_of
 from illava_hooks.integrations.vllm.models import BACKEND_SINCE
-from illava_hooks.tools.datasets import clip_items, scene_items
+from illava_hooks.tools.datasets import clip_items, pair_items, scene_items
 from illava_hooks.tools.items import Item
 
 pytestmark = [
@@ -52,6 +52,7 @@ def questions() -> dict[str, list[Item]]:
     return {
         "cropped": cropped_items(counted(100)),
         "whole": scene_items(counted(40)),
+        "pairs": pair_items(counted(40)),
         "clips": clip_items(counted(40)),
     }
 
@@ -115,7 +116,7 @@ def engine(folder: Callable[[str], Path], ours: Expected) -> Iterator[Any]:
         yield made
 
 
-@pytest.mark.parametrize("kind", ["cropped", "whole"])
+@pytest.mark.parametrize("kind", ["cropped", "whole", "pairs"])
 def test_answers_are_those_of_patch(engine: Any, ours: Expected, kind: str) -> None:
     found = ask_engine(engine, [request_of(ours.processor, item) for item in questions()[kind]])
     assert largest_difference(found, ours.by_kind[kind]) < CLOSE
