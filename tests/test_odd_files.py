@@ -339,8 +339,8 @@ def test_a_very_long_picture_is_drawn(tmp_path: Path, size: tuple[int, int]) -> 
     (embedded,) = (name for name in families(embedded=True) if family_of(name).embedded == "tiny")
     model, processor = tiny.load(embedded)
     pictures = [Image.open(tmp_path / "strip.png"), Image.open(tiny.media("scene.png"))]
-    drawn = patch(model).show(pictures, processor=processor)
-    assert len(drawn) == 2 and min(drawn[0].size) > 30
+    shown = patch(model).show(pictures, processor=processor)
+    assert len(shown) == 2 and min(shown[0].size) > 30
 
 
 class TestPercentages:
