@@ -148,6 +148,8 @@ class TestAsk:
     def test_unknown_words_are_told(self) -> None:
         result = CliRunner().invoke(app, ["ask", "--question", "is there a red dragon ?"])
         assert result.exit_code == 0 and result.stderr == "note: tiny does not know the word dragon\n"
+        result = CliRunner().invoke(app, ["ask", "--question", "is there a red dragon a zebra ?"])
+        assert result.stderr == "note: tiny does not know the words dragon, zebra\n"
 
     @pytest.mark.parametrize("mode", ["RGBA", "L", "I;16", "P", "CMYK", "1"])
     def test_odd_pictures(self, tmp_path: Path, mode: str) -> None:

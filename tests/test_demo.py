@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from demo_server import Server, call, fetch, serving, upload
@@ -81,9 +82,48 @@ class TestForms:
         }  # fmt: skip
         with pytest.raises(InputError, match="vit_r is 'many'"):
             forms.settings_of("tome", "auto", ("", "many", "", "", ""))
-        assert forms.question_of("  ", "what ?") == "what ?"
+
+    @pytest.mark.parametrize("number", [7, 1.01, -1, 1e9, "7/2", "-0.5"])
+    def test_a_fraction_out_of_range(self, engine: Engine, number: float | str) -> None:
+        """By the name that the field has; no such settings are ever used."""
+        with pytest.raises(InputError, match="^'Visual tokens kept' is .*; give a fraction up to 1, or 0 for"):
+            forms.settings_of("tome", "auto", ("", "", "", "", number))
+        words, good = forms.describe(engine.model, "tome", "auto", ("", "", "", "", number))
+        assert not good and words.startswith("'Visual tokens kept' is ")
+
+    @pytest.mark.parametrize("number", [0, "0.0", None, ""])
+    def test_no_fraction_is_the_presets(self, number: float | str | None) -> None:
+        assert forms.settings_of("tome", "auto", ("", "", "", "", number)).get("keep") is None
+        assert forms.settings_of("tome", "auto", ("", "", "", "", 1))["keep"] == 1
+
+    def test_questions(self) -> None:
+        """The page has one of its own to begin a chat with, and says that it is; later ones are asked for."""
+        assert forms.turn_of(" why ? ", "what ?", first=True) == Turn("why ?")
+        for empty in ("  ", "", None):
+            assert forms.turn_of(empty, "what ?", first=True) == Turn("what ?", own=True)
+            with pytest.raises(InputError, match="the question is empty; type one, or press Ask again"):
+                forms.turn_of(empty, "what ?", first=False)
         with pytest.raises(InputError, match="2001 characters"):
-            forms.question_of("x" * 2001, "")
+            forms.turn_of("x" * 2001, "", first=True)
+
+    def test_uploads_add_up_but_a_video_comes_alone(self, tmp_path: Path) -> None:
+        clip, other = str(tiny.media("clip.gif")), str(tiny.media("digits.png"))
+        (tmp_path / "broken.png").write_bytes(b"no picture at all")
+        broken = str(tmp_path / "broken.png")
+        for files, before, left in (
+            ([], 0, []),
+            ([], 2, []),
+            ([SCENE], 0, [SCENE]),
+            ([SCENE, other], 1, [SCENE, other]),
+            ([SCENE], 2, [SCENE]),
+            ([clip, SCENE], 1, [SCENE]),
+            ([clip, SCENE, other], 1, [SCENE, other]),
+            ([SCENE, other, clip], 2, [clip]),
+            ([clip, clip], 1, [clip]),
+            ([SCENE, clip], 0, [SCENE, clip]),
+            ([SCENE, broken], 1, [SCENE, broken]),
+        ):
+            assert forms.latest(files, before, 4) == left, (files, before)
 
     def test_settings_in_words(self, engine: Engine) -> None:
         words, good = forms.describe(engine.model, "illava", "image", NONE)
@@ -161,9 +201,30 @@ class TestEngine:
         final = last(engine, Request(load_media(SCENE), QUESTION, settings=settings))
         assert set(final.answers) == {False, True} and "There is no map: method is" in final.notes[0]
 
+    def test_a_map_that_fails_costs_no_answer(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise ValueError("height and width must be > 0")
+
+        monkeypatch.setattr("illava_hooks.demo.engine.merge_maps", broken)
+        final = last(engine, Request(load_media(SCENE), QUESTION))
+        assert final.texts == {False: "2", True: "2"} and final.finished and not final.maps
+        assert final.notes == ("There is no map (ValueError); the server's log tells more.",)
+
+    @pytest.mark.parametrize("size", [(5000, 10), (3, 2000)], ids=str)
+    def test_a_very_long_picture(self, engine: Engine, tmp_path: Path, size: tuple[int, int]) -> None:
+        """Is answered and drawn, alone and next to another."""
+        Image.new("RGB", size, "navy").save(tmp_path / "strip.png")
+        for files in ([tmp_path / "strip.png"], [SCENE, tmp_path / "strip.png"]):
+            final = last(engine, Request(forms.media_of(list(map(str, files)), 8), QUESTION))
+            assert set(final.texts) == {False, True} and final.notes == ()
+            pair = view.compared(final.maps, len(view.steps(final.maps)), True)
+            assert pair is not None and pair[0].size == pair[1].size and min(pair[0].size) >= 100
+
     def test_unknown_words_are_told(self, engine: Engine) -> None:
         final = last(engine, Request(load_media(SCENE), "is there a zebra ?", (False,)))
-        assert final.notes == ("This model does not know the words zebra.",)
+        assert final.notes == ("This model does not know the word zebra.",)
+        final = last(engine, Request(load_media(SCENE), "is there a zebra a dragon ?", (False,)))
+        assert final.notes == ("This model does not know the words zebra, dragon.",)
 
     def test_an_error_leaves_the_model_as_it_was(self, engine: Engine) -> None:
         with pytest.raises(MergeConfigError, match="vit_layers contains 99"):
@@ -257,7 +318,31 @@ class TestView:
         html = view.costs(timed, engine.model, 3)
         first = html[html.index("Time to first token") :]
         assert re.findall(r"<td>([^<]*)</td>", first) == ["1.5x", "300.0 ms", "200.0 ms", "", "20.0 ms", "–"]
+        slow = {False: replace(answers[False], decode_s=0.02), True: replace(answers[True], decode_s=0.04)}
+        assert "<td>2.0x more</td><td>20.0 ms</td><td>40.0 ms</td>" in view.costs(slow, engine.model)
         assert "medians of 3 measurements" in html and "medians" not in view.costs(timed, engine.model)
+
+    @pytest.mark.parametrize(
+        ("merged", "plain", "words"),
+        [
+            (1, 2, "2.0x"),
+            (2, 1, "2.0x more"),
+            (1, 1, "1.0x"),
+            (1.04, 1, "1.0x"),
+            (1.06, 1, "1.1x more"),
+            (100, 1, "100.0x more"),
+            (0, 1, ""),
+            (1, 0, ""),
+        ],
+    )
+    def test_no_factor_is_below_one(self, merged: float, plain: float, words: str) -> None:
+        assert view._less(merged, plain) == words
+
+    def test_what_a_chat_is_about_stands_in_its_place(self) -> None:
+        assert view.hint(()) == view.HINT
+        assert view.hint(("a.png",)).startswith("A new chat about `a.png`: ask a question.")
+        assert "about 3 images" in view.hint(("a.png", "b.png", "c.png"))
+        assert "took the place of what lay there. A new chat about `b.mp4`" in view.hint(("b.mp4",), replaced=True)
 
     def test_notes_are_text(self) -> None:
         html = view.note(("<script>alert(1)</script>",), failed=True)
@@ -333,6 +418,11 @@ class TestAChat:
             ("user", "is there a star ?"), ("assistant", "**Without merging:** yes"),
             ("user", "list ?"), ("assistant", "**With merging:**\n\na\n- b"),
         ]  # fmt: skip
+
+    def test_a_question_of_the_page_is_told_from_the_visitors(self) -> None:
+        own, typed = messages([Turn(QUESTION, own=True), Turn(QUESTION)])
+        assert own["content"] == f"{QUESTION}\n\n*The page's question, as the field was empty.*"
+        assert typed["content"] == QUESTION
 
     def test_a_chat_is_not_endless(self) -> None:
         forms.check_turns(self.TURNS)
@@ -472,6 +562,13 @@ class TestThePage:
         assert "allows 0..7" in self.ask(server.url, [SCENE], "9", "", "", "", 0)[0]
         assert "llm_ratio is &#x27;half&#x27;" in self.ask(server.url, [SCENE], "", "", "", "half", 0)[0]
         assert "no picture yet" in self.ask(server.url, [])[0]
+
+    @pytest.mark.parametrize("number", [7, -1, 1.5])
+    def test_a_fraction_out_of_range_is_one_line(self, server: Server, number: float) -> None:
+        """And nothing is asked with another."""
+        notes, *others = self.ask(server.url, [SCENE], "", "", "", "", number)
+        assert f"&#x27;Visual tokens kept&#x27; is {number}; give a fraction" in notes and not any(others)
+        assert (server.folder.parent / "log").read_text() == ""
 
     def test_large_uploads_are_refused(self, server: Server) -> None:
         status, said = upload(server.url, "film.mp4", bytes(2**20 + 1))

@@ -22,11 +22,13 @@ from families import families, family_of
 from illava_hooks import MergeConfigError, Method, PatchStateError, patch, session_of, unpatch
 from illava_hooks.errors import InputError
 from illava_hooks.merge.scores import ScoreInputs
-from illava_hooks.tools.canvas import GAP, colour_of
-from illava_hooks.tools.draw import MergeMap, _heaviest, draw, merge_maps, save_maps
+from illava_hooks.tools.canvas import GAP, View, colour_of, compose, sharpened, visuals_of
+from illava_hooks.tools.draw import MergeMap, _heaviest, draw, merge_maps, save_maps, strip
 
 FAMILIES = families(embedded=True)
 WITH_VIDEOS = families(embedded=True, with_videos=True)
+#: Settings that remove a little in both stages.
+SOME: dict[str, Any] = {"vit_layers": [1], "vit_r": 0.25, "llm_layers": [2], "llm_ratio": 0.5}
 SPOTS = [(family, case) for family in families(with_spots=True) for case in family_of(family).spots()]
 
 
@@ -185,6 +187,43 @@ class TestTheCanvas:
                     bright, gone = bright + int((same & ~paper).sum()), gone + int((~same).sum())
                 assert 0 < one.kept < one.total
                 assert bright * one.total == one.kept * (bright + gone)
+
+
+class TestLongPictures:
+    """Whatever the model answers about is drawn, so that each patch it looked at can be seen."""
+
+    @pytest.mark.parametrize("size", [(5000, 10), (10, 5000), (1900, 10), (400, 3), (1, 150), (1, 1)], ids=str)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_show_every_patch(self, stock: Any, family: str, size: tuple[int, int]) -> None:
+        model, processor = stock(family)
+        pixels = soft(size[1], size[0])
+        try:
+            inputs = ask(processor, (pixels,))
+        except ValueError as error:
+            pytest.skip(f"the model does not answer about it: {error}")
+        ((_, (seen,)),) = visuals_of(model, processor, inputs)
+        patches = {label for view in seen for label in view.labels.flat}
+        for originals in ((), (Image.fromarray(pixels),)):
+            maps = merge_maps(model, processor, inputs, originals, **SOME)
+            assert [one.layer for one in maps] == [1, 2]
+            for one in maps:
+                (frame,), (drawn,), (plain,) = one.frames, draw(one), draw(one, 1.0)
+                assert {label for view in frame for label in view.labels.flat} == patches
+                assert 512 <= max(drawn.size) <= 20.2 * min(drawn.size), "two views lie side by side"
+                gone = {label for label in patches if one.keepers[label] != one.units[label]}
+                assert (drawn.tobytes() != plain.tobytes()) == bool(gone)
+            assert min(strip(maps).size) > 30
+
+    def test_of_common_forms_are_not_stretched(self) -> None:
+        for size in ((640, 480), (1000, 100), (96, 960)):
+            picture = Image.fromarray(soft(size[1], size[0]))
+            view = View(
+                np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)), np.arange(4096).reshape(64, 64)
+            )
+            (sharp,) = sharpened((view,), picture)
+            height, width = sharp.labels.shape
+            assert abs(width / height / (size[0] / size[1]) - 1) < 0.01
+            assert compose((sharp,), 1).labels.shape == sharp.labels.shape
 
 
 def patches_of(one: MergeMap, dim: float, colours: bool) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:

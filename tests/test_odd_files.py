@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from families import families, family_of
-from illava_hooks import InputError, tiny
+from illava_hooks import InputError, patch, tiny
 from illava_hooks.cli import app
 from illava_hooks.tools.evaluate.run import item_inputs
 from illava_hooks.tools.items import make_item
@@ -325,6 +325,22 @@ class TestNothing:
         assert "ms" not in line
         body = json.loads(run("ask", "--max-new-tokens", "1", "--json").stdout)
         assert body["answers"][0]["decode_s"] is None and body["answers"][0]["new_tokens"] == 1
+
+
+@pytest.mark.parametrize("size", [(5000, 10), (7, 3000)], ids=str)
+def test_a_very_long_picture_is_drawn(tmp_path: Path, size: tuple[int, int]) -> None:
+    """By the command and by the session, next to a picture of a common form too."""
+    Image.new("RGB", size, "navy").save(tmp_path / "strip.png")
+    done = run("visualize", tmp_path / "strip.png", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    for file in (tmp_path / "out").iterdir():
+        with Image.open(file) as drawn:
+            assert min(drawn.size) > 30
+    (embedded,) = (name for name in families(embedded=True) if family_of(name).embedded == "tiny")
+    model, processor = tiny.load(embedded)
+    pictures = [Image.open(tmp_path / "strip.png"), Image.open(tiny.media("scene.png"))]
+    shown = patch(model).show(pictures, processor=processor)
+    assert len(shown) == 2 and min(shown[0].size) > 30
 
 
 class TestPercentages:

@@ -30,6 +30,7 @@ pytestmark = [
 DESKTOP, TABLET, PHONE = (1440, 900), (768, 1024), (390, 844)
 SIZES = {DESKTOP: "desktop", TABLET: "tablet", PHONE: "phone"}
 SCENE = str(tiny.media("scene.png"))
+CLIP = str(tiny.media("clip.gif"))
 PAIR = [str(tiny.media(f"pair/{name}.png")) for name in ("first", "second")]
 WAIT_MS = 60_000
 #: The addresses of the input and of the merged picture, which name their content.
@@ -92,6 +93,25 @@ class Visitor:
             .map(one => one.innerText.trim())) === JSON.stringify(lines) && document.querySelector('#costs table')""",
             arg=list(lines),
         )
+
+    def wait_for_hint(self, text: str) -> None:
+        """Until this stands in place of a chat."""
+        self.page.wait_for_function(
+            """text => document.querySelector('#chat').innerText.includes(text)
+            && !document.querySelector('#chat .message')""",
+            arg=text,
+        )
+
+    def check_clean(self) -> None:
+        """Nothing is left of a chat that is over."""
+        for place in ("#notes .note", "#headline p", "#costs table"):
+            assert self.page.query_selector(place) is None, place
+        assert not self.page.is_visible("#map")
+
+    def type_fraction(self, number: str) -> None:
+        """Types into the number beside the slider, and goes on to the next field."""
+        self.page.fill("#keep input[type=number]", number)
+        self.page.keyboard.press("Tab")
 
     def wait_for_caption(self, text: str) -> None:
         self.page.wait_for_function(
@@ -184,13 +204,93 @@ def test_a_chat(visitor: Visitor) -> None:
     visitor.wait_for_chat(*TRIANGLES, STAR[0], STAR[2])
     visitor.page.wait_for_selector("#map-picture img")
     visitor.page.click("#fresh")
-    visitor.page.wait_for_function("() => !document.querySelector('#chat .message')")
+    visitor.wait_for_hint("A new chat about scene.png")
+    visitor.check_clean()
     visitor.ask(STAR[0])
     visitor.wait_for_chat(STAR[0], STAR[2])
     visitor.page.wait_for_selector("#map-picture img")
     assert re.search(r"Prompt tokens\s+347", visitor.page.inner_text("#costs table"))
     visitor.page.get_by_role("button", name="Digits").click()
     visitor.wait_for_chat("is there a green digit ?", "With merging: yes")
+
+
+def test_a_new_chat_while_an_answer_is_on_its_way(visitor: Visitor) -> None:
+    """What was asked before does not come behind it."""
+    visitor.upload(SCENE)
+    visitor.wait_for_hint("A new chat about scene.png")
+    visitor.ask(TRIANGLES[0])
+    visitor.page.wait_for_selector("#chat .message")
+    visitor.page.click("#fresh")
+    visitor.page.wait_for_timeout(4000)
+    assert visitor.chat() == []
+    visitor.check_clean()
+    visitor.ask(STAR[0])
+    visitor.wait_for_chat(*STAR)
+
+
+def test_uploads_add_up_but_a_video_comes_alone(visitor: Visitor) -> None:
+    """Each begins a new chat, with nothing left of the last one, and says what it is about."""
+    visitor.page.get_by_role("button", name="Scene").click()
+    visitor.wait_for_chat(*TRIANGLES)
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.upload(PAIR[0])
+    visitor.wait_for_hint("A new chat about 2 images")
+    visitor.check_clean()
+    assert visitor.page.locator("#preview img").count() == 2
+    visitor.upload(CLIP)
+    visitor.wait_for_hint("so the upload took the place of what lay there. A new chat about clip.gif")
+    visitor.page.wait_for_function("() => document.querySelectorAll('#files .filename').length === 1")
+    visitor.ask("which way does the circle move ?")
+    visitor.page.wait_for_selector("#map-picture img")
+    assert len(visitor.chat()) == 3
+    visitor.upload(SCENE)
+    visitor.wait_for_hint("A new chat about scene.png")
+    visitor.check_clean()
+    visitor.page.wait_for_function("() => document.querySelectorAll('#files .filename').length === 1")
+    assert "common." not in visitor.page.inner_text("body")
+    assert visitor.page.locator("[title*='common.'], [aria-label*='common.']").count() == 0, "all texts are words"
+    visitor.page.click("#files button[aria-label='Clear']")
+    visitor.wait_for_hint("Choose an example, or upload a picture")
+    visitor.page.wait_for_selector("#preview img", state="hidden")
+
+
+def test_an_empty_question_is_the_pages(visitor: Visitor) -> None:
+    """At the beginning of a chat, and said to be; later nothing is asked."""
+    visitor.upload(SCENE)
+    visitor.wait_for_hint("A new chat about scene.png")
+    visitor.ask("  ")
+    own = "how many circles are there ?\n\nThe page's question, as the field was empty."
+    visitor.wait_for_chat(own, "Without merging: 1", "With merging: 1")
+    visitor.page.wait_for_selector("#map-picture img")
+    visitor.ask("")
+    visitor.page.wait_for_selector("#notes .failed")
+    assert "the question is empty; type one" in visitor.page.inner_text("#notes")
+    assert len(visitor.chat()) == 3
+    visitor.page.click("#again")
+    visitor.page.wait_for_selector("#map-picture img")
+    assert visitor.chat()[0] == own and len(visitor.chat()) == 3
+
+
+def test_a_fraction_out_of_range(visitor: Visitor) -> None:
+    """Stands as it was typed, is told in one line where it is typed and where it is asked, and nothing is asked."""
+    visitor.upload(SCENE)
+    visitor.page.get_by_text("Settings of merging").click()
+    for number in ("7", "-1", "1.01"):
+        visitor.type_fraction(number)
+        visitor.page.wait_for_function(
+            "text => document.querySelector('#says').innerText.includes(text)",
+            arg=f"'Visual tokens kept' is {number}; give a fraction up to 1",
+        )
+        assert visitor.page.input_value("#keep input[type=number]") == number
+    visitor.ask(STAR[0])
+    visitor.page.wait_for_selector("#notes .failed")
+    assert visitor.page.inner_text("#notes").strip() == visitor.page.inner_text("#says").strip()
+    assert visitor.chat() == [] and visitor.page.input_value("#question textarea") == STAR[0]
+    assert visitor.page.get_by_text("Error", exact=True).count() == 0
+    visitor.type_fraction("0.2")
+    visitor.page.wait_for_function("() => document.querySelector('#says').innerText.includes('20% of the tokens')")
+    visitor.ask()
+    visitor.wait_for_chat(*STAR)
 
 
 def test_each_layer_has_a_name(visitor: Visitor) -> None:

@@ -52,7 +52,7 @@ def _prepared(
 
     with status("starting"):
         from illava_hooks import tiny
-        from illava_hooks.tools.loading import build_inputs, default_question, load_model, quiet, unknown_words
+        from illava_hooks.tools.loading import build_inputs, default_question, listed, load_model, quiet, unknown_words
         from illava_hooks.tools.media import load_media
 
         quiet()
@@ -64,8 +64,7 @@ def _prepared(
     inputs = build_inputs(processor, media, text, model.device, model.dtype)
     unknown = unknown_words(processor, text)
     if unknown:
-        words = "the word" if len(unknown) == 1 else "the words"
-        print(f"note: {model_name} does not know {words} {', '.join(unknown)}", file=sys.stderr)
+        print(f"note: {model_name} does not know {listed(unknown)}", file=sys.stderr)
     return model, processor, media, text, inputs
 
 

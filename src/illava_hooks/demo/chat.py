@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LABELS", "Chat", "Turn", "history", "messages"]
+__all__ = ["LABELS", "OWN", "Chat", "Turn", "history", "messages"]
 
 #: What stands above an answer, by side.
 LABELS = {False: "Without merging", True: "With merging"}
+
+#: What stands below a question that nobody typed.
+OWN = "The page's question, as the field was empty."
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +22,12 @@ class Turn:
     Attributes:
         question: as it was asked.
         texts: the answers, by side.
+        own: whether the page asked it, since the visitor typed none.
     """
 
     question: str
     texts: dict[bool, str] = field(default_factory=dict)
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """What the page shows: each question, and below it what each side answered."""
     shown = []
     for turn in turns:
-        shown.append({"role": "user", "content": turn.question})
+        shown.append({"role": "user", "content": f"{turn.question}\n\n*{OWN}*" if turn.own else turn.question})
         for side, text in sorted(turn.texts.items()):
             between = "\n\n" if "\n" in text else " "  # lists and tables begin on lines of their own
             shown.append({"role": "assistant", "content": f"**{LABELS[side]}:**{between}{text}"})

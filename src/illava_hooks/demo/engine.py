@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -19,7 +20,7 @@ from illava_hooks.demo.chat import Turn, history
 from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.ask import Answer, answer
 from illava_hooks.tools.draw import MergeMap, merge_maps
-from illava_hooks.tools.loading import build_inputs, unknown_words
+from illava_hooks.tools.loading import build_inputs, listed, unknown_words
 from illava_hooks.tools.media import Media, load_media
 
 __all__ = ["Engine", "Progress", "Request"]
@@ -170,7 +171,7 @@ class Engine:
         }
         inputs = {side: made[turns] for side, turns in chats.items()}
         unknown = unknown_words(self.processor, request.question)
-        notes = [f"This model does not know the words {', '.join(unknown)}."] if unknown else []
+        notes = [f"This model does not know {listed(unknown)}."] if unknown else []
         now = Progress(notes=tuple(notes))
         try:
             session = patch(self.model, **settings)
@@ -202,6 +203,9 @@ class Engine:
                 maps = merge_maps(self.model, self.processor, inputs[True], media.images, **settings)
             except IllavaHooksError as error:  # the answers are there: only the picture is not
                 notes.append(f"There is no map: {error}.")
+            except Exception as error:
+                logging.getLogger("illava_hooks").exception("the merging could not be drawn")
+                notes.append(f"There is no map ({type(error).__name__}); the server's log tells more.")
         yield replace(now, maps=tuple(maps), notes=tuple(notes), finished=True)
 
     def _timed(self, now: Progress, inputs: dict[bool, Any], merges: bool, check: Callable[[], None]) -> Progress:

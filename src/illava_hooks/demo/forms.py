@@ -8,17 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from illava_hooks.config import MergeConfig, MergeSchedule
+from illava_hooks.demo.chat import Turn
 from illava_hooks.engine.finding import find_family
 from illava_hooks.errors import IllavaHooksError, InputError
 from illava_hooks.tools.loading import parse_fraction, parse_layers, parse_number
 from illava_hooks.tools.media import Media, load_media
 
-__all__ = ["FIELDS", "SIDES", "check_turns", "describe", "limits_of", "media_of", "question_of", "settings_of"]
+__all__ = [
+    "FIELDS",
+    "KEEP",
+    "SIDES",
+    "check_turns",
+    "describe",
+    "latest",
+    "limits_of",
+    "media_of",
+    "settings_of",
+    "turn_of",
+]
 
 MAX_FILES, MAX_QUESTION, MAX_TURNS = 16, 2000, 20
 
 #: The numbers, as ``patch`` calls them.
 FIELDS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio", "keep")
+
+#: What the page calls the last one, of which 0 is none.
+KEEP = "Visual tokens kept"
 
 #: What the switch says, and the sides that it asks for.
 SIDES = {"Side by side": (False, True), "On": (True,), "Off": (False,)}
@@ -44,6 +59,24 @@ def media_of(files: Sequence[str] | None, frames: int) -> Media:
     return Media("image", names, tuple(image for media in found for image in media.images))
 
 
+def latest(files: Sequence[str], before: int, frames: int) -> list[str]:
+    """What is left after an upload: images are added to images, and as a video comes alone, the upload replaces it.
+
+    Args:
+        files: all that lies there, in the order of the upload.
+        before: how many of them lay there before.
+        frames: frames taken of a video.
+    """
+    new = list(files[before:])
+    if not before or not new:
+        return list(files)
+    try:
+        kinds = {_read(Path(file), frames).kind for file in files}
+    except InputError:  # told where they are read together
+        return list(files)
+    return new if "video" in kinds else list(files)
+
+
 def _read(file: Path, frames: int) -> Media:
     try:
         return load_media(file, frames)
@@ -51,16 +84,23 @@ def _read(file: Path, frames: int) -> Media:
         raise InputError(str(error).replace(f"{file.parent}{os.sep}", "")) from error
 
 
-def question_of(text: str | None, default: str) -> str:
-    """The question without space around it, or the default.
+def turn_of(text: str | None, default: str, first: bool) -> Turn:
+    """The question without space around it; the page has one of its own to begin with.
+
+    Args:
+        text: what stands in the field.
+        default: the page's own question.
+        first: whether it is the first one of a chat.
 
     Raises:
-        InputError: it is too long.
+        InputError: it is too long, or there is none.
     """
-    question = (text or "").strip() or default
+    question = (text or "").strip()
     if len(question) > MAX_QUESTION:
         raise InputError(f"the question has {len(question)} characters; give at most {MAX_QUESTION}")
-    return question
+    if not question and not first:
+        raise InputError("the question is empty; type one, or press Ask again for the last one")
+    return Turn(question or default, own=not question)
 
 
 def check_turns(turns: Sequence[object]) -> None:
@@ -92,10 +132,17 @@ def settings_of(method: str, preset: str, numbers: Sequence[str | float | None])
         if name.endswith("layers"):
             values[name] = [] if text.lower() == "none" else parse_layers(text, name)
         elif name == "keep":
-            values[name] = parse_fraction(text, name)
+            values[name] = _kept(text)
         else:
             values[name] = parse_number(text, name)
     return values
+
+
+def _kept(text: str) -> float | None:
+    found = parse_fraction(text, KEEP)
+    if found is not None and not 0 <= found <= 1:
+        raise InputError(f"{KEEP!r} is {found:g}; give a fraction up to 1, or 0 for what the preset says")
+    return found or None
 
 
 def limits_of(model: Any) -> dict[str, str]:

@@ -10,8 +10,8 @@ from typing import Any
 from illava_hooks.demo.chat import Chat, Turn, messages
 from illava_hooks.demo.engine import Engine, Progress, Request
 from illava_hooks.demo.extra import gradio
-from illava_hooks.demo.forms import SIDES, check_turns, describe, media_of, question_of, settings_of
-from illava_hooks.demo.view import caption, compared, costs, headline, note, step_names
+from illava_hooks.demo.forms import SIDES, check_turns, describe, latest, media_of, settings_of, turn_of
+from illava_hooks.demo.view import caption, compared, costs, headline, hint, note, step_names
 from illava_hooks.errors import IllavaHooksError
 from illava_hooks.tools.loading import EMBEDDED, default_question
 
@@ -45,15 +45,15 @@ class Handlers:
         """Answers the next question of a chat, or its last one again, streamed; faults are told on the page."""
         gr = self.gr
         before = chat if chat is not None and chat.files == tuple(files or ()) else Chat(tuple(files or ()))
-        if again and chat is not None and chat.turns:
-            question = chat.turns[-1].question
-            before = replace(before, turns=before.turns[:-1])
+        old = before.turns[-1:] if again else ()
+        before = replace(before, turns=before.turns[: len(before.turns) - len(old)])
         try:
             media = media_of(files, self.engine.frames)
-            turn = Turn(question_of(question, default_question(self.engine.name, media)))
+            default = default_question(self.engine.name, media)
+            turn = replace(old[0], texts={}) if old else turn_of(question, default, first=not before.turns)
             settings = settings_of(method, preset, numbers)
             check_turns(before.turns)
-            yield self._outputs(Progress(), before, turn, gr.skip() if again else gr.update(value=""))
+            yield self._outputs(Progress(), before, turn, gr.skip() if old else gr.update(value=""))
             request = Request(media, turn.question, SIDES[sides], settings, before.turns)
             for progress in self.engine.run(request):
                 if before.turns and self.engine.name in EMBEDDED:
@@ -61,10 +61,12 @@ class Handlers:
                 turn = replace(turn, texts=progress.texts)
                 yield self._outputs(progress, before, turn, gr.skip())
         except IllavaHooksError as error:
-            yield self._failed(f"{error}.", chat)
+            yield self._failed(f"{error}.", chat, question)
         except Exception as error:
             logging.getLogger("illava_hooks").exception("a request failed")
-            yield self._failed(f"This did not work ({type(error).__name__}); the server's log tells more.", chat)
+            yield self._failed(
+                f"This did not work ({type(error).__name__}); the server's log tells more.", chat, question
+            )
 
     def again(self, *given: Any) -> Iterator[tuple[Any, ...]]:
         """The last question once more, with the settings that stand now; its answers are replaced."""
@@ -91,17 +93,36 @@ class Handlers:
             *self._paused(),
         )
 
-    def _failed(self, told: str, chat: Chat | None) -> tuple[Any, ...]:
-        """The reason, and the chat as it was before: what was not answered was not said."""
+    def _failed(self, told: str, chat: Chat | None, question: str) -> tuple[Any, ...]:
+        """The reason, and the chat and the question as they were before: what was not answered was not said."""
         gr, turns = self.gr, chat.turns if chat is not None else ()
         group = gr.update(visible=False)
-        return (note((told,), failed=True), messages(turns), chat, *[gr.skip()], "", "", None, group) + (
+        return (note((told,), failed=True), messages(turns), chat, question, "", "", None, group) + (
             gr.skip(), "", None, gr.skip(), *self._paused(),
         )  # fmt: skip
 
-    def fresh(self) -> tuple[Any, ...]:
-        """A new chat about the same files."""
-        return [], None
+    def fresh(self, names: tuple[str, ...] = ()) -> tuple[Any, ...]:
+        """A new chat about what lies there, of which the names are told, with nothing left of the last one."""
+        talk = self.gr.update(value=[], placeholder=hint(names))
+        return "", talk, None, "", "", None, self.gr.update(visible=False), *self._paused()
+
+    def read(self, files: list[str] | None, before: int) -> tuple[Any, ...]:
+        """What lies there after an upload, its number, small copies of what was read, and what is to be said of it.
+
+        Args:
+            files: all that was uploaded.
+            before: how many of them had been read before.
+        """
+        gr, given = self.gr, list(files or ())
+        left = latest(given, before, self.engine.frames)
+        shown, told, names = self._small(left)
+        talk = gr.update(placeholder=hint(names, left != given))
+        return gr.skip() if left == given else left, len(left), shown, told or gr.skip(), names, talk
+
+    def example(self, files: list[str], question: str) -> tuple[Any, ...]:
+        """A new chat about bundled files, and a question about them."""
+        shown, _, names = self._small(files)
+        return files, len(files), shown, names, question, *self.fresh(names)
 
     def draw(self, maps: Any, step: str, colours: bool) -> tuple[Any, ...]:
         """The picture of one position."""
@@ -138,18 +159,19 @@ class Handlers:
     def _timer(self, active: bool) -> Any:
         return self.gr.Timer(STEP_S, active=active)
 
-    def preview(self, files: list[str] | None) -> tuple[Any, ...]:
-        """Small copies of what was read, or why it cannot be read."""
+    def _small(self, files: list[str]) -> tuple[Any, str, tuple[str, ...]]:
+        """Small copies of what was read, or why it cannot be read; and its names."""
+        nothing = self.gr.update(value=None, visible=False)
         if not files:
-            return self.gr.update(value=None, visible=False), ""
+            return nothing, "", ()
         try:
             media = media_of(files, self.engine.frames)
         except IllavaHooksError as error:
-            return self.gr.update(value=None, visible=False), note((f"{error}.",), failed=True)
+            return nothing, note((f"{error}.",), failed=True), ()
         small = [image.copy() for image in media.images]
         for image in small:
             image.thumbnail((THUMB, THUMB))
-        return self.gr.update(value=small, visible=True), ""
+        return self.gr.update(value=small, visible=True), "", media.names
 
     def describe(self, method: str, preset: str, *numbers: str | float) -> str:
         """What the settings do, as HTML."""

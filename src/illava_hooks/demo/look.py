@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["CSS", "FONTS", "MONO", "READABLE"]
+__all__ = ["CSS", "FONTS", "MONO", "READABLE", "WORDS"]
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "monospace"]
+
+#: What gradio names and does not translate: of a button, and for screen readers.
+WORDS = {"common.upload": "Upload more", "common.complete": "Complete"}
 
 #: The theme's own grey is hard to read on white, and so is white on its own teal.
 READABLE = {
@@ -52,6 +55,7 @@ table.costs tr.short :is(th, td) { opacity: .65; }
 #chat .message-row { margin: .25rem 0; }
 :is(#notes, #headline, #costs) .html-container { padding: 0; }
 #chat button[aria-label="Clear"] { display: none; }
+#chat [data-testid="status-tracker"]:has(.error) { display: none; } /* of what was stopped; faults are told below */
 #buttons { gap: .5rem; flex-wrap: nowrap; }
 #buttons button { min-width: 0; white-space: nowrap; }
 #positions { align-items: center; gap: .5rem; flex-wrap: wrap; }

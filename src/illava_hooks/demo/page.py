@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
 from illava_hooks.demo.extra import gradio
-from illava_hooks.demo.forms import FIELDS, MAX_QUESTION, SIDES, limits_of
+from illava_hooks.demo.forms import FIELDS, KEEP, MAX_QUESTION, SIDES, limits_of
 from illava_hooks.demo.handlers import PLAY, STEP_S, Handlers
 from illava_hooks.demo.view import HINT
 from illava_hooks.engine.finding import find_family
@@ -32,6 +33,10 @@ TOY = (
 )
 SHOW_CHAT = "() => document.getElementById('chat').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 SHOW_LATEST = "() => setTimeout(() => document.querySelector('#chat .bubble-wrap')?.scrollTo(0, 1e6), 100)"
+#: A number that is typed beside a slider stays as it was typed: gradio would take the nearest that is allowed.
+AS_TYPED = """() => document.addEventListener('blur', event => {
+    if (event.target.matches?.('#keep input[type=number]:out-of-range')) event.stopPropagation();
+}, true)"""
 KEEP_S = 3600  # what a visitor left behind is forgotten after so many seconds
 CHAT_PX = 150  # an empty chat, and one with answers is as high as they are, up to thrice that
 
@@ -48,7 +53,7 @@ class Page:
         gr, handlers = self.gr, self.handlers
         with gr.Blocks(title="illava_hooks", analytics_enabled=False, delete_cache=(KEEP_S // 12, KEEP_S)) as blocks:
             gr.Markdown(self._title(), elem_id="title")
-            maps, chat = (gr.State(None, time_to_live=KEEP_S) for _ in range(2))
+            maps, chat, number, names = (gr.State(value, time_to_live=KEEP_S) for value in (None, None, 0, ()))
             with gr.Row(equal_height=False, elem_id="sides-of-the-page"):
                 with gr.Column(scale=4, min_width=320):
                     files, examples, preview = self._pictures()
@@ -61,6 +66,7 @@ class Page:
                     head = gr.HTML(elem_id="headline", padding=False)
                     group, step, play, colours, text, shown = self._map()
             timer = gr.Timer(STEP_S, active=False)
+            blocks.load(None, js=AS_TYPED)
             for button in (ask, again, *examples):  # on a phone the chat is below
                 button.click(None, js=SHOW_CHAT, api_visibility="private")
             talk.change(None, js=SHOW_LATEST, api_visibility="private")
@@ -70,15 +76,23 @@ class Page:
             one = {"inputs": given, "outputs": outputs, "concurrency_limit": 1, "concurrency_id": "model"}
             one |= {"show_progress_on": [talk]}
             free = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-            gr.on([ask.click, question.submit], handlers.ask, **one, api_name="ask")
-            again.click(handlers.again, **one, api_visibility="private")
-            fresh.click(handlers.fresh, None, [talk, chat], **free)
-            files.change(handlers.preview, files, [preview, notes], **free)
-            for button, (names, known) in zip(examples, EXAMPLES.values(), strict=True):
-                paths, text_of = [str(tiny.media(name)) for name in names], self._question(known)
-                button.click(lambda p=paths, q=text_of: (None, p, q), None, given[:3], **free).then(
-                    handlers.ask, **one, api_visibility="private"
-                )
+            running = [
+                gr.on([ask.click, question.submit], handlers.ask, **one, api_name="ask"),
+                again.click(handlers.again, **one, api_visibility="private"),
+            ]
+            clean, lying = [notes, talk, chat, head, table, maps, group, play, timer], [files, number, preview]
+            for button, (stems, known) in zip(examples, EXAMPLES.values(), strict=True):
+                paths, text_of = [str(tiny.media(name)) for name in stems], self._question(known)
+                begin = partial(handlers.example, paths, text_of)
+                clicked = button.click(begin, None, [*lying, names, question, *clean], **free)
+                running.append(clicked.then(handlers.ask, **one, api_visibility="private"))
+            # What is still streamed into a chat ends first, then the chat; what was uploaded is read behind that:
+            # it can take longer than the next question.
+            uploads = [files.upload, files.delete, files.clear]
+            gr.on([fresh.click, *uploads], None, cancels=running, api_visibility="private")
+            fresh.click(handlers.fresh, names, clean, **free)
+            ended = gr.on(uploads, handlers.fresh, None, clean, **free)
+            ended.then(handlers.read, lying[:2], [*lying, notes, names, talk], **free)
             position = [maps, step, colours]
             latest = free | {"trigger_mode": "always_last"}
             gr.on([step.input, colours.input], handlers.draw, position, pictures[1:], **latest)
@@ -90,7 +104,7 @@ class Page:
         """What the chat is about: files, examples, and small copies of what was read."""
         gr = self.gr
         kinds = ["image", "video", ".avif", ".mkv", ".mjpeg"]
-        label = "Images, or one video"
+        label = "Images (uploads add up), or one video"
         files = gr.File(label=label, file_count="multiple", file_types=kinds, height=150, elem_id="files")
         self._read_no_addresses(files)
         with gr.Row(elem_id="examples"):
@@ -140,9 +154,8 @@ class Page:
         gr, model = self.gr, self.engine.model
         sides = gr.Radio(list(SIDES), value="Side by side", label="Merging", elem_id="sides")
         limits = limits_of(model)
-        keep = gr.Slider(
-            0, 1, 0, step=0.05, label="Visual tokens kept", info=limits["keep"], elem_id="keep", buttons=[]
-        )
+        keep = gr.Slider(0, 1, 0, step=0.05, label=KEEP, info=limits["keep"], elem_id="keep", buttons=[])
+        keep.preprocess = lambda typed: typed  # whatever was typed is told below, where the other numbers are
         with gr.Accordion("Settings of merging", open=False, elem_id="settings"):
             with gr.Row():
                 method = gr.Dropdown(list(METHODS), value=METHOD, label="method", min_width=120, elem_id="method")

@@ -16,7 +16,7 @@ from typing import Any
 from illava_hooks import tiny
 from illava_hooks.demo.engine import Engine
 from illava_hooks.demo.extra import gradio
-from illava_hooks.demo.look import CSS, FONTS, MONO, READABLE
+from illava_hooks.demo.look import CSS, FONTS, MONO, READABLE, WORDS
 from illava_hooks.demo.page import Page
 from illava_hooks.errors import InputError
 
@@ -132,7 +132,7 @@ def serving(engine: Engine, host: str = LOCAL, port: int = 0, max_megabytes: int
                 mcp_server=False, pwa=False, enable_monitoring=False, strict_cors=True, state_session_capacity=64,
                 allowed_paths=[str(tiny.media("scene.png").parent)], css=CSS,
                 theme=gr.themes.Base(font=FONTS, font_mono=MONO, primary_hue="teal").set(**READABLE),
-                app_kwargs={"middleware": [(Guard, (), {"hosts": names})]},
+                i18n=gr.I18n(en=WORDS), app_kwargs={"middleware": [(Guard, (), {"hosts": names})]},
             )  # fmt: skip
         except (OSError, ValueError) as error:
             page.close(verbose=False)

@@ -10,17 +10,44 @@ from PIL import Image
 
 from illava_hooks.engine.finding import find_family
 from illava_hooks.engine.report import MergeReport, kv_bytes
-from illava_hooks.tools.ask import Answer
+from illava_hooks.tools.ask import Answer, is_small
 from illava_hooks.tools.canvas import tabulate
 from illava_hooks.tools.draw import SHEET_COLUMNS, MergeMap, draw
 
-__all__ = ["HINT", "caption", "compared", "costs", "headline", "kv_bytes_of", "note", "picture", "step_names", "steps"]
+__all__ = [
+    "HINT",
+    "caption",
+    "compared",
+    "costs",
+    "headline",
+    "hint",
+    "kv_bytes_of",
+    "note",
+    "picture",
+    "step_names",
+    "steps",
+]
 
 #: Stands where the chat will be.
 HINT = "Choose an example, or upload a picture and ask. What merging does to it is shown here."
+#: The same where something lies there to ask about.
+READY = "A new chat about {}: ask a question. What merging does to it is shown here."
 #: Parameters of a model below which its times say nothing of merging.
-SMALL = 100_000_000
 SHORT = ' class="short"'
+
+
+def hint(names: Sequence[str], replaced: bool = False) -> str:
+    """What stands in place of a chat that is still empty.
+
+    Args:
+        names: of the files that it is about.
+        replaced: whether the last upload took the place of what lay there.
+    """
+    if not names:
+        return HINT
+    about = f"`{names[0].replace('`', '')}`" if len(names) == 1 else f"{len(names)} images"
+    told = "A video comes alone, so the upload took the place of what lay there. " if replaced else ""
+    return told + READY.format(about)
 
 
 def note(lines: Sequence[str], failed: bool = False) -> str:
@@ -64,7 +91,7 @@ def costs(answers: dict[bool, Answer], model: Any, runs: int = 1) -> str:
     rows.append(("Each further token", _less(*others), _pair(_time, others)))
     both = len(sides) == 2
     names = [*(["less by"] if both else []), *(("without merging", "with merging")[side] for side in sides)]
-    short = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+    short = is_small(model)
     body = "".join(
         _row(name, [*([ratio] if both else []), *(pair[side] for side in sides)], short and place >= exact)
         for place, (name, ratio, pair) in enumerate(rows)
@@ -87,8 +114,10 @@ def _row(name: str, cells: Sequence[str], short: bool) -> str:
 
 
 def _less(merged: float, plain: float) -> str:
-    """The ratio; nothing where nothing was measured."""
-    return f"{plain / merged:.1f}x" if merged > 0 and plain > 0 else ""
+    """The ratio, and the word where merging made it more; nothing where nothing was measured."""
+    if merged <= 0 or plain <= 0:
+        return ""
+    return f"{merged / plain:.1f}x more" if round(plain / merged, 1) < 1 else f"{plain / merged:.1f}x"
 
 
 def _pair(words: Callable[[float], str], numbers: tuple[float, float]) -> tuple[str, str]:

@@ -44,6 +44,8 @@ DARK = 40  # merged-away patches fade into this grey
 TINT = 0.6  # share of the survivor's colour in what it absorbed
 LETTERS = 18  # pixels of captions
 LEAST, MOST = 512, 1280  # pixels of the longer side of a picture that is drawn
+#: How many times as long as thick a picture is drawn at most.
+LONGEST = 10
 #: How far, on average, a view may be from the original as the encoder would see it: of 255 steps of brightness.
 SAME_PICTURE = 8.0
 
@@ -84,8 +86,14 @@ def visuals_of(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[tu
         raise InputError(f"model is a {family.title or family.name}, which cannot be drawn; give another model")
     tools = {one.modality: getattr(processor, f"{one.modality}_processor") for one in pictures}
     colours = {modality: _colours(tool) for modality, tool in tools.items()}
+    # Of a picture that is very long, tiles can be cut so far that no pixel is left of them: nobody looked at that.
     return [
-        (one.modality, tuple(tuple(_view(view, *colours[one.modality]) for view in frame) for frame in one.frames))
+        (
+            one.modality,
+            tuple(
+                tuple(_view(view, *colours[one.modality]) for view in frame if view.numel()) for frame in one.frames
+            ),
+        )
         for one in pictures
     ]
 
@@ -93,8 +101,10 @@ def visuals_of(model: Any, processor: Any, inputs: Mapping[str, Any]) -> list[tu
 def compose(frame: Frame, scale: int) -> View:
     """All views of a frame side by side, the last one magnified ``scale`` times and the others as high as it.
 
-    Only copies pixels, never mixes them: the border of a patch stays where it is.
+    Only copies pixels, never mixes them: the border of a patch stays where it is. What is longer than can be seen is
+    drawn thicker than it is.
     """
+    frame = tuple(map(_thickened, frame))
     height = scale * frame[-1].labels.shape[0]
     pixels, labels = [], []
     for number, view in enumerate(frame):
@@ -125,7 +135,8 @@ def sharpened(frame: Frame, original: Image.Image) -> Frame:
             return frame
     side = max(original.size)
     scale = min(1.0, MOST / side) if side >= LEAST else math.ceil(LEAST / side)
-    width, height = (max(1, round(scale * length)) for length in original.size)
+    least = math.ceil(scale * side / LONGEST)  # of patches that lie in one row of pixels only the first could be seen
+    width, height = (max(least, round(scale * length)) for length in original.size)
     sharp = original.resize((width, height), Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
     pixels, views = np.asarray(sharp, np.uint8), []
     for view in frame:
@@ -196,6 +207,13 @@ def tabulate(pictures: Sequence[Image.Image], columns: int, captions: Sequence[s
         if captions:
             pen.text((x, y + picture.height + MARGIN // 2), captions[number], fill=0, font=font)
     return table
+
+
+def _thickened(view: View) -> View:
+    """A view with its rows or columns repeated until it is at most ``LONGEST`` times as long as thick."""
+    shape = view.labels.shape
+    down, across = (math.ceil(max(shape) / (LONGEST * length)) for length in shape)
+    return View(view.pixels.repeat(down, 0).repeat(across, 1), view.labels.repeat(down, 0).repeat(across, 1))
 
 
 def _border(unit: Ints, width: int) -> NDArray[np.bool_]:

@@ -24,6 +24,7 @@ __all__ = [
     "default_question",
     "find_device",
     "find_dtype",
+    "listed",
     "load_model",
     "parse_fraction",
     "parse_layers",
@@ -200,6 +201,11 @@ def unknown_words(processor: Any, question: str) -> list[str]:
         return []
     words = re.findall(r"\w+", question.lower())
     return [word for word in words if processor.tokenizer.tokenize(word) == [unknown]]
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words in a sentence: the word one; the words one, two."""
+    return f"the word{'s' * (len(words) > 1)} {', '.join(words)}"
 
 
 def check_question(processor: Any, question: str) -> None:
