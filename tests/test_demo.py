@@ -394,7 +394,7 @@ class TestView:
         answers = last(engine, Request(load_media(SCENE), QUESTION)).answers
         html = view.costs(answers, engine.model)
         assert html.count("<tr class=") == 2 and "too small" in html
-        monkeypatch.setattr(view, "SMALL", 1_000_000)
+        monkeypatch.setattr("illava_hooks.tools.ask._LARGE", 1_000_000)
         assert "too small" not in view.costs(answers, engine.model) and "<tr class=" not in view.costs(
             answers, engine.model
         )

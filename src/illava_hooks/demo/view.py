@@ -32,7 +32,6 @@ __all__ = [
 HINT = "Choose an example, or upload a picture and ask. What merging does to it is shown here."
 #: The same where something lies there to ask about.
 READY = "A new chat about {}: ask a question. What merging does to it is shown here."
-#: Parameters of a model below which its times say nothing of merging.
 SHORT = ' class="short"'
 
 
