@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo docs test test-families nightly test-lowest fuzz hf-tests test-integrations test-clients test-ray test-vllm test-vllm-newest test-vllm-oldest reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
+.PHONY: demo docs test test-families nightly test-lowest fuzz hf-tests test-integrations test-clients test-ray test-vllm test-vllm-newest test-vllm-processes test-vllm-oldest reproduce-7b gpu gpu-pack demo-test lint format quickstart wheel-test
 
 demo: $(SETUP)  ## answers about a bundled scene with and without merging, and pictures of the merging
 	$(PYTHON) -m illava_hooks ask --question "how many triangles are there ?" --compare
@@ -139,17 +139,21 @@ gpu-pack: $(SETUP)  ## wheels for `make gpu` where there is no network; GPU_PACK
 VLLM := build/vllm
 VLLM_OLDEST := 0.29.0
 VLLM_TESTS ?= sample
-VLLM_VERSIONS := newest $(if $(filter-out short,$(VLLM_TESTS)),oldest)
-test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist tests/vllm_engine $(2)
+VLLM_PARTS := newest $(if $(filter-out short,$(VLLM_TESTS)),processes oldest)
+test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist $(2)
 
 test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter-out short,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=all asks all questions, short a few of one version
-	$(MAKE) --keep-going --jobs 2 --output-sync $(VLLM_VERSIONS:%=test-vllm-%)
+	$(MAKE) --keep-going --jobs 3 --output-sync $(VLLM_PARTS:%=test-vllm-%)
 
+# What runs in several processes waits for them most of the time.
 test-vllm-newest:
-	$(call test_vllm)
+	$(call test_vllm,,tests/vllm_engine --ignore=tests/vllm_engine/test_processes.py)
+
+test-vllm-processes:
+	$(call test_vllm,,tests/vllm_engine/test_processes.py)
 
 test-vllm-oldest:
-	$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),$(if $(filter all,$(VLLM_TESTS)),,-m "not slow"))
+	$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine $(if $(filter all,$(VLLM_TESTS)),,-m "not slow"))
 
 $(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)
