@@ -593,16 +593,16 @@ class TestTheReadme:
         assert len(rows) == 2
         for row in rows:
             shape = row.split("|")[1].split(",")[0].strip().lower().replace(" ", "-")
-            found = json.loads((ROOT / "docs" / "results" / f"speed-{shape}-diverse.json").read_text())
+            found = json.loads((ROOT / "docs" / "results" / f"speed-{shape}-recommended.json").read_text())
             (visual,) = found["report"]["visuals"]
             left, whole = visual["language_tokens"][-1], visual["prompt_tokens"]
             flops, seconds = found["ideal_ratio"], found["ratio"]["prefill, CPU"]
             assert f"| {left:,} of {whole:,} | {1 / flops:.1f}x less | {1 / seconds:.1f}x faster | |" in row
         kept = []
         for model in tiny.ALIASES:
-            file = ROOT / "docs" / "results" / f"{model}-headline.jsonl"
+            file = ROOT / "docs" / "results" / f"{model}-keep.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            kept += [row["loyalty"] for row in lines if row.get("method") == "diverse" and row["kept"] > 0.2]
+            kept += [row["loyalty"] for row in lines if row.get("method") == "novel-agnostic" and row["kept"] > 0.2]
         assert len(kept) == 2
         for share in kept:
             assert f"| a third | | | {share:.1%} |".replace("%", " %") in self.text

@@ -74,7 +74,6 @@ class MergeSession:
     Attributes:
         config: the settings in use.
         root: the model that was patched, with or without its head.
-        enabled: the switch for everybody; ``merging`` switches for one thread or task only.
     """
 
     def __init__(self, config: MergeConfig, root: Any) -> None:
@@ -88,11 +87,12 @@ class MergeSession:
 
     @property
     def enabled(self) -> bool:
-        """The switch for everybody."""
+        """The switch for everybody, beside ``merging`` for one thread or task; raises ``MergeConfigError`` where it is given anything but True or False."""
         return self._enabled
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        """Sets it."""
         self._enabled = _checked_switch(enabled)
 
     @property
