@@ -87,7 +87,10 @@ class MergeSession:
 
     @property
     def enabled(self) -> bool:
-        """The switch for everybody, beside ``merging`` for one thread or task; raises ``MergeConfigError`` where it is given anything but True or False."""
+        """The switch for everybody, beside ``merging`` for one thread or task.
+
+        What is neither True nor False raises ``MergeConfigError``.
+        """
         return self._enabled
 
     @enabled.setter
