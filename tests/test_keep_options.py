@@ -169,7 +169,7 @@ class TestForm:
         network, _ = tiny.load(MODELS[model])
         for numbers, told in (
             (("", "4", "", "", "0.5"), "keep is 0.5 and vit_r is 4"),
-            ((*FIELDS, "2"), "keep is 2.0; it must be in (0, 1]"),
+            ((*FIELDS, "2"), "'Visual tokens kept' is 2; give a fraction up to 1"),
             ((*FIELDS, "much"), "keep is 'much'; give a fraction"),
         ):
             words, good = forms.describe(network, "illava", "auto", numbers)

@@ -132,8 +132,8 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
         inputs: what it may look at.
 
     Raises:
-        MergeConfigError: it is no tensor of one number per token, or on a CPU nothing but NaN though the keys are
-            numbers. Elsewhere nobody waits for that, and NaN is the lowest score.
+        MergeConfigError: it is no tensor of one number per token, or a score of the user's is nothing but NaN on a
+            CPU.
     """
     found = score(inputs)
     shape = tuple(inputs.positions.shape)
@@ -142,14 +142,22 @@ def checked_scores(name: str, score: Score, inputs: ScoreInputs) -> Tensor:
         raise MergeConfigError(
             f"the score of method {name!r} returned {given} for tokens of shape {shape}; return one number per token"
         )
-    if type(found) is Tensor and found.device.type == "cpu" and not torch.compiler.is_compiling():
-        # A token of NaN is one that the score does not know, and goes first; one that knows no token is a mistake.
-        if found.numel() and found.isnan().all() and inputs.key.isfinite().all():
-            raise MergeConfigError(
-                f"the score of method {name!r} returned NaN for all {found.numel()} tokens; return numbers, and "
-                "infinity for tokens that must stay"
-            )
+    if score not in SCORES.values() and _knows_nothing(found, inputs):
+        raise MergeConfigError(
+            f"the score of method {name!r} returned NaN for all {found.numel()} tokens; return numbers, and infinity "
+            "for tokens that must stay"
+        )
     return found.float()
+
+
+def _knows_nothing(found: Tensor, inputs: ScoreInputs) -> bool:
+    """Whether a score of the user's is NaN for every token, which is a mistake; one of NaN is unknown, and goes first.
+
+    Not where broken pixels are the reason, and not asked where a device would have to be waited for.
+    """
+    if type(found) is not Tensor or found.device.type != "cpu" or torch.compiler.is_compiling() or not found.numel():
+        return False
+    return bool(found.isnan().all() and inputs.key.isfinite().all())
 
 
 def _checked_rule(name: str, rule: MergeRule, inputs: RuleInputs) -> SegmentPlan | Fold:

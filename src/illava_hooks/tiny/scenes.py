@@ -105,10 +105,11 @@ def digit_images(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     The digits are those of scikit-learn's ``load_digits``, 1,797 of "Optical Recognition of Handwritten Digits"
     (Alpaydin and Kaynak, UCI, doi 10.24432/C50P49, CC BY 4.0), in the order in which they stand there.
     """
-    with np.load(Path(__file__).with_name("digits.npz")) as data:
-        images, classes = data["images"], data["classes"]
-    chosen = np.isin(np.arange(len(classes)) % 10, _SPLITS[split])
-    return (images[chosen] / 16).astype(np.float32), classes[chosen].astype(np.int64)
+    # A row of the picture for each: 64 strokes from 0 to 16, and the class.
+    with Image.open(Path(__file__).with_name("digits.png")) as picture:
+        rows = np.asarray(picture)
+    chosen = rows[np.isin(np.arange(len(rows)) % 10, _SPLITS[split])]
+    return (chosen[:, :64].reshape(-1, 8, 8) / 16).astype(np.float32), chosen[:, 64].astype(np.int64)
 
 
 def draw_scene(
