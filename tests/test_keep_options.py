@@ -170,7 +170,7 @@ class TestForm:
         for numbers, told in (
             (("", "4", "", "", "0.5"), "keep is 0.5 and vit_r is 4"),
             ((*FIELDS, "2"), "'Visual tokens kept' is 2; give a fraction up to 1"),
-            ((*FIELDS, "much"), "keep is 'much'; give a fraction"),
+            ((*FIELDS, "much"), "Visual tokens kept is 'much'; give a fraction"),
         ):
             words, good = forms.describe(network, "illava", "auto", numbers)
             assert not good and told in words
