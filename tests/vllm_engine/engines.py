@@ -17,7 +17,7 @@ SHORT = FORM == "short"
 
 def counted(of_all: int) -> int:
     """So many of them."""
-    return {"all": of_all, "sample": of_all * 2 // 5}.get(FORM, of_all // 10)
+    return {"all": of_all, "sample": of_all // 4}.get(FORM, of_all // 10)
 
 
 SMALL: dict[str, Any] = {
