@@ -139,23 +139,21 @@ gpu-pack: $(SETUP)  ## wheels for `make gpu` where there is no network; GPU_PACK
 VLLM := build/vllm
 VLLM_OLDEST := 0.29.0
 VLLM_TESTS ?= sample
-# Run beside the rest, so that two cores end together.
-VLLM_APART := $(patsubst %,tests/vllm_engine/test_%.py,processes drawn)
 VLLM_PARTS := newest $(if $(filter-out short,$(VLLM_TESTS)),processes oldest)
-test_vllm = ILLAVA_VLLM=$(VLLM_TESTS) PYTHONPATH=$(1) $(VLLM)/bin/python -m pytest -p no:xdist $(2)
+test_vllm = ILLAVA_VLLM=$(1) PYTHONPATH=$(2) $(VLLM)/bin/python -m pytest -p no:xdist $(3)
 
-test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter-out short,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=all asks all questions, short a few of one version
+test-vllm: $(SETUP) $(VLLM)/ready $(if $(filter-out short,$(VLLM_TESTS)),$(VLLM)-$(VLLM_OLDEST)/ready)  ## vLLM with the plugin says what a patched model says; VLLM_TESTS=all asks all questions, sample a quarter and the oldest a few, short a few of one version
 	$(MAKE) --keep-going --jobs 3 --output-sync $(VLLM_PARTS:%=test-vllm-%)
 
-# test_processes waits for its processes most of the time, so three parts keep two cores busy.
+# What runs in several processes waits for them most of the time.
 test-vllm-newest:
-	$(call test_vllm,,tests/vllm_engine $(if $(filter short,$(VLLM_TESTS)),,$(VLLM_APART:%=--ignore=%)))
+	$(call test_vllm,$(VLLM_TESTS),,tests/vllm_engine --ignore=tests/vllm_engine/test_processes.py)
 
 test-vllm-processes:
-	$(call test_vllm,,$(VLLM_APART))
+	$(call test_vllm,$(VLLM_TESTS),,tests/vllm_engine/test_processes.py)
 
 test-vllm-oldest:
-	$(call test_vllm,$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine $(if $(filter all,$(VLLM_TESTS)),,-m "not slow"))
+	$(call test_vllm,$(VLLM_TESTS:sample=short),$(CURDIR)/$(VLLM)-$(VLLM_OLDEST),tests/vllm_engine)
 
 $(VLLM)/ready: tests/vllm_engine/requirements.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(VLLM)

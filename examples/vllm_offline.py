@@ -24,11 +24,17 @@ def main() -> None:
     parser.add_argument("--keep-encoder", type=float, default=0.5, help="fraction of patches left behind the encoder")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--enforce-eager", action="store_true", help="start sooner, answer slower: compile nothing")
     given = parser.parse_args()
 
     from vllm import LLM, SamplingParams
 
-    llm = LLM(given.model, max_model_len=given.max_model_len, hf_overrides=overrides(keep_encoder=given.keep_encoder))
+    llm = LLM(
+        given.model,
+        max_model_len=given.max_model_len,
+        enforce_eager=given.enforce_eager,
+        hf_overrides=overrides(keep_encoder=given.keep_encoder),
+    )
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": given.question}]}
     processor = AutoProcessor.from_pretrained(given.model)
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)

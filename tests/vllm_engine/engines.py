@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ SMALL: dict[str, Any] = {
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 3, "video": 1},
     "disable_log_stats": False,
+    "kv_cache_memory_bytes": 2**26,
     "block_size": 32,  # prompts are short, and only whole blocks are found again
 }
 
@@ -43,7 +43,6 @@ def running(folder: Path, **options: Any) -> Iterator[Any]:
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 
