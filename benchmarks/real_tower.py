@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from cutouts import Box, Painter, read_cut_outs, read_photos
 from illava_hooks import METHODS, MergeConfig, MergeSchedule, MergeSession, Method
 from illava_hooks.engine.attention_tap import TappedConfig
 from illava_hooks.engine.encoder import EncoderRun
@@ -44,8 +44,6 @@ GRID = SIDE // PATCH
 DEPTH = 10
 BATCH = 20
 OBJECTS, VIEWS, SHOWN = 120, 4, 4
-#: Stamps that are no things, or drawn.
-NO_THINGS = ("symbols", "cartoon", "people", "town", "space")
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 #: Where the merges are: early, where towers of this depth still mix neighbours, and in the middle.
@@ -153,81 +151,35 @@ class Scene:
 
     pixels: Tensor
     objects: tuple[int, ...]
-    boxes: tuple[tuple[int, int, int, int], ...]
+    boxes: tuple[Box, ...]
 
 
-class Painter:
-    """Paints scenes, always the same ones."""
+def scene_painter(stamps: Path, size: int, seed: int = 0) -> Painter:
+    """What paints all scenes.
 
-    def __init__(self, stamps: Path, size: int, seed: int = 0) -> None:
-        """Looks for cut-outs and photos.
+    Args:
+        stamps: the folder of cut-outs.
+        size: of an object, in pixels of its longer side.
+        seed: of everything.
 
-        Args:
-            stamps: the folder of cut-outs.
-            size: of an object, in pixels of its longer side.
-            seed: of everything.
-
-        Raises:
-            SystemExit: there are too few.
-        """
-        self.rng, self.size = random.Random(seed), size
-        found = [self._cut(file) for file in sorted(stamps.rglob("*.png")) if not self._is_drawn(file)]
-        self.objects = [cut for cut in found if cut is not None]
-        self.rng.shuffle(self.objects)
-        self.objects = self.objects[:OBJECTS]
-        self.photos = list(photos())
-        if len(self.objects) < OBJECTS or len(self.photos) < 5:
-            raise SystemExit(
-                f"{len(self.objects)} cut-outs in {stamps} and {len(self.photos)} photos; give the folder of "
-                "tuxpaint-stamps-default, and install scikit-image and scikit-learn"
-            )
-
-    @staticmethod
-    def _is_drawn(file: Path) -> bool:
-        return any(word in str(file) for word in NO_THINGS)
-
-    @staticmethod
-    def _cut(file: Path) -> Image.Image | None:
-        """A cut-out with its alpha; None where it fills its frame, is nearly empty or tiny."""
-        with Image.open(file) as opened:
-            picture = opened.convert("RGBA")
-        alpha = np.asarray(picture)[..., 3]
-        if min(picture.size) < 60 or (alpha < 20).mean() < 0.15 or (alpha > 200).mean() < 0.2:
-            return None
-        return picture.crop(picture.getbbox())
-
-    def scene(self, objects: Sequence[int]) -> Scene:
-        """A photo with objects in different quarters."""
-        photo, half = self.rng.choice(self.photos), SIDE // 2
-        side = self.rng.randint(min(photo.size) * 2 // 3, min(photo.size))
-        left, top = self.rng.randint(0, photo.width - side), self.rng.randint(0, photo.height - side)
-        picture = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        quarters = [(0, 0), (half, 0), (0, half), (half, half)]
-        self.rng.shuffle(quarters)
-        boxes = []
-        for number, (left, top) in zip(objects, quarters, strict=False):
-            cut = self.objects[number]
-            factor = self.size / max(cut.size)
-            cut = cut.resize((max(8, int(cut.width * factor)), max(8, int(cut.height * factor))))
-            at = left + self.rng.randint(0, half - self.size), top + self.rng.randint(0, half - self.size)
-            picture.paste(cut, at, cut)
-            boxes.append((*at, *cut.size))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        return Scene((pixels - MEAN) / DEVIATION, tuple(objects), tuple(boxes))
+    Raises:
+        SystemExit: there are too few cut-outs or photos.
+    """
+    rng, objects, photos = random.Random(seed), list(read_cut_outs(stamps).values()), list(read_photos())
+    rng.shuffle(objects)
+    if len(objects) < OBJECTS or len(photos) < 5:
+        raise SystemExit(
+            f"{len(objects)} cut-outs in {stamps} and {len(photos)} photos; give the folder of "
+            "tuxpaint-stamps-default, and install scikit-image and scikit-learn"
+        )
+    return Painter(objects[:OBJECTS], photos, SIDE, size, rng)
 
 
-def photos() -> Iterator[Image.Image]:
-    """The photos that come with scikit-image and scikit-learn."""
-    import skimage.data
-    import sklearn.datasets
-
-    names = ("rocket.jpg", "coffee.png", "chelsea.png", "motorcycle_left.png", "hubble_deep_field.jpg", "gravel.png")
-    more = ("grass.png", "brick.png", "astronaut.png")
-    folder, other = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
-    for file in (*(folder / name for name in (*names, *more)), other / "china.jpg", other / "flower.jpg"):
-        if file.exists():
-            with Image.open(file) as opened:
-                yield opened.convert("RGB")
+def paint(painter: Painter, objects: Sequence[int]) -> Scene:
+    """A scene as the tower sees it."""
+    picture, boxes = painter.scene(objects)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return Scene((pixels - MEAN) / DEVIATION, tuple(objects), tuple(boxes))
 
 
 # ------------------------------------------------------------------------------------ the question
@@ -242,7 +194,7 @@ def batches(scenes: Sequence[Scene]) -> Iterator[Tensor]:
 @torch.inference_mode()
 def prototypes(model: Any, painter: Painter) -> tuple[Tensor, Tensor]:
     """``(objects, C)`` unit vectors, and the mean feature that they count from."""
-    scenes = [painter.scene([number]) for number in range(OBJECTS) for _ in range(VIEWS)]
+    scenes = [paint(painter, [number]) for number in range(OBJECTS) for _ in range(VIEWS)]
     features = torch.cat(
         [run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0)[:, 1:] for some in batches(scenes)]
     )
@@ -279,7 +231,7 @@ def measure(model: Any, painter: Painter, count: int, planned: Collection[Key]) 
     for _ in range(count):
         numbers = painter.rng.sample(range(OBJECTS), 2 * SHOWN)
         asked.append(known[numbers])
-        scenes.append(painter.scene(numbers[:SHOWN]))
+        scenes.append(paint(painter, numbers[:SHOWN]))
 
     def row(where: str, kept: float, name: str, features: Iterator[Tensor]) -> dict[str, Any]:
         tokens = [one for some in features for one in some[:, 1:]]
@@ -365,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = known_rows(given.output, {"scenes": given.scenes, "size": given.size}, weights)
     known = {(row["blocks"], row["kept"], row["method"]) for row in rows}
     if missing := [key for key in planned if key not in known]:
-        for row in measure(model, Painter(given.stamps, given.size), given.scenes, missing):
+        for row in measure(model, scene_painter(given.stamps, given.size), given.scenes, missing):
             rows.append(row)
             told = f"{row['blocks']} {row['kept']} {row['method']} {np.mean(row['right']):.4f}"
             print(told, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
+import cutouts
 import real_tower
 from illava_hooks import METHODS
 from illava_hooks.errors import InputError
@@ -90,9 +91,8 @@ def test_cut_outs_that_fill_their_frame_are_none(tmp_path: Any) -> None:
     whole = np.full((80, 80, 4), 255, np.uint8)
     for name, pixels in (("thing", thing), ("whole", whole)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-    found = real_tower.Painter._cut(tmp_path / "thing.png")
-    assert found is not None and found.size == (60, 40)
-    assert real_tower.Painter._cut(tmp_path / "whole.png") is None
+    found = cutouts.read_cut_outs(tmp_path)
+    assert {name: cut.size for name, cut in found.items()} == {"thing": (60, 40)}
 
 
 def test_a_run_that_was_broken_off_goes_on_and_another_run_is_refused(tmp_path: Any) -> None:
