@@ -86,9 +86,7 @@ def generated(model: Any, samples: list[Sample]) -> list[Tensor]:
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize(("family", "kind"), families_and(SAMPLES))
 def test_flash_attention(family: str, kind: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Windows are in layers that cannot merge.
-    windows = len(family_of(family).merging_layers) < 4
-    flash, samples = FlashKernel(has_windows=windows), SAMPLES[kind]
+    flash, samples = FlashKernel(has_windows=family_of(family).has_windows), SAMPLES[kind]
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kernel, flash)
     reference, model = tiny_model(family), tiny_model(family)
     for config in (model.config, model.config.text_config, model.config.vision_config):

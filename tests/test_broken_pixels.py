@@ -7,6 +7,7 @@ stay than planned, and those of another image or sample have to make room.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from decode_helpers import SETTINGS, patched
 from families import families_and_methods, family_of
 from helpers import key_lengths, keyed
-from illava_hooks import METHODS, Method, merging, patch, session_of
+from illava_hooks import METHODS, MergeReport, Method, merging, patch, session_of
 from illava_hooks.merge.plan import build_plan
 from illava_hooks.merge.rules import RULES, RuleInputs
 from illava_hooks.merge.scores import ScoreInputs, random_scores
@@ -109,6 +110,13 @@ def run(model: Any, inputs: Inputs) -> tuple[Any, Any, Any]:
     return output, session.report, session.provenance
 
 
+def same_report(family: str, one: MergeReport, other: MergeReport) -> bool:
+    """But for what windows cost, where there are some."""
+    if family_of(family).has_windows:
+        other = replace(other, encoder_flops=(one.encoder_flops[0], other.encoder_flops[1]))
+    return one == other
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("family", "method"), families_and_methods(ALIGNED))
 def test_one_broken_image_in_a_batch(family: str, method: str, value: float) -> None:
@@ -116,7 +124,7 @@ def test_one_broken_image_in_a_batch(family: str, method: str, value: float) -> 
     inputs = inputs_for(model, BATCH)
     whole, planned, before = run(model, inputs)
     output, report, after = run(model, spoil(family, inputs, value))
-    assert report == planned
+    assert same_report(family, report, planned)
     lengths = [key_lengths(out.past_key_values) for out in (output, whole)]
     assert lengths[0] == lengths[1]
     for row in (0, 2):
@@ -177,4 +185,4 @@ def test_a_score_of_ones_own_that_gives_nan(family: str, rule: str) -> None:
     steps = [[visual.vision_tokens for visual in report.visuals] for report in reports]
     assert steps[0] == steps[1]
     # How many tokens are cropped away with the border of tiles depends on who is kept.
-    assert reports[0] == reports[1] or not family_of(family).one_to_one
+    assert same_report(family, *reports) or not family_of(family).one_to_one

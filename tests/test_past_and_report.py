@@ -211,7 +211,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], FlashKernel]:
     """Puts a simulated kernel under a name and gives a model that back-end."""
 
     def use(model: Any, name: str) -> FlashKernel:
-        kernel = FlashKernel()
+        kernel = FlashKernel(has_windows=family_of(model).has_windows)
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, kernel)
         for config in (model.config, model.config.text_config, model.config.vision_config):
             monkeypatch.setattr(config, "_attn_implementation_internal", name)

@@ -161,6 +161,8 @@ class Family:
         tiles_are_visuals: Whether the model never learns which tiles or frames belong together: each is a visual.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
+        has_windows: Whether layers behind a merge attend within windows: how many tokens share one, and so what those
+            layers cost, depends on who survives.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
             layers round to float32 inside (norms do).
         closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
@@ -239,6 +241,7 @@ class Family:
     tiles_are_visuals: ClassVar[bool] = False
     beams_mix_images: ClassVar[str] = "<5.19"
     one_to_one: ClassVar[bool] = True
+    has_windows: ClassVar[bool] = False
     rounding: ClassVar[int] = 1
     closest: ClassVar[float] = 0.0
     waits_in_layers: ClassVar[Mapping[str, int]] = {}

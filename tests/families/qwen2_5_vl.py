@@ -27,6 +27,7 @@ class Qwen25VL(Qwen2VL):
     model_class = Qwen2_5_VLForConditionalGeneration
     published = False
     merging_layers = (0, 1, 2)
+    has_windows = True
     vision_config = {
         "depth": 4,
         "hidden_size": 32,
