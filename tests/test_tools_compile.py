@@ -58,6 +58,24 @@ def test_a_compiled_model_merges(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_by_place_in_one_graph(family: str) -> None:
+    """Some stock models hand ids to their base by place, and remember something on the way: what a class has is then
+    closed to a compiler."""
+    model = shallow(family)
+    ids, remembered = torch.tensor([[5, 6, 7]]), {"calls": 0}
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        remembered["calls"] += 1
+        states: torch.Tensor = model.model(ids, use_cache=False).last_hidden_state
+        return states
+
+    with torch.no_grad():
+        found = torch.compile(step, backend="eager", fullgraph=True)(ids)
+        torch.testing.assert_close(found, step(ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_compiles_its_decode_step(family: str) -> None:
     """What `generate` does by itself on a GPU: the steps behind the prompt, in one graph."""
     model = shallow(family)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from types import MethodType
 from typing import Any
 
+import torch
 import wrapt
 from torch import nn
 
@@ -44,14 +45,21 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     if not args:
         return kwargs
-    for kind in type(module).__mro__:
-        if "forward" not in vars(kind):
-            continue
-        parameters = list(inspect.signature(vars(kind)["forward"]).parameters.values())[1:]
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for names in _positional_names(type(module)):
         if len(names) >= len(args):
             return {**dict(zip(names, args, strict=False)), **kwargs}
     return kwargs
+
+
+@torch.compiler.assume_constant_result  # a compiler cannot look into signatures
+def _positional_names(kind: type) -> tuple[tuple[str, ...], ...]:
+    """Of each ``forward`` that a class has, its own first."""
+    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+    signatures = [list(inspect.signature(forward).parameters.values())[1:] for forward in forwards]
+    return tuple(
+        tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        for parameters in signatures
+    )
 
 
 class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
