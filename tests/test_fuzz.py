@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from families import families_and_methods, family_of
 from fuzz_oracles import check_provenance, check_report, check_widths
 from helpers import prompt
-from illava_hooks import METHODS, Method, patch, unpatch
+from illava_hooks import METHODS, Method, merging, patch, unpatch
 from illava_hooks.engine.compat import CACHE
 from illava_hooks.merge.rules import RULES
 from illava_hooks.methods import ENCODER_SCORES, LLM_SCORES
@@ -158,22 +158,30 @@ def test_promises(family: str, data: st.DataObject) -> None:
                 check_widths(session.report, cache, width + STEPS)
                 check_provenance(model, session)
             if case.dtype is torch.float64:
-                check_rows(model, case, inputs, merged.logits)
+                check_rows(model, case, inputs, stock.logits, merged.logits)
         finally:
             unpatch(model)
 
 
-def check_rows(model: Any, case: Case, inputs: Inputs, logits: Tensor) -> None:
-    """Every sample of the batch answers as it does alone, in a forward and in a generation."""
-    alone = [batch_of(model, [sample]) for sample in case.samples]
-    for row, single in enumerate(alone if len(alone) > 1 else []):
+def check_rows(model: Any, case: Case, inputs: Inputs, stock: Tensor, logits: Tensor) -> None:
+    """Every sample of the batch answers as it does alone, in a forward and in a generation.
+
+    Where stock itself rounds a row otherwise beside others, near-equal scores may change places: a rank of
+    `illava` is worth one step of its weights.
+    """
+    alone, tolerances = [batch_of(model, [sample]) for sample in case.samples], []
+    for row, single in enumerate(alone):
+        real = real_positions(inputs, row)
+        with merging(model, False):
+            own = float((model(**single).logits[0] - stock[row, real]).abs().max())
+        tolerances.append(max(1e-4, 500 * own))
         expected = model(**single).logits[0]
-        torch.testing.assert_close(logits[row, real_positions(inputs, row)], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, real], expected, atol=tolerances[row], rtol=1e-4)
     if case.side == "left":  # generation wants the prompts to end together
         found = next_steps(model, inputs, case.cache)
         for row, single in enumerate(alone):
             expected = next_steps(model, single, "dynamic")[0]
-            torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found[row], expected, atol=tolerances[row], rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, single, steps
+from decode_helpers import IMAGE, IMAGES, SETTINGS, TEXT, single, steps, stock_keeps_images_apart
 from families import family_of
 from helpers import assert_differ, assert_same, forward, generate
 from illava_hooks import PatchStateError, merging, patch, session_of, unpatch
@@ -50,7 +50,8 @@ def test_patching_the_wrapper_is_patching_the_model_inside(family: str, task: st
     assert_differ(found["forward.logits"], stock["forward.logits"])
     assert session.report == expected_session.report and session.report.kept_fraction < 0.5
     assert_same(generate(wrapper, inputs), generate(other, inputs))
-    assert_same(generate(wrapper, inputs, num_beams=2), generate(other, inputs, num_beams=2))
+    if stock_keeps_images_apart(family):
+        assert_same(generate(wrapper, inputs, num_beams=2), generate(other, inputs, num_beams=2))
 
 
 @pytest.mark.parametrize("patched_model", ["wrapper", "inside"])

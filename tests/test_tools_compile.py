@@ -59,8 +59,10 @@ def test_a_compiled_model_merges(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arguments_by_place_in_one_graph(family: str) -> None:
-    """Some stock models hand ids to their base by place, and remember something on the way: what a class has is then
-    closed to a compiler."""
+    """Some stock models hand ids to their base by place.
+
+    Where something is remembered on the way, what a class has is closed to a compiler.
+    """
     model = shallow(family)
     ids, remembered = torch.tensor([[5, 6, 7]]), {"calls": 0}
 

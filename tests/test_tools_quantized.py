@@ -88,8 +88,10 @@ def test_eight_bits(family: str, quantize: Callable[[Any], Any], order: str) -> 
     if order != "before":
         model = quantize(model)
     found, kept = run(model, inputs)
-    assert kept == lengths < whole
-    assert session_of(model).report.visuals == session_of(plain).report.visuals
+    assert kept < whole
+    if family_of(family).one_to_one:  # else borders of tiles are cropped, and who lies there is up to the weights
+        assert kept == lengths
+        assert session_of(model).report.visuals == session_of(plain).report.visuals
     assert_nearer(found, expected, stock, family)
     assert_differ(found, expected, by=1e-6)
     with merging(model, False):
@@ -139,7 +141,8 @@ def test_bitsandbytes(family: str, tmp_path: Path) -> None:
     expected, lengths = run(plain, inputs)
     session = patch(model, **SETTINGS[family])
     found, kept = run(model, inputs)
-    assert kept == lengths < whole and session.report.kept_fraction < 0.5
+    assert kept < whole and session.report.kept_fraction < 0.5
+    assert kept == lengths or not family_of(family).one_to_one
     assert_nearer(found, expected, stock, family)
     model.generate(**inputs, max_new_tokens=3)
     unpatch(model)

@@ -91,7 +91,7 @@ def stages(model: Any) -> dict[str, Any]:
     known = family_of(model)
     first: Any = known.encoder_layers(model)[0]
     vision: Tensor = getattr(first.mlp, known.encoder_mlp).weight
-    return {"vision": vision, "language": known.language(model).layers[0].mlp.up_proj.weight}
+    return {"vision": vision, "language": known.language(model).layers[0].mlp.down_proj.weight}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

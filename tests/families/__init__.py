@@ -163,6 +163,9 @@ class Family:
             nothing is cropped, pooled or added between the stages.
         has_windows: Whether layers behind a merge attend within windows: how many tokens share one, and so what those
             layers cost, depends on who survives.
+        places_in_default_dtype: Whether the tower of the stock model takes the places of patches in torch's default
+            dtype, and so fails where that is float64.
+        offloads: Whether the stock model runs with its weights elsewhere: not where one module reads another's.
         rounding: How many times further than others it may be from an equal computation in float64, where more of its
             layers round to float32 inside (norms do).
         closest: How far rows of a batch are from the same rows alone in the stock model, in float64, where what is
@@ -242,6 +245,8 @@ class Family:
     beams_mix_images: ClassVar[str] = "<5.19"
     one_to_one: ClassVar[bool] = True
     has_windows: ClassVar[bool] = False
+    places_in_default_dtype: ClassVar[bool] = False
+    offloads: ClassVar[bool] = True
     rounding: ClassVar[int] = 1
     closest: ClassVar[float] = 0.0
     waits_in_layers: ClassVar[Mapping[str, int]] = {}

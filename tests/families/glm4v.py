@@ -77,6 +77,8 @@ class Glm4V(Qwen2VL):
     embedded_floor = 0.0
     paper_kept = None
     beams_mix_images = ">=5.18"
+    places_in_default_dtype = True
+    offloads = False
     takes_frames = True
     suites = {
         "Glm4V": Suite(vision=WIDE, image=(24, 24), rows_are_visuals=False, unpatched=WITHOUT_IDS),
