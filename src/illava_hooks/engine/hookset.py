@@ -47,7 +47,7 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return kwargs
     for names in _positional_names(type(module)):
         if len(names) >= len(args):
-            return {**dict(zip(names, args, strict=False)), **kwargs}
+            return {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
     return kwargs
 
 
