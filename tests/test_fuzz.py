@@ -166,22 +166,24 @@ def test_promises(family: str, data: st.DataObject) -> None:
 def check_rows(model: Any, case: Case, inputs: Inputs, stock: Tensor, logits: Tensor) -> None:
     """Every sample of the batch answers as it does alone, in a forward and in a generation.
 
-    Where stock itself rounds a row otherwise beside others, near-equal scores may change places: a rank of
-    `illava` is worth one step of its weights.
+    In families whose lines of patches end in one learned token, a line's end is as much like the one above as like
+    the one below: a tie that rounding decides. There rows are left out that stock itself rounds otherwise in a batch.
     """
-    alone, tolerances = [batch_of(model, [sample]) for sample in case.samples], []
+    ties = not family_of(model).one_to_one
+    alone = [batch_of(model, [sample]) for sample in case.samples]
     for row, single in enumerate(alone):
         real = real_positions(inputs, row)
         with merging(model, False):
-            own = float((model(**single).logits[0] - stock[row, real]).abs().max())
-        tolerances.append(max(1e-4, 500 * own))
-        expected = model(**single).logits[0]
-        torch.testing.assert_close(logits[row, real], expected, atol=tolerances[row], rtol=1e-4)
+            if ties and not torch.equal(model(**single).logits[0], stock[row, real]):
+                alone[row] = {}
+                continue
+        torch.testing.assert_close(logits[row, real], model(**single).logits[0], atol=1e-4, rtol=1e-4)
     if case.side == "left":  # generation wants the prompts to end together
         found = next_steps(model, inputs, case.cache)
         for row, single in enumerate(alone):
-            expected = next_steps(model, single, "dynamic")[0]
-            torch.testing.assert_close(found[row], expected, atol=tolerances[row], rtol=1e-4)
+            if single:
+                expected = next_steps(model, single, "dynamic")[0]
+                torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
