@@ -51,7 +51,7 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return kwargs
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot look into signatures
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler cannot look into signatures
 def _positional_names(kind: type) -> tuple[tuple[str, ...], ...]:
     """Of each ``forward`` that a class has, its own first."""
     forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]

@@ -102,7 +102,7 @@ class Qwen35(PackedFamily):
     def layer_kinds(self, text: Any) -> Sequence[LayerKind]:
         """Gated delta nets are recurrent."""
         kinds = text.layer_types[: text.num_hidden_layers]
-        return tuple("recurrent" if kind == "linear_attention" else "attention" for kind in kinds)
+        return ["recurrent" if kind == "linear_attention" else "attention" for kind in kinds]
 
     def compact(self, kwargs: dict[str, Any], columns: Tensor, run: DecoderRun) -> None:
         """Nothing else lies along the sequence; what routers saw of it is refused."""
