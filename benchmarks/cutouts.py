@@ -17,7 +17,7 @@ Box = tuple[int, int, int, int]
 
 #: Stamps that are no things, or drawn.
 NO_THINGS = ("symbols", "cartoon", "people", "town", "space")
-#: The quarters of a scene, as fractions of its side.
+#: The quarters of a scene: halves of its side to the right and down.
 QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))
 
 

@@ -30,8 +30,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cutouts import Box, Painter, read_cut_outs, read_photos
+from illava_hooks.tools.evaluate.lines import add_line
 
 SIDE, PATCH, DEPTH = 280, 14, 10
 GRID = SIDE // PATCH
@@ -45,7 +47,6 @@ THINGS = (
     "grapes horse kangaroo kettle lemon lion mouse onion owl peacock penguin pig pineapple pizza rose tiger violin "
     "whale zebra"
 ).split()
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Tokens that the language model knows and never met in a conversation.
 IMAGE = "<jupyter_output>"
 MARKS = {
@@ -146,7 +147,11 @@ def build_processor(tokenizer: Any) -> Any:
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     pictures = GotOcr2ImageProcessor(
-        size={"height": SIDE, "width": SIDE}, min_patches=1, max_patches=1, image_mean=MEAN, image_std=DEVIATION
+        size={"height": SIDE, "width": SIDE},
+        min_patches=1,
+        max_patches=1,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
     return InternVLProcessor(
         pictures, tokenizer, InternVLVideoProcessor(), image_seq_length=TOKENS, chat_template=TEMPLATE
@@ -302,8 +307,8 @@ def train(stamps: Path, folder: Path, steps: int, minutes: float, batch: int) ->
 
     def save() -> None:
         model.save_pretrained(folder)
-        with log.open("a", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps({'loss': round(loss, 4)})}\n" for loss in told)
+        for loss in told:
+            add_line(log, {"loss": round(loss, 4)})
         told.clear()
 
     for step in range(done, steps):

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cutouts import Box, Painter, read_cut_outs, read_photos
 from illava_hooks import METHODS, MergeConfig, MergeSchedule, MergeSession, Method
@@ -44,8 +45,8 @@ GRID = SIDE // PATCH
 DEPTH = 10
 BATCH = 20
 OBJECTS, VIEWS, SHOWN = 120, 4, 4
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
+DEVIATION = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 #: Where the merges are: early, where towers of this depth still mix neighbours, and in the middle.
 PLACES = {"2-4": (2, 3, 4), "5-7": (5, 6, 7)}
 FORM = "illava-hooks real tower", 1

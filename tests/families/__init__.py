@@ -161,6 +161,8 @@ class Family:
         tiles_are_visuals: Whether the model never learns which tiles or frames belong together: each is a visual.
         one_to_one: Whether the encoder's survivors, patch group by patch group, are what enters the language model:
             nothing is cropped, pooled or added between the stages.
+        fragile_choice: Whether rounding decides who stays and how many: a learned token ends each line of patches and
+            is as much like the one above as like the one below; borders of tiles are cropped by who lies there.
         has_windows: Whether layers behind a merge attend within windows: how many tokens share one, and so what those
             layers cost, depends on who survives.
         places_in_default_dtype: Whether the tower of the stock model takes the places of patches in torch's default
@@ -198,6 +200,7 @@ class Family:
 
         seam: The method of the base model that finds placeholders.
         tower_name: The vision tower's name in the base model.
+        pooler_name: There too, of what pools frames behind the tower; empty where nothing does.
         language_name: The same of the language model.
         adapter_targets: Linear layers that score, in both stages, as adapters are told them.
         encoder_mlp: The first linear layer of an encoder layer's MLP, by its name in there.
@@ -244,6 +247,7 @@ class Family:
     tiles_are_visuals: ClassVar[bool] = False
     beams_mix_images: ClassVar[str] = "<5.19"
     one_to_one: ClassVar[bool] = True
+    fragile_choice: ClassVar[bool] = False
     has_windows: ClassVar[bool] = False
     places_in_default_dtype: ClassVar[bool] = False
     offloads: ClassVar[bool] = True
@@ -270,6 +274,7 @@ class Family:
 
     seam: ClassVar[str] = "get_placeholder_mask"
     tower_name: ClassVar[str] = "vision_tower"
+    pooler_name: ClassVar[str] = ""
     language_name: ClassVar[str] = "language_model"
     adapter_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")
     encoder_mlp: ClassVar[str] = "fc1"

@@ -29,6 +29,7 @@ class AnyresFamily(ClipFamily):
     top_config = {**ClipFamily.top_config, "image_grid_pinpoints": PINPOINTS}
     image_inputs = ("pixel_values", "image_sizes")
     one_to_one = False
+    fragile_choice = True
     rounding = 2
     head_makes_tuples = True
 

@@ -25,6 +25,7 @@ class LlavaNextVideo(AnyresFamily):
     """LLaVA-NeXT-Video."""
 
     title = "LLaVA-NeXT-Video"
+    pooler_name = "vision_resampler"
     model_class = LlavaNextVideoForConditionalGeneration
     modalities = ("image", "video")
     top_config = {**AnyresFamily.top_config, "video_token_index": VIDEO_ID}

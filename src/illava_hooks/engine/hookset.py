@@ -43,23 +43,20 @@ def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     A subclass may take ``*args``: then the names are those of the first parent that has some.
     """
-    if not args:
-        return kwargs
-    for names in _positional_names(type(module)):
-        if len(names) >= len(args):
-            return {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
-    return kwargs
+    return {**dict(zip(_names_by_place(type(module), len(args)), args, strict=False)), **kwargs} if args else kwargs
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a compiler cannot look into signatures
-def _positional_names(kind: type) -> tuple[tuple[str, ...], ...]:
-    """Of each ``forward`` that a class has, its own first."""
-    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
-    signatures = [list(inspect.signature(forward).parameters.values())[1:] for forward in forwards]
-    return tuple(
-        tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-        for parameters in signatures
-    )
+def _names_by_place(kind: type, count: int) -> tuple[str, ...]:
+    """Of the first arguments of ``forward``; none where no parent has so many."""
+    for base in kind.__mro__:
+        if "forward" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(names) >= count:
+            return tuple(names[:count])
+    return ()
 
 
 class MethodWrapper(wrapt.CallableObjectProxy):  # type: ignore[type-arg]  # generic only for type checkers
