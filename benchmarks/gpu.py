@@ -19,7 +19,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ class Speed:
         shape: of ``bench``.
         loads: by label, what differs from the default workload.
         attention: back-end of the stock model and of the patched one.
-        method: what merges.
+        settings: of ``patch``.
     """
 
     shape: str
     loads: dict[str, dict[str, int]]
     attention: str = "sdpa"
-    method: str = "illava"
+    settings: dict[str, Any] = field(default_factory=lambda: {"method": "illava"})
 
 
 LLAVA = {
@@ -57,10 +57,13 @@ QWEN = {
     **{f"{n:,} patches": {"patches": n} for n in (4096, 1024, 16384, 256)},
     **{f"{n:,} patches, batch 8": {"patches": n, "batch": 8} for n in (4096, 1024, 16384, 256)},
 }
+#: What the evidence recommends.
+KEEP: dict[str, Any] = {"keep": 1 / 3, "method": "novel-agnostic"}
 SPEEDS = {
     "llava-onevision-7b": Speed("llava-onevision-7b", LLAVA),
     "qwen2-vl-7b": Speed("qwen2-vl-7b", QWEN),
-    "llava-onevision-7b-diverse": Speed("llava-onevision-7b", LLAVA, method="diverse"),
+    "llava-onevision-7b-keep": Speed("llava-onevision-7b", LLAVA, settings=KEEP),
+    "qwen2-vl-7b-keep": Speed("qwen2-vl-7b", QWEN, settings=KEEP),
     "qwen3-vl-8b": Speed("qwen3-vl-8b", {"4,096 patches": {"patches": 4096}}),
     "qwen2-vl-7b-flash": Speed("qwen2-vl-7b", QWEN, "flash_attention_2"),
     "llava-onevision-7b-flash": Speed("llava-onevision-7b", LLAVA, "flash_attention_2"),
@@ -108,7 +111,9 @@ def about(setting: Setting) -> dict[str, Any]:
 def check(setting: Setting) -> None:
     """Tests that are marked ``gpu``: kernels against float64, no synchronisation, models on the device."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command += ["tests/test_gpu.py", "-m", "gpu", "-rs"]  # what is skipped is told, with its reason
+    command += ["tests/test_gpu.py", "-m", "gpu", "-rfEs", "--tb=short"]  # what fails and what is skipped is told
+    if setting.device == "cuda" and importlib.util.find_spec("xdist"):  # most of the time kernels are compiled
+        command += ["-p", "xdist.plugin", "-n", str(min(8, (os.cpu_count() or 2) // 2))]
     environment = {**os.environ, "ILLAVA_GPU_DEVICE": setting.device, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     setting.leave({"complete": done.returncode == 0, "output": done.stdout.splitlines()[-30:]})
@@ -195,20 +200,20 @@ def speed(setting: Setting, given: Speed) -> None:
         }
         work = Workload(**small, new=3 if setting.tiny else 17)
         try:
-            found = as_dict(compare(model, work, {"method": given.method}, 1 if setting.tiny else 3, label))
+            found = as_dict(compare(model, work, given.settings, 1 if setting.tiny else 3, label))
             for kind in ("unpatched", "merged"):
                 del found[kind]["runs"]
             rows.append({key: value for key, value in found.items() if key != "report"})
         except torch.OutOfMemoryError:
             rows.append({"label": label, "out of memory": True})
         free()
-        setting.leave({"shape": given.shape, "attention": given.attention, "method": given.method, "rows": rows})
+        setting.leave({"shape": given.shape, "attention": given.attention, "settings": given.settings, "rows": rows})
     setting.leave(
         {
             "complete": len(rows) == len(given.loads),
             "shape": given.shape,
             "attention": given.attention,
-            "method": given.method,
+            "settings": given.settings,
             "rows": rows,
         }
     )

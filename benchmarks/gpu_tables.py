@@ -53,7 +53,10 @@ def _table(name: str, piece: dict[str, Any]) -> list[str]:
             + (", twice as many ran out of memory" if row["ran out"] else "")
             for kind, row in piece["rows"].items()
         ]
-    told = f"{piece['shape']}, {piece['attention']}, method `{piece['method']}`, medians of runs in turn."
+    given = ", ".join(
+        f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in piece["settings"].items()
+    )
+    told = f"{piece['shape']}, {piece['attention']}, {given}; medians of runs in turn."
     return [told, "", *speed_table(piece["rows"])]
 
 

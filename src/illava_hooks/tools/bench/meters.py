@@ -6,12 +6,26 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Memory", "Stopwatch", "timed"]
+__all__ = ["Memory", "Moment", "Stopwatch", "timed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment on both clocks.
+
+    Attributes:
+        wall: of the device: an event that it may not have reached yet, or seconds of the wall clock.
+        cpu: CPU seconds of all threads.
+    """
+
+    wall: Any
+    cpu: float
 
 
 class Stopwatch:
@@ -20,20 +34,27 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         """Starts."""
         self.device = device
-        self._start = self._event() if device.type == "cuda" else None
+        self._start = self.mark()
 
-    def _event(self) -> Any:
+    def mark(self) -> Moment:
+        """This moment; a device is not waited for, so that marks between its launches leave it as busy as it was."""
+        if self.device.type != "cuda":
+            return Moment(time.perf_counter(), time.process_time())
         with torch.cuda.device(self.device):
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-        event.synchronize()
-        return event
+        return Moment(event, time.process_time())
+
+    def between(self, first: Moment, second: Moment) -> tuple[float, float]:
+        """Seconds on the device's clock, once it has reached both moments; and CPU seconds of all threads."""
+        if self.device.type != "cuda":
+            return second.wall - first.wall, second.cpu - first.cpu
+        second.wall.synchronize()
+        return first.wall.elapsed_time(second.wall) / 1e3, second.cpu - first.cpu
 
     def look(self) -> tuple[float, float]:
-        """Seconds on the device's clock, once it has done all work so far; and CPU seconds of all threads."""
-        if self._start is None:
-            return time.perf_counter(), time.process_time()
-        return self._start.elapsed_time(self._event()) / 1e3, time.process_time()
+        """Seconds since the start on the device's clock, once it has done all work so far; and CPU seconds."""
+        return self.between(self._start, self.mark())
 
 
 @contextlib.contextmanager

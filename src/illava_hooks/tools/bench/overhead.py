@@ -18,7 +18,7 @@ from illava_hooks.engine.compat import CACHE
 from illava_hooks.engine.regions import ATTENTION, listening
 from illava_hooks.engine.report import MergeReport
 from illava_hooks.tools.bench.measure import stage_inputs
-from illava_hooks.tools.bench.meters import Stopwatch
+from illava_hooks.tools.bench.meters import Moment, Stopwatch
 
 __all__ = ["MergeCost", "merge_cost"]
 
@@ -62,12 +62,12 @@ def merge_cost(model: Any, inputs: Mapping[str, Tensor], settings: dict[str, Any
     try:
         calls, text = stage_inputs(model, inputs)  # behind the patch, which replaces these methods
         with listening(regions):
-            began = watch.look()
+            began = watch.mark()
             features = {kind: method(**arguments) for kind, method, arguments in calls}
             model(**text, mm_encoder_outputs=features, **held, use_cache=True, logits_to_keep=1)
-            whole = watch.look()[clock] - began[clock]
-        extra = sum(times[clock] for times in regions.plain)
-        merging_s = sum(times[clock] for times in regions.spent) - extra
+            whole = watch.between(began, watch.mark())[clock]
+        extra = sum(watch.between(*moments)[clock] for moments in regions.plain)
+        merging_s = sum(watch.between(*moments)[clock] for moments in regions.spent) - extra
         token = text["input_ids"][:, -1:]
         # Where the language model is left alone its cache is an unpatched one's, whatever kinds of layers it has.
         other = _as_many_keys(cache, model) if session.report.kv_bytes[1] else deepcopy(cache)
@@ -110,8 +110,8 @@ class _RegionClock:
 
     def __init__(self, watch: Stopwatch) -> None:
         self.watch, self.depth = watch, 0
-        self.spent: list[tuple[float, float]] = []
-        self.plain: list[tuple[float, float]] = []
+        self.spent: list[tuple[Moment, Moment]] = []
+        self.plain: list[tuple[Moment, Moment]] = []
 
     @contextlib.contextmanager
     def __call__(self, name: str, *what: Any) -> Iterator[None]:
@@ -120,16 +120,12 @@ class _RegionClock:
             return
         if name == ATTENTION:
             query, key, value, scale = what
-            began = self.watch.look()
+            began = self.watch.mark()
             scaled_dot_product_attention(query, key, value, scale=scale)
-            self._note(self.plain, began)
-        began, self.depth = self.watch.look(), 1
+            self.plain.append((began, self.watch.mark()))
+        began, self.depth = self.watch.mark(), 1
         try:
             yield
         finally:
             self.depth = 0
-            self._note(self.spent, began)
-
-    def _note(self, times: list[tuple[float, float]], began: tuple[float, float]) -> None:
-        wall, cpu = self.watch.look()
-        times.append((wall - began[0], cpu - began[1]))
+            self.spent.append((began, self.watch.mark()))
