@@ -34,6 +34,7 @@ from illava_hooks.engine.modules import inside
 from illava_hooks.engine.prompt import CompactPrompt, Visuals, compact_prompt
 from illava_hooks.engine.regions import in_region
 from illava_hooks.engine.report import DecoderShape, EncoderShape
+from illava_hooks.engine.sdpa import WithoutPlans, without_plans
 from illava_hooks.engine.trace import Finish
 from illava_hooks.engine.transport import DECODER_CALL, FORWARD, ForwardState, current_generation
 from illava_hooks.errors import PatchStateError
@@ -86,10 +87,12 @@ class DecoderCall:
 
     Attributes:
         masks: the mask of each layer.
+        attention: keeps SDPA from planning for every length while the call lasts; None: it does not.
         prefill: what merges, or None in calls that only continue.
     """
 
     masks: list[Any]
+    attention: WithoutPlans | None
     prefill: Prefill | None = None
 
 
@@ -136,9 +139,8 @@ class TextModelHook(Hook):
         self.family.compact(kwargs, columns, run)
         masks, valid = masks_of_prefill(self.family.layer_kinds(config), config, run, compact, cache, past, mask)
         finish = Finish(forward.session, self.shapes, run, prompt, past, (mask, valid), embeds.element_size())
-        kwargs[DECODER_CALL] = DecoderCall(
-            masks, Prefill(run, prompt, embeds, cache, past, valid, finish, Listening(), {})
-        )
+        prefill = Prefill(run, prompt, embeds, cache, past, valid, finish, Listening(), {})
+        kwargs[DECODER_CALL] = DecoderCall(masks, without_plans(embeds.device), prefill)
         return kwargs
 
     def _plan(self, forward: ForwardState, prompt: CompactPrompt) -> DecoderRun:
@@ -220,7 +222,7 @@ def continue_call(
     masks = masks_of_call(kinds, module.config, cache_of(kwargs), embeds, kwargs.get("attention_mask"), grows)
     # The text model would ask the first layer only, and find a mask that is wrong for all behind a merge.
     kwargs["attention_mask"] = _ready_made(embeds)
-    kwargs[DECODER_CALL] = DecoderCall(masks)
+    kwargs[DECODER_CALL] = DecoderCall(masks, without_plans(embeds.device))
     return kwargs
 
 
@@ -337,9 +339,13 @@ class RestoreLengths(Hook):
     """Forward hook of the text model: outputs at the logical length, and the report."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        """Leaves the output alone where nothing was merged."""
+        """Leaves the output alone where nothing was merged; there is none where the forward failed."""
         call: DecoderCall | None = kwargs.get(DECODER_CALL)
-        if call is None or call.prefill is None:
+        if call is None:
+            return None
+        if call.attention is not None:
+            call.attention.close()
+        if call.prefill is None or output[0] is None:
             return None
         (out,), run = output, call.prefill.run
         run.check_finished()

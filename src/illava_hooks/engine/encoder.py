@@ -74,6 +74,7 @@ class EncoderRun:
                 one unit more than the longest. It is a segment of its own, which nobody sees.
         """
         self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
+        self.device = device
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from illava_hooks.engine.hookset import CALLED, Called, Hook, foreign_forward
 from illava_hooks.engine.modules import inside
 from illava_hooks.engine.records import attach, vision_provenance
 from illava_hooks.engine.regions import in_region, region
+from illava_hooks.engine.sdpa import without_plans
 from illava_hooks.engine.session import MergeSession, SessionHook
 from illava_hooks.engine.transport import ENCODER_RUN, MERGE_STEP, in_features, running
 from illava_hooks.errors import UnsupportedModelError
@@ -197,7 +199,8 @@ def run_features(
         if run is None:
             # A tower compiled while it merged is told apart by what stands under this key, not by its absence.
             return method(*args, **{**kwargs, ENCODER_RUN: None})
-        output = method(*args, **{**kwargs, "return_dict": True, ENCODER_RUN: run})
+        with without_plans(run.device) or nullcontext():
+            output = method(*args, **{**kwargs, "return_dict": True, ENCODER_RUN: run})
     run.check_finished()
     with region("illava::records"):
         behind(output)

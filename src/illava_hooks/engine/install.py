@@ -104,7 +104,7 @@ def _install_language(family: Family, parts: ModelParts, session: MergeSession) 
     shapes = family.encoder_shape(session.root), family.decoder_shape(session.root)
     for text in parts.text_models:
         hooks.before(text, TextModelHook(family, shapes))
-        hooks.after(text, RestoreLengths())
+        hooks.after(text, RestoreLengths(), always=True)
     # Every layer, merging or not: each needs the mask and the RoPE tables of its stage.
     for index, layers in enumerate(parts.decoder_layers):
         for layer in layers:
