@@ -88,10 +88,10 @@ def merge_matrix(plan: MergePlan) -> Tensor:
     """A plan as a sparse ``(B * K, B * N)`` matrix on the CPU: survivors from tokens."""
     batch, width = plan.keep_mask.shape
     num_kept = plan.keep_indices.shape[1]
-    kept = plan.keep_indices + torch.arange(batch, device=plan.keep_indices.device)[:, None] * width
+    kept = plan.keep_rows
     real = plan.keep_mask.flatten()[kept.flatten()]
     row = torch.div(plan.anchors, width, rounding_mode="floor")
-    edge_rows = row * num_kept + plan.new_columns.flatten()[plan.anchors]
+    edge_rows = plan.slots.flatten()[plan.anchors]
     rows = torch.cat([torch.arange(batch * num_kept, device=kept.device), edge_rows])
     columns = torch.cat([kept.flatten(), plan.absorbed])
     values = torch.cat([plan.self_weights.flatten()[kept.flatten()] * real, plan.weights])

@@ -71,9 +71,7 @@ def without_plans(device: torch.device) -> WithoutPlans | None:
 def _is_one_of_several() -> bool:
     """Whether cuDNN may be chosen, and the two that take its place as well."""
     backends: Any = torch.backends.cuda
-    return bool(
-        backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled() and backends.mem_efficient_sdp_enabled()
-    )
+    return bool(backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled() and backends.mem_efficient_sdp_enabled())
 
 
 def _allow(allowed: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from illava_hooks.merge.segments import Segments, counting, made_once, ones, right_align, starts
+from illava_hooks.merge.segments import Segments, aligned_rows, counting, made_once, ones, starts, zeros
 
 __all__ = ["Fold", "MergePlan", "SegmentPlan", "apply_merge", "build_plan", "nearest_kept", "take_kept"]
 
@@ -92,29 +92,35 @@ class MergePlan:
     """The outcome of one merge for a whole batch.
 
     Attributes:
-        keep_indices: ``(B, K)`` int64, column of each survivor, ascending, right-aligned.
+        keep_rows: ``(B, K)`` int64, flat row of each survivor, ascending, right-aligned.
         keep_mask: ``(B, N)`` bool.
         holders: ``(B * N,)`` int64, flat row of the survivor that represents each token from now on.
         absorbed: ``(E,)`` int64, flat rows (of ``B * N``) that are folded into an anchor.
         anchors: ``(E,)`` int64, flat rows of the survivors that receive them.
         weights: ``(E,)`` float32; edges that only fill up a table have weight 0.
         self_weights: ``(B, N)`` float32, the weight with which a survivor enters its own new value.
-        new_columns: ``(B, N)`` int64, column among the survivors of each kept token (meaningless for others).
+        slots: ``(B, N)`` int64, flat place among the ``B * K`` survivors of each kept token (meaningless for others).
         columns_of: ``(B, N)`` int64, column among the survivors of each token's survivor.
         sizes: ``(B, N)`` float32, how many original tokens each survivor stands for from now on, or None: what the
             edges add up to. Tokens outside of all segments stand for one.
     """
 
-    keep_indices: Tensor
+    keep_rows: Tensor
     keep_mask: Tensor
     holders: Tensor
     absorbed: Tensor
     anchors: Tensor
     weights: Tensor
     self_weights: Tensor
-    new_columns: Tensor
+    slots: Tensor
     columns_of: Tensor
     sizes: Tensor | None = None
+
+    @property
+    def keep_indices(self) -> Tensor:
+        """``(B, K)`` int64, column of each survivor, ascending, right-aligned."""
+        rows, width = self.keep_mask.shape
+        return self.keep_rows - starts(rows, width, self.keep_rows.device)
 
     @property
     def survivor_of(self) -> Tensor:
@@ -176,16 +182,18 @@ def build_plan(
     rank = kept.cumsum(-1)
     if not full:  # shorter rows lie on the right
         rank = rank + (num_kept - rank[:, -1:])
-    new_columns = rank - 1
+    new_columns = slots = rank - 1
+    if len(kept) > 1:
+        slots = slots + starts(len(kept), num_kept, slots.device)
     return MergePlan(
-        keep_indices=right_align(kept, num_kept),
+        keep_rows=aligned_rows(kept, num_kept, slots if full else None),
         keep_mask=kept,
         holders=decided.holders,
         absorbed=decided.absorbed,
         anchors=decided.anchors,
         weights=decided.weights,
         self_weights=decided.self_weights.view(shape),
-        new_columns=new_columns,
+        slots=slots,
         columns_of=new_columns.flatten()[decided.holders].view(shape),
         sizes=None if decided.sizes is None else decided.sizes.view(shape),
     )
@@ -211,20 +219,25 @@ def _folded(fold: Fold, exists: Tensor, rows: Tensor, sizes: Tensor, single: Ten
     if weights == "none":
         nobody = absorbed[:0]
         return _Decided(kept, holders, nobody, nobody, single[:0], single, sizes)
-    mass = sizes[absorbed]
+    # Whole numbers, whose sums are exact in any order.
+    total = zeros((len(sizes),), sizes.device).index_add(0, holders, sizes)
     if isinstance(weights, Tensor):
         own = single
         if fold.seats is not None:
-            kept, own = kept.scatter(0, fold.seats, True), single.scatter(0, fold.seats, 0.0)
-            sizes = sizes.scatter(0, fold.seats, 0.0)
-        return _Decided(kept, holders, absorbed, anchors, weights, own, sizes.index_add(0, anchors, mass))
-    total = sizes.index_add(0, anchors, mass)
-    return _Decided(kept, holders, absorbed, anchors, mass / total[anchors], sizes / total, total)
+            kept, own = kept.scatter_(0, fold.seats, True), single.scatter(0, fold.seats, 0.0)
+        return _Decided(kept, holders, absorbed, anchors, weights, own, total)
+    share = sizes / total[holders]
+    return _Decided(kept, holders, absorbed, anchors, share[absorbed], share, total)
 
 
 def take_kept(tokens: Tensor, plan: MergePlan) -> Tensor:
     """Selects the survivors of ``(B, N, ...)``: ``(B, K, ...)``. For positions, which are never averaged."""
-    return tokens[counting(len(tokens), tokens.device)[:, None], plan.keep_indices]
+    return _taken(tokens.flatten(0, 1), plan)
+
+
+def _taken(flat: Tensor, plan: MergePlan) -> Tensor:
+    """The same of ``(B * N, ...)``."""
+    return flat.index_select(0, plan.keep_rows.flatten()).view(*plan.keep_rows.shape, *flat.shape[1:])
 
 
 def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
@@ -233,14 +246,12 @@ def apply_merge(tokens: Tensor, plan: MergePlan) -> Tensor:
     Sums run in float32 (float64 for float64 input) and are cast back; ``tokens`` is never written to, and
     autograd flows through.
     """
-    kept = take_kept(tokens, plan)
+    flat = tokens.flatten(0, 1)
+    kept = _taken(flat, plan)
     if plan.absorbed.numel() == 0:
         return kept
     # Weights are float32, and products with them at least as wide.
-    edges = plan.weights[:, None] * tokens.flatten(0, 1)[plan.absorbed]
-    slots = plan.new_columns
-    if len(tokens) > 1:
-        slots = slots + starts(len(tokens), kept.shape[1], tokens.device)
-    own = kept * take_kept(plan.self_weights[..., None], plan)
-    merged = own.flatten(0, 1).index_add(0, slots.flatten()[plan.anchors], edges)
+    edges = plan.weights[:, None] * flat.index_select(0, plan.absorbed)
+    own = kept * take_kept(plan.self_weights, plan)[..., None]
+    merged = own.flatten(0, 1).index_add_(0, plan.slots.flatten()[plan.anchors], edges)
     return merged.view(kept.shape).to(tokens.dtype)

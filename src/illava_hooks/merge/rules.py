@@ -112,22 +112,23 @@ def recycle(inputs: RuleInputs) -> Fold:
     removed, device, visible = inputs.num_removed, inputs.scores.device, inputs.visible
     counts = tuple(n + 1 for n in removed)
     members = _ascending(inputs)[:, : max(counts)]
-    last, seat = inputs.count(removed), members[:, -1:]
+    rows, last = inputs.where.rows_of(members), inputs.count(removed)
+    seats = rows[:, -1:]
     if visible is not None:
         inside = visible.gather(1, members)
         inside = inside if inputs.even else inside & _slots_in_use(counts, True, device)
-        # The highest rank inside; where nobody is, the last one of all.
-        best = (inside * inputs.slots(members.shape[1])).amax(1, keepdim=True)
-        last = torch.where(inside.any(1, keepdim=True), best, last)
+        # The highest rank inside; where nobody is, -1 is the last one of all.
+        best = torch.where(inside, inputs.slots(members.shape[1]), host_table((-1,), device)).amax(1, keepdim=True)
+        last = best.remainder(inputs.count(counts))
     if visible is not None or not inputs.even:
-        seat = members.gather(1, last)
-    seats = inputs.where.rows_of(seat)
+        seats = rows.gather(1, last)
+    seats = seats[:, 0]
     anchors = (
-        seats.expand_as(members).flatten()
+        seats[:, None].expand_as(members).flatten()
         if inputs.even
-        else seats[:, 0][repeated(range(len(counts)), counts, device)]
+        else seats[repeated(range(len(counts)), counts, device)]
     )
-    return Fold(inputs.rows(members, counts), anchors, _shares(removed, device), seats[:, 0])
+    return Fold(inputs.firsts(rows, counts), anchors, _shares(removed, device), seats)
 
 
 @made_once

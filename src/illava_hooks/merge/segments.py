@@ -25,6 +25,7 @@ P = ParamSpec("P")
 
 __all__ = [
     "Segments",
+    "aligned_rows",
     "borders",
     "buckets",
     "counting",
@@ -38,6 +39,7 @@ __all__ = [
     "right_align",
     "scatter_back",
     "unit_means",
+    "zeros",
 ]
 
 
@@ -63,10 +65,19 @@ def made_once(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
         device: Any = args[-1]
         if torch.compiler.is_compiling() or _fakes():  # what is made here is no tensor that others could use
             return make(*args).to(device)  # type: ignore[call-arg]
-        # Other streams do not wait for the copy.
-        return remembered(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, *args)
+        return remembered(_stream(device) if device.type == "cuda" else 0, *args)
 
     return made
+
+
+def _stream(device: torch.device) -> int:
+    """Which stream a device works through: another one does not wait for the copy of this one.
+
+    The public way makes an object of Python for each question, at ten times the cost.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device).cuda_stream if raw is None else raw(index)
 
 
 def _fakes() -> bool:
@@ -120,18 +131,23 @@ def in_words(packed: Tensor, lengths: Sequence[int], word: int = 16) -> Tensor:
 
 
 @made_once
-def _ones(num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(num, dtype=dtype, device="cpu")
+def _full(num: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((num,), value, dtype=dtype, device="cpu")
 
 
 def ones(shape: Sequence[int], device: torch.device) -> Tensor:
     """Ones, float32, of any shape without a launch; never write to it."""
-    return _ones(math.prod(shape), torch.float32, device).view(*shape)
+    return _full(math.prod(shape), 1.0, torch.float32, device).view(*shape)
+
+
+def zeros(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Zeros, float32, of any shape without a launch; never write to it."""
+    return _full(math.prod(shape), 0.0, torch.float32, device).view(*shape)
 
 
 def everybody(shape: Sequence[int], device: torch.device) -> Tensor:
     """True, of any shape without a launch; never write to it."""
-    return _ones(math.prod(shape), torch.bool, device).view(*shape)
+    return _full(math.prod(shape), True, torch.bool, device).view(*shape)
 
 
 @made_once
@@ -267,6 +283,24 @@ def right_align(keep_mask: Tensor, num_kept: int) -> Tensor:
     """
     order = torch.argsort(keep_mask.view(torch.uint8), dim=-1, stable=True)
     return order[:, order.shape[1] - num_kept :]
+
+
+def aligned_rows(keep_mask: Tensor, num_kept: int, slots: Tensor | None) -> Tensor:
+    """Flat rows of the kept tokens, ``(B, num_kept)`` int64, as ``right_align`` has their columns.
+
+    Args:
+        keep_mask: ``(B, N)`` bool.
+        num_kept: as ``right_align``.
+        slots: ``(B, N)`` int64, place of each kept token in the flat result; None where some row keeps fewer.
+    """
+    batch, width = keep_mask.shape
+    if slots is None:
+        columns = right_align(keep_mask, num_kept)
+        return (columns + starts(batch, width, columns.device)) if batch > 1 else columns
+    # Cheaper than a sort: each writes its row into its place, and those that go into one behind the last.
+    num, rows = batch * num_kept, counting(keep_mask.numel(), keep_mask.device)
+    places = torch.where(keep_mask, slots, host_table((num,), rows.device)).flatten()
+    return torch.empty(num + 1, dtype=torch.int64, device=rows.device).scatter_(0, places, rows)[:num].view(batch, -1)
 
 
 def scatter_back(survivors: Tensor, kept_at: Tensor) -> Tensor:

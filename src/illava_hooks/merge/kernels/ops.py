@@ -62,7 +62,8 @@ def received_attention_varlen(
     query_borders = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     counts = lengths if cu_seqlens_q is None else lengths_q
     _check(query, key, query_borders)
-    per_head: Tensor = _column_means(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, lse, causal)
+    means = _column_means if _is_plain(query) else _column_means_op
+    per_head: Tensor = means(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, lse, causal)
     return unit_means(per_head, unit, rows, prefix)
 
 
@@ -82,7 +83,8 @@ def row_lse_varlen(
     query_borders = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     counts = lengths if cu_seqlens_q is None else lengths_q
     _check(query, key, query_borders)
-    found: Tensor = _row_lse(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, causal)
+    row_lse = _row_lse if _is_plain(query) else _row_lse_op
+    found: Tensor = row_lse(query, key, query_borders, cu_seqlens, counts, lengths, scale, bias, causal)
     return found
 
 
@@ -99,7 +101,8 @@ def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tenso
     Returns:
         ``(S, L)`` float32, by token; minus infinity where nobody is behind.
     """
-    found: Tensor = _closest(features, rows, order, lengths, scores)
+    closest = _closest if _is_plain(features) else _closest_op
+    found: Tensor = closest(features, rows, order, lengths, scores)
     return found
 
 
@@ -120,8 +123,16 @@ def match_behind(
         one with the lowest number; who does not look matches itself. And ``(S, L)`` float32, the cosine of both; minus
         infinity on who does not look.
     """
-    found: tuple[Tensor, Tensor] = _match(features, rows, order, lengths, splits)
+    match = _match if _is_plain(features) else _match_op
+    found: tuple[Tensor, Tensor] = match(features, rows, order, lengths, splits)
     return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether nobody looks at operators here: the way through PyTorch's dispatcher costs as much as a launch."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or tensor.requires_grad)
 
 
 def _check(query: Tensor, key: Tensor, borders: Tensor) -> None:
@@ -141,7 +152,6 @@ def _lengths(known: Sequence[int], borders: Tensor) -> list[int]:
     return list(known) or [stop - start for start, stop in pairwise(borders.tolist())]
 
 
-@torch.library.custom_op("illava::row_lse", mutates_args=())
 def _row_lse(
     query: Tensor,
     key: Tensor,
@@ -161,7 +171,10 @@ def _row_lse(
     return blocks.row_lse(query, key, counts, _lengths(key_lengths, key_borders), scale, bias, causal)
 
 
-@_row_lse.register_fake
+_row_lse_op = torch.library.custom_op("illava::row_lse", _row_lse, mutates_args=())
+
+
+@_row_lse_op.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -176,7 +189,6 @@ def _(
     return query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("illava::column_means", mutates_args=())
 def _column_means(
     query: Tensor,
     key: Tensor,
@@ -200,7 +212,10 @@ def _column_means(
     return blocks.column_means(query, key, counts, sizes, scale, bias, lse, causal)
 
 
-@_column_means.register_fake
+_column_means_op = torch.library.custom_op("illava::column_means", _column_means, mutates_args=())
+
+
+@_column_means_op.register_fake
 def _(
     query: Tensor,
     key: Tensor,
@@ -216,7 +231,6 @@ def _(
     return query.new_empty(query.shape[1], key.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("illava::closest_behind", mutates_args=())
 def _closest(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
     if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
         from illava_hooks.merge.kernels import search_triton
@@ -225,12 +239,14 @@ def _closest(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, sco
     return blocks.closest_behind(features, rows, order, lengths, scores)
 
 
-@_closest.register_fake
+_closest_op = torch.library.custom_op("illava::closest_behind", _closest, mutates_args=())
+
+
+@_closest_op.register_fake
 def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
     return torch.empty(order.shape, dtype=torch.float32, device=order.device)
 
 
-@torch.library.custom_op("illava::match_behind", mutates_args=())
 def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> tuple[Tensor, Tensor]:
     if uses_triton(features.device) and features.dtype in _TRITON_TYPES:
         from illava_hooks.merge.kernels import search_triton
@@ -239,7 +255,10 @@ def _match(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, split
     return blocks.match_behind(features, rows, order, lengths, splits)
 
 
-@_match.register_fake
+_match_op = torch.library.custom_op("illava::match_behind", _match, mutates_args=())
+
+
+@_match_op.register_fake
 def _(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, splits: Tensor) -> tuple[Tensor, Tensor]:
     match = torch.empty(2, *order.shape, dtype=torch.int64, device=order.device)
     return match, torch.empty(order.shape, dtype=torch.float32, device=order.device)
