@@ -75,6 +75,8 @@ class EncoderRun:
         """
         self.session, self.modality, self.traits, self.num_rows = session, modality, traits, num_rows
         self.device = device
+        #: Whether layers find the borders of their segments on the host, also those in front of all merges.
+        self.borders_on_host = False
         self.schedule = session.config.schedule(modality)
         self.rule = session.config.method.rule
         self.score = find_score(session.config.method.encoder_score, traits.published_score)
@@ -141,7 +143,8 @@ class EncoderRun:
         """The keyword arguments of a layer, cut down to the survivors."""
         merges = self.merges_before(layer_idx)
         self._check_reached(merges)
-        if self._shrink is None or not (self._arranged(layer_idx) if self.traits.regroups else merges):
+        differs = self._arranged(layer_idx) if self.traits.regroups else merges or self.borders_on_host
+        if self._shrink is None or not differs:
             return kwargs
         return self._shrink(kwargs, self, merges)
 

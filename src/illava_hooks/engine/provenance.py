@@ -90,7 +90,6 @@ def merge_matrix(plan: MergePlan) -> Tensor:
     num_kept = plan.keep_indices.shape[1]
     kept = plan.keep_rows
     real = plan.keep_mask.flatten()[kept.flatten()]
-    row = torch.div(plan.anchors, width, rounding_mode="floor")
     edge_rows = plan.slots.flatten()[plan.anchors]
     rows = torch.cat([torch.arange(batch * num_kept, device=kept.device), edge_rows])
     columns = torch.cat([kept.flatten(), plan.absorbed])

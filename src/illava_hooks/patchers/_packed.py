@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 from illava_hooks.config import MergeConfig, Modality
 from illava_hooks.engine.counts import encoder_counts
@@ -94,6 +95,8 @@ class PackedFamily(Family):
 
     def shrink(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
         """The keyword arguments of a block, cut down to the survivors of a packed row: RoPE tables and borders."""
+        if not merges:
+            return {**kwargs, **self.borders(kwargs, run, 0)}
         tables = kwargs["position_embeddings"]
         state, borders = run.states[merges], self.borders(kwargs, run, merges)
         if state.rope is None or state.rope[0] is not tables:  # all layers between two merges are given the same
@@ -111,9 +114,13 @@ class PackedFamily(Family):
         return first.rope[1][0]
 
     def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
-        """Who attends to whom among the survivors: what is left of each segment, which the host knows."""
+        """Who attends to whom among the survivors: what is left of each segment, which the host knows.
+
+        Every back-end but flash asks for them on the host: from there it gets them without waiting for the device,
+        as it does in each block of stock.
+        """
         lengths = [units * run.traits.patches_per_unit for units in run.segments[merges].lengths]
-        device = kwargs["position_embeddings"][0].device
+        device = torch.device("cpu") if run.borders_on_host else kwargs["position_embeddings"][0].device
         return {"cu_seqlens": packed_borders(lengths, device, torch.int32), "max_seqlen": max(lengths)}
 
     def lay_out(self, run: EncoderRun, tower: Any, grids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +280,7 @@ class StartTower(SessionHook):
         grids = named_arguments(module, args, kwargs).get("grid_thw")
         kwargs = {**kwargs, CALLED: Called(module)}
         if grids is not None and in_features() and (run := kwargs.get(ENCODER_RUN)) is not None:
-            return args, self.family.lay_out(run, module, grids, kwargs)
+            return args, self._laid_out(run, module, grids, kwargs)
         if grids is None or in_features() or not self.session.active:
             return args, kwargs
         modality: Modality = "video" if bool((grids[:, 0] > 1).any()) else "image"
@@ -285,7 +292,11 @@ class StartTower(SessionHook):
             return args, kwargs
         patches = module.spatial_merge_size**2
         run = forward.encoder = self.family.run(self.session, modality, grids.tolist(), patches, grids.device)
-        return args, self.family.lay_out(run, module, grids, {**kwargs, "return_dict": True, ENCODER_RUN: run})
+        return args, self._laid_out(run, module, grids, {**kwargs, "return_dict": True, ENCODER_RUN: run})
+
+    def _laid_out(self, run: EncoderRun, tower: Any, grids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        run.borders_on_host = not is_flash_attention_requested(tower.config)
+        return self.family.lay_out(run, tower, grids, kwargs)
 
 
 class ExpandTower(Hook):

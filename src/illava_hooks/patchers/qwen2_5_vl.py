@@ -135,7 +135,8 @@ class Qwen25VL(PackedFamily):
             state.windows = window_borders(run, merges)
             if kwargs.get("max_seqlen") is None:
                 state.windows = torch.unique_consecutive(state.windows)
-        return {"cu_seqlens": state.windows.to(given)}
+            state.windows = state.windows.to("cpu" if run.borders_on_host else given.device, given.dtype)
+        return {"cu_seqlens": state.windows}
 
     def encoder_shape(self, model: Any) -> EncoderShape:
         """Sizes of the vision tower, whose MLP is gated, and of the patch merger."""

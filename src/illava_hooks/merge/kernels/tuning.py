@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 __all__ = ["launcher", "width_parts"]
@@ -27,7 +28,7 @@ def launcher(kernel: Any, keys: list[str], **fixed: int) -> Callable[..., None]:
     Returns:
         A function of the grid, the longest segment, the other arguments in order, and constants by name.
     """
-    tuned = kernel
+    tuned, chosen = kernel, dict[tuple[Any, ...], dict[str, Any]]()
     if isinstance(kernel, triton.JITFunction):
         configs = [
             triton.Config({"TILE": tile, "STEP": step, **fixed}, num_warps=warps, num_stages=stages)
@@ -41,8 +42,20 @@ def launcher(kernel: Any, keys: list[str], **fixed: int) -> Callable[..., None]:
         if interpreted:  # there is nothing to time, and a tile costs nearly the same whatever its size
             tile = 128 if longest < _LARGE else _LARGE
             constants |= {"TILE": tile, "STEP": tile, **{name: 16 * size for name, size in fixed.items()}}
-        # The interpreter's products do not know bfloat16; float32 holds the same numbers.
-        tuned[grid](*given, longest, length_class, WIDEN=interpreted, **constants)
+        arguments = (*given, longest, length_class)
+        if interpreted:  # its products do not know bfloat16; float32 holds the same numbers
+            kernel[grid](*arguments, WIDEN=True, **constants)
+            return
+        # Past the tuner, whose look at all arguments costs more than the launch, once it knows the best sizes.
+        named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+        kind = (given[0].device, given[0].dtype, *(named[key] for key in keys))
+        # Triton launches on the current device, which of a model on several need not be that of its tensors.
+        with torch.cuda.device(given[0].device):
+            if kind in chosen:
+                kernel[grid](*arguments, WIDEN=False, **constants, **chosen[kind])
+                return
+            tuned[grid](*arguments, WIDEN=False, **constants)
+            chosen[kind] = tuned.best_config.all_kwargs()
 
     return launch
 
