@@ -1,7 +1,7 @@
 """All that only a GPU can show, in one command of ten minutes: `make gpu`, with what `make gpu-pack` put beside it.
 
 Each piece runs in a process of its own, with a limit of its own, and leaves docs/results/gpu-<piece>.json; a second
-call goes on with what is missing. Then ``results.py`` fills the page. Nothing is downloaded: models have published
+call goes on with what is missing. Then the page is filled. Nothing is downloaded: models have published
 shapes and random weights. ``--device cpu --tiny`` rehearses every piece on a CPU with narrow models.
 """
 
@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpu_tables import fill_gpu
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "build" / "gpu-pack"
@@ -111,12 +113,12 @@ def about(setting: Setting) -> dict[str, Any]:
 def check(setting: Setting) -> None:
     """Tests that are marked ``gpu``: kernels against float64, no synchronisation, models on the device."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command += ["tests/test_gpu.py", "-m", "gpu", "-rfEs", "--tb=short"]  # what fails and what is skipped is told
+    command += ["tests/test_gpu.py", "-m", "gpu", "-rfEs", "--tb=short", "-W", "ignore"]
     if setting.device == "cuda" and importlib.util.find_spec("xdist"):  # most of the time kernels are compiled
-        command += ["-p", "xdist.plugin", "-n", str(min(8, (os.cpu_count() or 2) // 2))]
+        command += ["-p", "xdist.plugin", "-n", str(min(12, os.cpu_count() or 2))]
     environment = {**os.environ, "ILLAVA_GPU_DEVICE": setting.device, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    setting.leave({"complete": done.returncode == 0, "output": done.stdout.splitlines()[-30:]})
+    setting.leave({"complete": done.returncode == 0, "output": done.stdout.splitlines()[-60:]})
 
 
 def kernels(setting: Setting) -> None:
@@ -219,6 +221,36 @@ def speed(setting: Setting, given: Speed) -> None:
     )
 
 
+def fresh(setting: Setting) -> None:
+    """An answer to an image of a size that the process has not seen yet, and the same once more.
+
+    On such a size whatever is tuned, planned or loaded by length is so anew: that is what users of any sizes pay.
+    """
+    import torch
+
+    from illava_hooks import merging, patch
+    from illava_hooks.tools.bench import Workload, build_shape, measure
+    from illava_hooks.tools.bench.workload import build_workload
+
+    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
+    model = build_shape("qwen2-vl-7b", setting.device, dtype, narrow=setting.tiny)
+    patch(model, **KEEP)
+    rows: list[dict[str, Any]] = []
+    sides = range(16, 24, 4) if setting.tiny else range(40, 112, 4)
+    for number, height in enumerate(sides):
+        if setting.is_over:
+            break
+        kind = ("unpatched", "merged")[number % 2]
+        inputs = build_workload(model, Workload(patches=height * (height + 2)))
+        with merging(model, kind == "merged"):
+            runs = [measure(model, inputs, 9) for _ in range(2)]
+        times = [(run.prefill_s, run.decode_s) for run in runs]
+        if number > 1:  # of the first of each kind everything is new
+            rows.append({"kind": kind, "patches": height * (height + 2), "first": times[0], "again": times[1]})
+        setting.leave({"rows": rows})
+    setting.leave({"complete": not setting.is_over, "rows": rows})
+
+
 def small_of(name: str, value: int) -> int:
     """A workload's number for a rehearsal."""
     return {"patches": max(64, value // 64), "frames": 2, "batch": 2, "tiles": min(value, 3), "images": value}[name]
@@ -283,7 +315,8 @@ PIECES = {
     "check": Piece(check, 240),
     "kernels": Piece(kernels, 60),
     **{f"speed-{name}": Piece(_speed(given), 75) for name, given in SPEEDS.items()},
-    "frames": Piece(frames, 60),
+    "fresh": Piece(fresh, 60),
+    "frames": Piece(frames, 75),
 }
 
 
@@ -420,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {ended}", flush=True)
         failed = failed or ended.startswith("failed")
     if given.results == ROOT / "docs" / "results":
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "results.py"), "--gpu"], env=variables(), check=True)
+        fill_gpu(ROOT / "docs")
     return int(failed)
 
 

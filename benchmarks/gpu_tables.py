@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["gpu_section"]
+__all__ = ["fill", "fill_gpu", "gpu_section"]
 
 #: What merging is held to on a GPU: the largest value that is good, by what is compared.
 RATIO, SHARE, STEP = 1.05, 0.02, 1.01
 _PREFILL = "prefill (time to first token)"
 _PEAKS = ("encoder, peak above weights", "language model, peak above weights")
+
+
+def fill(page: str, name: str, body: str) -> str:
+    """Puts a text between its two markers."""
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"the page has no place for {name!r}; write the two markers")
+    return pattern.sub(lambda found: f"{found[1]}{body}\n{found[2]}", page)
+
+
+def fill_gpu(docs: Path) -> None:
+    """Puts what was measured into the section on GPUs of docs/RESULTS.md."""
+    page, results = docs / "RESULTS.md", docs / "results"
+    body = "\n".join(gpu_section(results, results / "launches.json"))
+    page.write_text(fill(page.read_text(encoding="utf-8"), "gpu", body), encoding="utf-8")
 
 
 def gpu_section(results: Path, launches: Path) -> list[str]:
@@ -47,6 +64,8 @@ def _table(name: str, piece: dict[str, Any]) -> list[str]:
         return [piece["output"][-1].strip("= ") if piece["output"] else "no output"]
     if name == "kernels":
         return kernel_table(piece["rows"])
+    if name == "fresh":
+        return fresh_table(piece["rows"])
     if name == "frames":
         return [
             f"- {kind}: {row['frames']} frames went through"
@@ -70,6 +89,22 @@ def kernel_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = " | ".join(f"{row['seconds'][kind] * 1e3:.3f}" for kind in kinds)
         lines.append(f"| {row['tokens']} | {row['heads']} x {row['width']} | {cells} |")
+    return lines
+
+
+def fresh_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Medians over sizes of images of the first answer to one and of the second."""
+    lines = ["| | images | prefill, first time at a size | again | decode step, first time at a length | again |"]
+    lines.append("|---" * 6 + "|")
+    for kind in ("unpatched", "merged"):
+        mine = [row for row in rows if row["kind"] == kind]
+        if mine:
+            cells = [
+                f"{statistics.median(row[when][part] for row in mine) * 1e3:.0f} ms"
+                for part in (0, 1)
+                for when in ("first", "again")
+            ]
+            lines.append(f"| {kind} | {len(mine)} | {' | '.join(cells)} |")
     return lines
 
 

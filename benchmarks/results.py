@@ -3,7 +3,6 @@
     python benchmarks/results.py                   # the tables and curves of what is in docs/results
     python benchmarks/results.py --measure         # runs the commands first, for all that is not there yet
     python benchmarks/results.py --commands        # prints the commands
-    python benchmarks/results.py --gpu             # the section on GPUs alone, as `make gpu` does
 
 What is there is measured again once its file is deleted. An ``evaluate`` that was broken off goes on with the rows
 that it left in ``build/results``.
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gpu_tables import gpu_section
+from gpu_tables import fill, gpu_section
 from illava_hooks.tools.evaluate import read_header, read_rows
 from illava_hooks.tools.evaluate.budgets import KEEP
 from real_tower import read_tower_rows
@@ -189,25 +187,13 @@ def table_of(command: Command) -> list[str]:
     return sweep_table(found) if isinstance(found, list) else speed_table(found)
 
 
-def fill(page: str, name: str, body: str) -> str:
-    """Puts a text between its two markers."""
-    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if not pattern.search(page):
-        raise SystemExit(f"the page has no place for {name!r}; write the two markers")
-    return pattern.sub(lambda found: f"{found[1]}{body}\n{found[2]}", page)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="run the commands for what is missing")
     parser.add_argument("--commands", action="store_true", help="print the commands")
-    parser.add_argument("--gpu", action="store_true", help="fill the section on GPUs alone")
     given, page = parser.parse_args(), (DOCS / "RESULTS.md").read_text()
     page = fill(page, "gpu", "\n".join(gpu_section(DOCS / "results", DOCS / "results" / "launches.json")))
-    if given.gpu:
-        (DOCS / "RESULTS.md").write_text(page)
-        return
     for name, command in {**benches(), **evaluations()}.items():
         if given.commands:
             print(command)
