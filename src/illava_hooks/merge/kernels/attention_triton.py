@@ -51,7 +51,7 @@ def _product(
 def _row_lse(
     query, key, bias, query_borders, key_borders, out,
     scale, num_queries, query_row, query_head, key_row, key_head, longest, length_class,
-    GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    GROUP: tl.constexpr, WORD: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``out[h, i] = logsumexp_j(q_i k_j scale + bias_j)``, each row by one program."""
@@ -63,8 +63,8 @@ def _row_lse(
     key_count = (tl.load(key_borders + segment + 1) - key_first).to(tl.int32)
     if tile * TILE < count:
         row = tile * TILE + tl.arange(0, TILE)
-        queries = query + head.to(tl.int64) * query_head + first * query_row
-        keys = key + (head // GROUP).to(tl.int64) * key_head + key_first * key_row
+        queries = query + tl.multiple_of(head.to(tl.int64) * query_head, WORD) + first * query_row
+        keys = key + tl.multiple_of((head // GROUP).to(tl.int64) * key_head, WORD) + key_first * key_row
         highest = tl.full([TILE], float("-inf"), tl.float32)
         total = tl.zeros([TILE], tl.float32)
         end = key_count
@@ -95,7 +95,7 @@ def _row_lse(
 def _column_means(
     query, key, bias, lse, query_borders, key_borders, out,
     scale, num_queries, num_keys, query_row, query_head, key_row, key_head, longest, length_class,
-    GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    GROUP: tl.constexpr, WORD: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """``out[h, j] = mean_i exp(q_i k_j scale + bias_j - lse_i)``, each column by one program."""
@@ -108,8 +108,8 @@ def _column_means(
     if tile * TILE < key_count:
         column = tile * TILE + tl.arange(0, TILE)
         inside = column < key_count
-        queries = query + head.to(tl.int64) * query_head + first * query_row
-        keys = key + (head // GROUP).to(tl.int64) * key_head + key_first * key_row
+        queries = query + tl.multiple_of(head.to(tl.int64) * query_head, WORD) + first * query_row
+        keys = key + tl.multiple_of((head // GROUP).to(tl.int64) * key_head, WORD) + key_first * key_row
         added = tl.zeros([TILE], tl.float32)
         if HAS_BIAS:
             added = tl.load(bias + key_first + column, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
@@ -129,8 +129,13 @@ def _column_means(
         tl.store(out + head.to(tl.int64) * num_keys + key_first + column, total / count, mask=inside)
 
 
-_launch_row_lse = launcher(_row_lse, ["D", "length_class"])
-_launch_column_means = launcher(_column_means, ["D", "length_class"])
+#: Tile of the side that a program keeps, step on the side that it goes through, warps, stages.
+_SIZES = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 4, 3), (32, 64, 4, 2))
+_CONFIGS = [
+    ({"TILE": tile, "STEP": step}, {"num_warps": warps, "num_stages": stages}) for tile, step, warps, stages in _SIZES
+]
+_launch_row_lse = launcher(_row_lse, ["D", "length_class"], _CONFIGS)
+_launch_column_means = launcher(_column_means, ["D", "length_class"], _CONFIGS)
 
 
 def row_lse(
@@ -156,6 +161,7 @@ def row_lse(
         *(query, key, key if bias is None else bias, query_borders, key_borders, out),
         *(scale, len(query), query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         GROUP=query.shape[1] // key.shape[1],
+        WORD=_word(query, key),
         HAS_BIAS=bias is not None,
         CAUSAL=causal,
         **width_parts(query.shape[2]),
@@ -190,11 +196,17 @@ def column_means(
         *(query, key, key if bias is None else bias, lse, query_borders, key_borders, out),
         *(scale, len(query), len(key), query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         GROUP=query.shape[1] // key.shape[1],
+        WORD=_word(query, key),
         HAS_BIAS=bias is not None,
         CAUSAL=causal,
         **width_parts(query.shape[2]),
     )
     return out
+
+
+def _word(*tables: Tensor) -> int:
+    """Of how many elements heads lie multiples apart: a width of 72 is no multiple of 16, which Triton looks for."""
+    return 8 if all(table.stride(1) % 8 == 0 for table in tables) else 1
 
 
 def _with_dense_width(table: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def _search(
         partner = tl.load(order + begin + behind, mask=behind < count, other=0)
         partner_row = tl.load(rows + begin + partner, mask=behind < count, other=0)
         product = tl.zeros([TILE, STEP], tl.float32)
-        own, theirs = tl.zeros([TILE], tl.float32), tl.zeros([STEP], tl.float32)
+        # Summed up once behind the loop: a sum over threads costs more than a product.
+        own, theirs = tl.zeros([TILE, PART], tl.float32), tl.zeros([STEP, PART], tl.float32)
         for channel in range(0, width, PART):
             part = channel + tl.arange(0, PART)
             known = (part < width)[None]
@@ -66,10 +67,11 @@ def _search(
                 left, right = left.to(tl.float32), right.to(tl.float32)
             product = tl.dot(left, tl.trans(right), acc=product, input_precision="ieee")
             wide_left, wide_right = left.to(tl.float32), right.to(tl.float32)
-            own += tl.sum(wide_left * wide_left, 1)
-            theirs += tl.sum(wide_right * wide_right, 1)
+            own += wide_left * wide_left
+            theirs += wide_right * wide_right
         # As in `normalize`: a token of zeros resembles nobody.
-        norms = tl.maximum(tl.sqrt(own), 1e-12)[:, None] * tl.maximum(tl.sqrt(theirs), 1e-12)[None]
+        own_norm, their_norm = tl.sqrt(tl.sum(own, 1)), tl.sqrt(tl.sum(theirs, 1))
+        norms = tl.maximum(own_norm, 1e-12)[:, None] * tl.maximum(their_norm, 1e-12)[None]
         cosine = product / norms
         # No number, which broken pixels give, comes out on top, and out of here as it is.
         cosine = tl.where(cosine == cosine, cosine, float("inf"))
@@ -94,7 +96,16 @@ def _search(
         tl.store(best + begin + number, tl.where(asks & (score < float("inf")), top, float("-inf")), mask=inside)
 
 
-_launch_search = launcher(_search, ["width", "length_class", "HAS_SPLIT"], PART=32)
+#: Tile, step, part of the width, warps, stages.
+_SIZES = ((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 128, 32, 8, 3))
+_launch_search = launcher(
+    _search,
+    ["width", "length_class", "HAS_SPLIT"],
+    [
+        ({"TILE": tile, "STEP": step, "PART": part}, {"num_warps": warps, "num_stages": stages})
+        for tile, step, part, warps, stages in _SIZES
+    ],
+)
 
 
 def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,38 +10,37 @@ import triton
 
 __all__ = ["launcher", "width_parts"]
 
-#: Tile of the side that a program keeps, step on the side that it goes through, warps, stages.
-_CONFIGS = ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 4, 3), (32, 64, 4, 2))
 _LARGE = 1024
+#: What the interpreter takes of a width at a time.
+_PART = 512
 #: Beyond, longer segments are tuned as this one.
 _LONGEST_CLASS = 4096
 
 
-def launcher(kernel: Any, keys: list[str], **fixed: int) -> Callable[..., None]:
-    """A launcher of a kernel, which adds ``longest``, ``length_class``, ``TILE``, ``STEP`` and ``WIDEN``.
+def launcher(
+    kernel: Any, keys: list[str], configs: Sequence[tuple[dict[str, int], dict[str, int]]]
+) -> Callable[..., None]:
+    """A launcher of a kernel, which adds ``longest``, ``length_class``, ``WIDEN`` and the sizes.
 
     Args:
         kernel: of ``triton.jit``.
-        keys: arguments that the best tile sizes depend on.
-        **fixed: further sizes, the same in every configuration.
+        keys: arguments that the best sizes depend on.
+        configs: what is tried: sizes by name, among them ``TILE`` and ``STEP``, and warps and stages.
 
     Returns:
         A function of the grid, the longest segment, the other arguments in order, and constants by name.
     """
     tuned, chosen = kernel, dict[tuple[Any, ...], dict[str, Any]]()
     if isinstance(kernel, triton.JITFunction):
-        configs = [
-            triton.Config({"TILE": tile, "STEP": step, **fixed}, num_warps=warps, num_stages=stages)
-            for tile, step, warps, stages in _CONFIGS
-        ]
-        tuned = triton.autotune(configs, key=keys)(kernel)
+        tuned = triton.autotune([triton.Config(sizes, **how) for sizes, how in configs], key=keys)(kernel)
 
     def launch(grid: Callable[[dict[str, int]], tuple[int, int]], longest: int, *given: Any, **constants: Any) -> None:
         length_class = min(_LONGEST_CLASS, triton.next_power_of_2(max(1, longest)))
         interpreted = tuned is kernel
         if interpreted:  # there is nothing to time, and a tile costs nearly the same whatever its size
             tile = 128 if longest < _LARGE else _LARGE
-            constants |= {"TILE": tile, "STEP": tile, **{name: 16 * size for name, size in fixed.items()}}
+            sizes = {name: _PART for name in configs[0][0]}
+            constants |= {**sizes, "TILE": tile, "STEP": tile}
         arguments = (*given, longest, length_class)
         if interpreted:  # its products do not know bfloat16; float32 holds the same numbers
             kernel[grid](*arguments, WIDEN=True, **constants)
