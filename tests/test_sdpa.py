@@ -30,7 +30,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The switch is there on every machine; on a CPU nothing turns it."""
     assert allowed()
     for module in (decoder_hooks, encoder_layers):
-        monkeypatch.setattr(module, "without_plans", lambda device: WithoutPlans())
+        monkeypatch.setattr(module, "without_plans", lambda device, pairs=0: WithoutPlans())
     yield
     assert allowed() and not sdpa._open
 
@@ -140,3 +140,22 @@ def test_only_on_a_gpu() -> None:
     assert without_plans(torch.device("cpu")) is None
     with without_plans(torch.device("cuda")) or pytest.fail():
         assert not allowed()
+
+
+def test_not_where_plans_pay() -> None:
+    """Many patches that attend to each other, in one segment or in several."""
+    device = torch.device("cuda")
+    assert without_plans(device, 4096**2 + 1) is None
+    with without_plans(device, 10 * 729**2) or pytest.fail():
+        assert not allowed()
+
+
+def test_pairs_are_those_of_patches(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(encoder_layers, "without_plans", lambda device, pairs: told.append(pairs))
+    patch(model, **MERGING)
+    with torch.no_grad():
+        model(**inputs_for(model, ONE))
+        model(**inputs_for(model, [*ONE, *ONE]))
+    one, two = told
+    assert one >= 16 and two == 2 * one

@@ -219,6 +219,11 @@ class EncoderRun:
     # ------------------------------------------------------------------ survivors
 
     @property
+    def pairs(self) -> int:
+        """Pairs of patches that attend to each other in a layer in front of all merges."""
+        return sum((n * self.traits.patches_per_unit) ** 2 for n in self.segments[0].lengths)
+
+    @property
     def final(self) -> EncoderState:
         """The survivors after the last merge that ran."""
         return self.states[-1]

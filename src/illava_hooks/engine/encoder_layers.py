@@ -199,7 +199,7 @@ def run_features(
         if run is None:
             # A tower compiled while it merged is told apart by what stands under this key, not by its absence.
             return method(*args, **{**kwargs, ENCODER_RUN: None})
-        with without_plans(run.device) or nullcontext():
+        with without_plans(run.device, run.pairs) or nullcontext():
             output = method(*args, **{**kwargs, "return_dict": True, ENCODER_RUN: run})
     run.check_finished()
     with region("illava::records"):

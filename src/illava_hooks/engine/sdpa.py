@@ -3,7 +3,8 @@
 cuDNN, which SDPA prefers on Hopper and newer, plans an attention anew for every length that it meets, and each plan
 takes tens of milliseconds (docs/RESULTS.md, "On a GPU"). A stock model meets a new length with each image size, with
 each prompt, and with every token that it decodes; a merging one meets another behind every merge, and all lengths of a
-merged cache in each decode step. PyTorch's own flash and memory-efficient operators plan nothing.
+merged cache in each decode step. PyTorch's own flash and memory-efficient operators plan nothing; cuDNN's attention is
+the faster one once it is planned, which counts where very many patches attend to each other.
 
 The switch belongs to the process, so those who want cuDNN out are counted, and the last one puts it back.
 """
@@ -18,6 +19,8 @@ import torch
 
 __all__ = ["WithoutPlans", "without_plans"]
 
+#: Pairs of tokens: beyond, what cuDNN's attention saves in one run comes near to what its plans cost (on an H200).
+_WORTH_A_PLAN = 4096**2
 #: Reentrant: a collection of garbage may close one inside.
 _lock = threading.RLock()
 _open = 0
@@ -60,12 +63,19 @@ class WithoutPlans:
         self.close()
 
 
-def without_plans(device: torch.device) -> WithoutPlans | None:
-    """Keeps cuDNN out of a call whose tensors lie on a device; None: there is nothing to keep out there.
+def without_plans(device: torch.device, pairs: int = 0) -> WithoutPlans | None:
+    """Keeps cuDNN out of a call; None: there is nothing to keep out, or a plan pays.
 
     A compiled graph knows its operators, and is none of this.
+
+    Args:
+        device: where the tensors of the call lie.
+        pairs: of tokens that attend to each other in an encoder's layer; 0 for a language model, in which attention is
+            a small part of the work.
     """
-    return WithoutPlans() if device.type == "cuda" and not torch.compiler.is_compiling() else None
+    if device.type != "cuda" or torch.compiler.is_compiling() or pairs > _WORTH_A_PLAN:
+        return None
+    return WithoutPlans()
 
 
 def _is_one_of_several() -> bool:
