@@ -84,6 +84,7 @@ ENGINE_FLOORS = {
     "regions": 1,
     "report": 1,
     "scoring_query": 1,
+    "sdpa": 0,
     "tooling": 1,
     "counts": 1,
     "traits": 0,
