@@ -10,7 +10,7 @@ import reference as ref
 from illava_hooks.merge import rules
 from illava_hooks.merge.plan import MergePlan, apply_merge, build_plan, take_kept
 from illava_hooks.merge.rules import RULES, RuleInputs
-from illava_hooks.merge.segments import Segments, buckets, right_align, scatter_back
+from illava_hooks.merge.segments import Segments, aligned_rows, buckets, right_align, scatter_back
 
 LENGTHS = (7, 12, 1, 12)
 WIDTH = 6
@@ -193,3 +193,13 @@ def test_blocks_of_similarities_change_nothing(rule: str, monkeypatch: pytest.Mo
     torch.manual_seed(1)
     rows, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)
     assert torch.equal(whole.keep_mask, rows.keep_mask) and torch.equal(whole.anchors, rows.anchors)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [4]])
+def test_a_rule_that_keeps_another_number_stays_inside_the_rows(kept: list[int]) -> None:
+    """Rows of survivors are indices: one beyond the end would end a GPU's whole process."""
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[:, kept] = True
+    slots = mask.cumsum(-1) - 1 + torch.tensor([[0], [2]])
+    found = aligned_rows(mask, 2, slots)
+    assert found.shape == (2, 2) and 0 <= int(found.min()) and int(found.max()) < 10

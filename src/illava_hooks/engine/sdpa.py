@@ -41,6 +41,8 @@ class WithoutPlans:
     def close(self) -> None:
         """Lets SDPA choose again, unless another one is open; a second call does nothing."""
         global _open
+        if not self._counts:
+            return
         with _lock:
             if self._counts:
                 self._counts = False

@@ -297,10 +297,12 @@ def aligned_rows(keep_mask: Tensor, num_kept: int, slots: Tensor | None) -> Tens
     if slots is None:
         columns = right_align(keep_mask, num_kept)
         return (columns + starts(batch, width, columns.device)) if batch > 1 else columns
-    # Cheaper than a sort: each writes its row into its place, and those that go into one behind the last.
+    # Cheaper than a sort: each writes its row into its place, and those that go into one behind all. No place is
+    # beyond the table, and none of it without a row, also where a rule of somebody's own keeps more or fewer.
     num, rows = batch * num_kept, counting(keep_mask.numel(), keep_mask.device)
-    places = torch.where(keep_mask, slots, host_table((num,), rows.device)).flatten()
-    return torch.empty(num + 1, dtype=torch.int64, device=rows.device).scatter_(0, places, rows)[:num].view(batch, -1)
+    places = torch.where(keep_mask, slots, host_table((num + width,), rows.device)).flatten()
+    table = _full(num + width + 1, 0, torch.int64, rows.device)
+    return table.scatter(0, places, rows)[:num].view(batch, -1)
 
 
 def scatter_back(survivors: Tensor, kept_at: Tensor) -> Tensor:

@@ -100,18 +100,10 @@ class PackedFamily(Family):
         tables = kwargs["position_embeddings"]
         state, borders = run.states[merges], self.borders(kwargs, run, merges)
         if state.rope is None or state.rope[0] is not tables:  # all layers between two merges are given the same
-            whole, width = self._side_by_side(run, tables), tables[0].shape[-1]
-            kept = whole[state.origins[0].to(whole.device)].view(-1, len(tables), width)
-            state.rope = tables, kept.unbind(1)
+            # Whole units of patches lie side by side.
+            units, shape = state.origins[0].to(tables[0].device), (run.states[0].origins.shape[1], -1)
+            state.rope = tables, tuple(t.reshape(shape)[units].view(-1, t.shape[-1]) for t in tables)
         return {**kwargs, "position_embeddings": state.rope[1], **borders}
-
-    @staticmethod
-    def _side_by_side(run: EncoderRun, tables: tuple[Tensor, ...]) -> Tensor:
-        """``(n, u * T * D)``: for each unit the rows of all ``T`` tables, made once for all merges."""
-        first = run.states[0]
-        if first.rope is None or first.rope[0] is not tables:
-            first.rope = tables, (torch.stack(tables, 1).view(first.origins.shape[1], -1),)
-        return first.rope[1][0]
 
     def borders(self, kwargs: dict[str, Any], run: EncoderRun, merges: int) -> dict[str, Any]:
         """Who attends to whom among the survivors: what is left of each segment, which the host knows.
