@@ -281,7 +281,7 @@ def answer_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[asked]).float(), wanted[asked])
 
 
-def train(stamps: Path, folder: Path, steps: int, minutes: float, batch: int) -> None:
+def train(stamps: Path, folder: Path, steps: int, minutes: float, batch: int, device: str = "cpu") -> None:
     """Goes on where the folder's last training ended, and saves it every few minutes.
 
     Args:
@@ -290,11 +290,14 @@ def train(stamps: Path, folder: Path, steps: int, minutes: float, batch: int) ->
         steps: of the whole training; rates go down to zero towards its end.
         minutes: of this call at most.
         batch: scenes a step.
+        device: where it is trained.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     # Of so few tokens eager attention has the faster backward pass on a CPU.
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", attn_implementation="eager").train()
+    attention = "eager" if device == "cpu" else "sdpa"
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", attn_implementation=attention)
+    model.to(device).train()
     processor, log = AutoProcessor.from_pretrained(folder), folder / "training.jsonl"
     model.model.vision_tower.requires_grad_(False)
     done = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
@@ -316,8 +319,9 @@ def train(stamps: Path, folder: Path, steps: int, minutes: float, batch: int) ->
         for group, rate in zip(optimizer.param_groups, RATES, strict=True):
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
         inputs, labels = training_batch(processor, painter, batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(model, inputs, labels)
+        inputs = {name: table.to(device) for name, table in inputs.items()}
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = answer_loss(model, inputs, labels.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -348,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.add_argument("--steps", type=int, default=3000)
     trainer.add_argument("--minutes", type=float, default=600)
     trainer.add_argument("--batch", type=int, default=8)
+    trainer.add_argument("--device", default="cpu")
     writer = steps.add_parser("items", help="held-out questions")
     writer.add_argument("--stamps", type=Path, required=True, help="the stamps of tuxpaint-stamps-default")
     writer.add_argument("--output", type=Path, required=True)
@@ -356,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.step == "build":
         build(given.tower, given.language, given.output)
     elif given.step == "train":
-        train(given.stamps, given.model, given.steps, given.minutes, given.batch)
+        train(given.stamps, given.model, given.steps, given.minutes, given.batch, given.device)
     else:
         write_items(given.stamps, given.output, given.questions, seed=0)
 
