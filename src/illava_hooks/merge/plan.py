@@ -178,9 +178,9 @@ def build_plan(
             self_weights=segments.put(single, local.self_weights),
             sizes=None if local.sizes is None else segments.put(single, local.sizes),
         )
-    kept, sizes = decided.kept.view(shape), decided.sizes
-    if sizes is not None and isinstance(local, Fold) and not full:
-        sizes = sizes.clamp_min(1.0)  # who went has none, and fills up shorter rows: the next merge divides by it
+    kept, size_of = decided.kept.view(shape), decided.sizes
+    if size_of is not None and isinstance(local, Fold) and not full:
+        size_of = size_of.clamp_min(1.0)  # who went has none, and fills up shorter rows: the next merge divides by it
     rank = kept.cumsum(-1)
     if not full:  # shorter rows lie on the right
         rank = rank + (num_kept - rank[:, -1:])
@@ -197,7 +197,7 @@ def build_plan(
         self_weights=decided.self_weights.view(shape),
         slots=slots,
         columns_of=new_columns.flatten()[decided.holders].view(shape),
-        sizes=None if sizes is None else sizes.view(shape),
+        sizes=None if size_of is None else size_of.view(shape),
     )
 
 
