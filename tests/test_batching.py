@@ -23,8 +23,8 @@ from decode_helpers import (
     stock_keeps_images_apart,
 )
 from families import families_and, families_and_methods, family_of
-from illava_hooks import METHODS
-from tiny_models import FAMILIES, Sample, inputs_for
+from illava_hooks import METHODS, patch
+from tiny_models import FAMILIES, Sample, inputs_for, tiny_model
 
 BATCHES = {"ragged": RAGGED, "with video": [VIDEO, TEXT, BOTH], "text first": [TEXT, IMAGE, IMAGES]}
 TOLERANCE: dict[str, Any] = {"atol": 2e-4, "rtol": 0.0}
@@ -102,6 +102,21 @@ def test_padding_never_changes_an_answer(family: str, padding: int, side: str) -
         logits = model(**padded).logits
     real = slice(padding, None) if side == "left" else slice(None, -padding)
     torch.testing.assert_close(logits[:, real], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("method", ["illava", "diverse"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_longest_row_that_loses_nothing(family: str, method: str, cache: str | None) -> None:
+    """It says how many columns there are behind a merge, too; what then fills up the others is seen by no step."""
+    model, batch = tiny_model(family), [Sample(9, text=(300, 40)), IMAGE]
+    patch(model, vit_layers=[], llm_layers=[1, 2], llm_ratio=0.5, method=method)
+    ids, logits = steps(model, inputs_for(model, batch), cache_implementation=cache)
+    for row, sample in enumerate(batch):
+        alone_ids, alone = steps(model, single(model, sample), cache_implementation=cache)
+        assert torch.equal(ids[row], alone_ids[0])
+        for ours, expected in zip(logits, alone, strict=True):
+            torch.testing.assert_close(ours[row], expected[0], **TOLERANCE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -271,15 +271,16 @@ class DecoderLayerHook(Hook):
         run, past, layer = prefill.run, prefill.past.keys[self.layer_idx], cache_layer(prefill.cache, self.layer_idx)
         state, num_logical = run.stage(self.layer_idx), prefill.embeds.shape[1]
         num_new, key = state.columns.shape[1], (run.merges_through(self.layer_idx), past, layer.ledger.history, device)
+        lengths = run.counts[run.merges_through(self.layer_idx)].lengths
         if key not in prefill.ledgers:
             columns, before = state.columns, prefill.past.logical
             if before:
                 columns = (columns + before).masked_fill(columns < 0, -1)
             columns = columns.to(device)
-            lengths = run.counts[run.merges_through(self.layer_idx)].lengths
             valid = prefill.valid[self.layer_idx]
             prefill.ledgers[key] = layer.ledger.with_prefill(past, columns, lengths, num_logical, valid)
-        differs = num_logical != num_new or prefill.prompt.moves
+        # A row may become shorter while the longest one, which says how many columns there are, loses nothing.
+        differs = num_logical != num_new or prefill.prompt.moves or lengths != prefill.prompt.prompt_lengths
         layer.announce(prefill.ledgers[key], past + num_new, prefill.prompt.trailing_text, differs=differs)
 
 
