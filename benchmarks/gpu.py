@@ -182,17 +182,26 @@ def seconds_of(call: Callable[[], Any], device: Any, repeats: int) -> float:
     return (watch.look()[0] - began) / repeats
 
 
+def build(setting: Setting, shape: str, attention: str = "sdpa") -> Any:
+    """A model of a published shape, in what it is run in on such a device."""
+    import torch
+
+    from illava_hooks.tools.bench import build_shape
+
+    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
+    return build_shape(shape, setting.device, dtype, attention, setting.tiny)
+
+
 def speed(setting: Setting, given: Speed) -> None:
     """Prefill by stage, decode steps, peaks and merging's own share, unpatched and merged in turn."""
     import torch
 
-    from illava_hooks.tools.bench import Workload, as_dict, build_shape, compare
+    from illava_hooks.tools.bench import Workload, as_dict, compare
 
     if given.attention != "sdpa" and (setting.device == "cpu" or importlib.util.find_spec("flash_attn") is None):
         setting.leave({"complete": True, "skipped": f"{given.attention}: flash_attn is not there", "rows": []})
         return
-    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
-    model = build_shape(given.shape, setting.device, dtype, given.attention, setting.tiny)
+    model = build(setting, given.shape, given.attention)
     rows: list[dict[str, Any]] = []
     for label, load in given.loads.items():
         if setting.is_over:
@@ -226,14 +235,11 @@ def fresh(setting: Setting) -> None:
 
     On such a size whatever is tuned, planned or loaded by length is so anew: that is what users of any sizes pay.
     """
-    import torch
-
     from illava_hooks import merging, patch
-    from illava_hooks.tools.bench import Workload, build_shape, measure
+    from illava_hooks.tools.bench import Workload, measure
     from illava_hooks.tools.bench.workload import build_workload
 
-    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
-    model = build_shape("qwen2-vl-7b", setting.device, dtype, narrow=setting.tiny)
+    model = build(setting, "qwen2-vl-7b")
     patch(model, **KEEP)
     rows: list[dict[str, Any]] = []
     sides = range(16, 24, 4) if setting.tiny else range(40, 112, 4)
@@ -261,11 +267,10 @@ def frames(setting: Setting) -> None:
     import torch
 
     from illava_hooks import merging, patch
-    from illava_hooks.tools.bench import Workload, build_shape, measure
+    from illava_hooks.tools.bench import Workload, measure
     from illava_hooks.tools.bench.workload import build_workload
 
-    dtype = torch.float32 if setting.device == "cpu" else torch.bfloat16
-    model = build_shape("llava-onevision-7b", setting.device, dtype, narrow=setting.tiny)
+    model = build(setting, "llava-onevision-7b")
     patch(model)
     found: dict[str, Any] = {}
     for kind in ("unpatched", "merged"):

@@ -65,7 +65,8 @@ def _table(name: str, piece: dict[str, Any]) -> list[str]:
     if name == "kernels":
         return kernel_table(piece["rows"])
     if name == "fresh":
-        return fresh_table(piece["rows"])
+        told = "qwen2-vl-7b, sdpa, keep 0.333, method novel-agnostic; medians over images of different sizes."
+        return [told, "", *fresh_table(piece["rows"])]
     if name == "frames":
         return [
             f"- {kind}: {row['frames']} frames went through"

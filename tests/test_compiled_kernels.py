@@ -40,9 +40,8 @@ for width in (72, 80):
         sizes, how = attention_triton._CONFIGS[0]
         flags = {"GROUP": 1, "WORD": 8, "HAS_BIAS": False, "CAUSAL": False, **width_parts(width), **sizes}
         found[f"{kernel.__name__} {width}"] = compiled(kernel, flags, how, strides)
-tile, step, part, warps, stages = search_triton._SIZES[0]
-flags = {"HAS_SPLIT": False, "TILE": tile, "STEP": step, "PART": part}
-how = {"num_warps": warps, "num_stages": stages}
+sizes, how = search_triton._CONFIGS[0]
+flags = {"HAS_SPLIT": False, **sizes}
 found["_search"] = compiled(search_triton._search, flags, how, ("feature_row", "width"))
 print(json.dumps(found))
 """

@@ -98,14 +98,11 @@ def _search(
 
 #: Tile, step, part of the width, warps, stages.
 _SIZES = ((64, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 128, 32, 8, 3))
-_launch_search = launcher(
-    _search,
-    ["width", "length_class", "HAS_SPLIT"],
-    [
-        ({"TILE": tile, "STEP": step, "PART": part}, {"num_warps": warps, "num_stages": stages})
-        for tile, step, part, warps, stages in _SIZES
-    ],
-)
+_CONFIGS = [
+    ({"TILE": tile, "STEP": step, "PART": part}, {"num_warps": warps, "num_stages": stages})
+    for tile, step, part, warps, stages in _SIZES
+]
+_launch_search = launcher(_search, ["width", "length_class", "HAS_SPLIT"], _CONFIGS)
 
 
 def closest_behind(features: Tensor, rows: Tensor, order: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
