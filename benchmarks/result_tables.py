@@ -43,23 +43,20 @@ def lead(row: Row | None, other: Row | None) -> str:
     return f"{low:+.1%} to {high:+.1%}"
 
 
-def draw_curves(rows: Sequence[Row], file: Path) -> None:
-    """Accuracy over the kept fraction with its interval, one line per method, one picture per stage."""
+def draw_curves(rows: Sequence[Row], file: Path, title: str) -> None:
+    """Accuracy over the kept fraction of one stage with its interval, one line per method, beside the file of rows."""
     stock = [row for row in rows if row.method == "none"]
-    merged = [row for row in rows if row.method != "none"]
-    for stage in dict.fromkeys(row.stage for row in merged):
-        figure, plot = axes(7, 4.5)
-        for method in dict.fromkeys(row.method for row in merged if row.stage == stage):
-            found = [row for row in merged if (row.method, row.stage) == (method, stage)]
-            drawn = sorted(found + stock, key=lambda row: row.kept)
-            kept, accuracy = [row.kept for row in drawn], [row.accuracy or 0.0 for row in drawn]
-            ends = [row.accuracy_interval or (row.accuracy or 0.0,) * 2 for row in drawn]
-            colour = colour_of_method(method)
-            plot.fill_between(kept, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.15)
-            plot.plot(kept, accuracy, marker="o", markersize=3, color=colour, label=method)
-        plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=f"{file.stem}, stage: {stage}")
-        plot.legend(frameon=False, fontsize=8)
-        save(figure, file.with_name(f"{file.stem}-{stage}.png"))
+    figure, plot = axes(7, 4.5)
+    for method in dict.fromkeys(row.method for row in rows if row.method != "none"):
+        drawn = sorted([row for row in rows if row.method == method] + stock, key=lambda row: row.kept)
+        kept, accuracy = [row.kept for row in drawn], [row.accuracy or 0.0 for row in drawn]
+        ends = [row.accuracy_interval or (row.accuracy or 0.0,) * 2 for row in drawn]
+        colour = colour_of_method(method)
+        plot.fill_between(kept, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.15)
+        plot.plot(kept, accuracy, marker="o", markersize=3, color=colour, label=method)
+    plot.set(xlabel="visual tokens kept", ylabel="accuracy", title=title)
+    plot.legend(frameon=False, fontsize=8)
+    save(figure, file.with_suffix(".png"))
 
 
 def speed_table(found: dict[str, Any]) -> list[str]:

@@ -28,13 +28,25 @@ from illava_hooks.tools.evaluate.budgets import KEEP
 from real_tower import read_tower_rows
 from real_tower import table as tower_table
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
-from which_rule import Budget, budgets, rules_table, which_table
+from variants import without_sizes
+from which_rule import Budget, budgets, overview_table, rules_table, which_table
 
-DOCS = Path(__file__).parents[1] / "docs"
-BUILD = Path(__file__).parents[1] / "build" / "results"
+ROOT = Path(__file__).parents[1]
+DOCS, BUILD = ROOT / "docs", ROOT / "build" / "results"
 
-#: Tables whose rows are of an earlier command with fewer methods and questions.
-OLDER = {f"{model} {suite}" for model in ("tiny", "tiny-qwen2-vl") for suite in ("easy-vqa", "pairs", "clips")}
+#: Kinds of items, as the pages call them, and stages.
+ITEMS = {"scenes": "Single images", "pairs": "Two images in a prompt", "clips": "Clips", "easy-vqa": "easy-VQA"}
+STAGES = {"both": "Both stages", "encoder": "Encoder alone", "language": "Language model alone"}
+MODELS = {"tiny": "LLaVA-OneVision (embedded)", "tiny-qwen2-vl": "Qwen2-VL (embedded)"}
+WITHOUT_SIZES = "benchmarks/variants.py:without_sizes"
+#: What ``which_rule.SAME`` says, in words.
+SAME_WORDS = {
+    "both": "",
+    "encoder": "In the encoder alone `novel-agnostic` is `novel`.",
+    "language": "In the language model alone `novel` is `diverse`, and sizes count in the encoder only.",
+}
+#: Further rows where single images merge in both stages.
+CONTROLS = ",illava-v2,uniform,downsample"
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,9 @@ class Command:
             return
         BUILD.mkdir(parents=True, exist_ok=True)
         environment = os.environ | dict(part.split("=") for part in self.environment.split())
-        tool = [sys.executable, "-m", "illava_hooks", *shlex.split(self.arguments)]
-        done = subprocess.run(tool, check=True, stdout=subprocess.PIPE, cwd=BUILD, env=environment)
+        words = [str(BUILD / word) if word == self.file else word for word in shlex.split(self.arguments)]
+        tool = [sys.executable, "-m", "illava_hooks", *words]
+        done = subprocess.run(tool, check=True, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
         if self.is_bench:
             self.path.write_bytes(done.stdout)
         else:
@@ -108,54 +121,46 @@ def benches() -> dict[str, Command]:
     return found
 
 
+def methods_of(stage: str) -> str:
+    """What is compared in a stage; what ``SAME`` calls the same is measured once."""
+    names = ["illava", "diverse", "novel", "novel-agnostic", WITHOUT_SIZES, "fastv", "nearest", "tome", "random"]
+    left_out = {"encoder": ["novel-agnostic"], "language": ["novel", WITHOUT_SIZES]}.get(stage, [])
+    return ",".join(name for name in names if name not in left_out)
+
+
 def evaluations() -> dict[str, Command]:
     """The measurements of quality."""
-    asked = "--questions 2000 --stages"
-    # In the encoder alone novel-agnostic is novel, and in the language model alone novel is diverse.
-    both, encoder, language = (
-        f"--kept 0.3333,0.1111 --methods illava,diverse,{name},fastv,nearest,tome,random"
-        for name in ("novel,novel-agnostic", "novel", "novel-agnostic")
-    )
-    four, controls = "illava,diverse,fastv,random", "tome,nearest,illava-v2,uniform,downsample"
-    curve = "--kept 0.5,0.3333,0.2222,0.1111"
     tables = {
-        "both": f"--items scenes {asked} both {both}",
-        "encoder": f"--items scenes {asked} encoder {encoder}",
-        "language": f"--items scenes {asked} language {language}",
-        **{suite: f"--items {suite} {asked} both {both}" for suite in ("easy-vqa", "pairs", "clips")},
-        "keep": "--items scenes --questions 2000 --keep 1/3,1/9 --methods illava,diverse,novel-agnostic",
-        "scenes": f"--items scenes {asked} both {curve} --methods {four},{controls}",
-        "stages": f"--items scenes --questions 1000 --stages encoder,language,both {curve} --methods {four}",
-        "headline": f"--items scenes --questions 6000 --stages both --kept 0.3333,0.1111 --methods {four}",
+        f"{items}-{stage}": f"--items {items} --questions 2000 --stages {stage} --kept 0.5,0.3333,0.2222,0.1111 "
+        f"--methods {methods_of(stage)}{CONTROLS if (items, stage) == ('scenes', 'both') else ''}"
+        for items in ITEMS
+        for stage in STAGES
     }
+    tables["keep"] = "--items scenes --questions 2000 --keep 1/3,1/9 --methods illava,diverse,novel-agnostic"
     # The published layout of LLaVA-OneVision needs a square number of survivors.
     choices = {"tiny": "encoder --kept 0.5625,0.25", "tiny-qwen2-vl": "encoder,language --kept 0.3333,0.1111"}
     found = {}
     for model, choice in choices.items():
-        published = f"--items scenes {asked} {choice} --methods illava,illava-reference"
+        published = f"--items scenes --questions 2000 --stages {choice} --methods illava,illava-reference"
         for table, arguments in {**tables, "choices": published}.items():
-            if f"{model} {table}" in OLDER:
-                arguments = f"--items {table} --questions 1000 --stages both --kept 0.3333,0.1111 --methods {four}"
             file = f"{model}-{table}.jsonl"
             found[f"{model} {table}"] = Command(f"evaluate --model {model} {arguments} --output {file}", file)
     return found
 
 
-def which() -> list[Budget]:
-    """All budgets at which methods were compared, in files that say what they were measured with."""
-    found: list[Budget] = []
-    for name, command in evaluations().items():
-        model, table = name.split()
-        if table not in ("choices", KEEP) and command.path.exists() and read_header(command.path) is not None:
-            items = "scenes" if table in ("both", "encoder", "language") else table
-            found += budgets(model, items, read_rows(command.path))
-    return found
+def stages_of(model: str, items: str) -> dict[str, Command]:
+    """The commands that measured one kind of items, by stage."""
+    return {stage: evaluations()[f"{model} {items}-{stage}"] for stage in STAGES}
 
 
-def measured_with(header: dict[str, Any] | None) -> str:
+def which(model: str, items: str) -> list[Budget]:
+    """All budgets at which methods were compared."""
+    measured = [command.path for command in stages_of(model, items).values() if command.path.exists()]
+    return [budget for path in measured for budget in budgets(model, items, read_rows(path))]
+
+
+def measured_with(header: dict[str, Any]) -> str:
     """What a file of rows says of its run."""
-    if header is None:
-        return "Rows of an earlier `evaluate`, which kept neither answers nor the measured fraction of all items."
     versions, model = header["versions"], header["model"]
     packages = " and ".join(f"{name} {versions[name]}" for name in ("torch", "transformers"))
     return f"Measured with {packages} on {model['device']}, {model['dtype']}."
@@ -163,7 +168,7 @@ def measured_with(header: dict[str, Any] | None) -> str:
 
 def still_missing(command: Command) -> list[str]:
     """What an ``evaluate`` that was broken off has not measured yet, in words."""
-    words = shlex.split(command.arguments)
+    words = shlex.split(command.arguments.replace(WITHOUT_SIZES, f"'{without_sizes.name}'"))
     asked = dict(zip(words, words[1:], strict=False))
     kept = [float(Fraction(part)) for part in asked.get("--kept", asked.get("--keep", "")).split(",")]
     known = {row.key for row in read_rows(command.path)}
@@ -178,13 +183,43 @@ def still_missing(command: Command) -> list[str]:
 
 def table_of(command: Command) -> list[str]:
     """The table of what a command wrote."""
+    if not command.path.exists():
+        return ["Not measured yet."]
     if not command.is_bench:
-        told = measured_with(read_header(command.path))
+        header = read_header(command.path)
+        if header is None:
+            raise SystemExit(f"{command.path} says nothing of the run that it is of; measure it anew")
+        told = measured_with(header)
         if missing := still_missing(command):
             told += f" The run was broken off; not measured yet: {'; '.join(missing)}."
         return [*quality_table(read_rows(command.path)), "", told]
     found = json.loads(command.path.read_text())
     return sweep_table(found) if isinstance(found, list) else speed_table(found)
+
+
+def with_command(command: Command) -> str:
+    """The command and its table."""
+    return "\n".join([f"`{command}`", "", *table_of(command)])
+
+
+def write_page(model: str, items: str) -> None:
+    """The page with all rows of one model on one kind of items, with their intervals."""
+    title = f"# {MODELS[model]}: {ITEMS[items].lower() if items != 'easy-vqa' else ITEMS[items]}"
+    parts = [title, "What the columns are stands in [Results](../RESULTS.md#quality)."]
+    for stage, command in stages_of(model, items).items():
+        parts += [f"## {STAGES[stage]}", SAME_WORDS[stage], with_command(command)]
+    (DOCS / "results" / f"{model}-{items}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def overview(model: str) -> str:
+    """Accuracy of one model on all kinds of items."""
+    parts = []
+    for items, title in ITEMS.items():
+        if found := which(model, items):
+            stock = read_rows(next(c.path for c in stages_of(model, items).values() if c.path.exists()))[0]
+            link = f"All rows with their intervals, and the commands: [{model}-{items}](results/{model}-{items}.md)."
+            parts += [f"#### {title}", "\n".join(overview_table(found, stock)), link]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -193,26 +228,32 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="run the commands for what is missing")
     parser.add_argument("--commands", action="store_true", help="print the commands")
     given, page = parser.parse_args(), (DOCS / "RESULTS.md").read_text()
-    page = fill(page, "gpu", "\n".join(gpu_section(DOCS / "results", DOCS / "results" / "launches.json")))
-    for name, command in {**benches(), **evaluations()}.items():
-        if given.commands:
-            print(command)
-            continue
-        if given.measure:
-            command.run()
-        if not command.path.exists():
-            page = fill(page, name, f"`{command}`\n\nNot measured yet.")
-        else:
-            page = fill(page, name, "\n".join([f"`{command}`", "", *table_of(command)]))
-            if name.endswith(("both", "encoder", "language", "scenes")):
-                draw_curves(read_rows(command.path), command.path)
+    commands = {**benches(), **evaluations()}
     if given.commands:
+        print(*commands.values(), sep="\n")
         return
+    if given.measure:
+        for command in commands.values():
+            command.run()
+    page = fill(page, "gpu", "\n".join(gpu_section(DOCS / "results", DOCS / "results" / "launches.json")))
+    compared: list[Budget] = []
+    for model in MODELS:
+        for items in ITEMS:
+            write_page(model, items)
+            compared += which(model, items)
+        for stage, command in stages_of(model, "scenes").items():
+            if command.path.exists():
+                draw_curves(read_rows(command.path), command.path, f"{MODELS[model]}, {STAGES[stage].lower()}")
+        page = fill(page, f"{model} quality", overview(model))
+    paged = {command.file for model in MODELS for items in ITEMS for command in stages_of(model, items).values()}
+    for name, command in commands.items():
+        if command.file not in paged:
+            page = fill(page, name, with_command(command))
     page = fill(page, "real tower", "\n".join(tower_table(read_tower_rows(DOCS / "results" / "real-tower.jsonl"))))
     (DOCS / "RESULTS.md").write_text(page)
-    methods, found = DOCS / "methods.md", which()
-    text = fill(methods.read_text(), "rules", "\n".join(rules_table(found)))
-    methods.write_text(fill(text, "budgets", "\n".join(which_table(found))))
+    methods = DOCS / "methods.md"
+    text = fill(methods.read_text(), "rules", "\n".join(rules_table(compared)))
+    methods.write_text(fill(text, "budgets", "\n".join(which_table(compared))))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,21 @@ no more tokens. Of so many comparisons some say so by chance.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from illava_hooks.tools.evaluate import Row
+from variants import without_sizes
 
-__all__ = ["Budget", "budgets", "rules_table", "which_table"]
+__all__ = ["SAME", "Budget", "budgets", "leads_table", "overview_table", "rules_table", "which_table"]
 
 #: Methods that a recommended one must not be behind.
 RIVALS = ("fastv", "illava", "nearest", "tome", "random")
+#: Methods that are another one where one stage merges alone, so that they are measured once.
+SAME = {
+    "encoder": {"novel-agnostic": "novel"},
+    "language": {"novel": "diverse", without_sizes.name: "novel-agnostic"},
+}
 #: Fractions whose tokens count as equally many.
 EQUAL = 0.02
 
@@ -36,6 +43,11 @@ class Budget:
     stage: str
     kept: float
     rows: Mapping[str, Row]
+
+    def keeps_more(self, name: str) -> bool:
+        """Whether a method was left more tokens than the others."""
+        left = {method: row.measured or 0 for method, row in self.rows.items()}
+        return left.get(name, 0) > min(left.values()) + EQUAL
 
     def leads(self, name: str, other: str) -> bool:
         """Whether a method is ahead of another beyond the interval, with no more tokens."""
@@ -60,19 +72,75 @@ def budgets(model: str, items: str, rows: Sequence[Row]) -> Iterator[Budget]:
     keys = dict.fromkeys((row.stage, row.kept) for row in merged)
     for stage, kept in sorted(keys, key=lambda key: (key[0], -key[1])):
         found = {row.method: row for row in merged if (row.stage, row.kept) == (stage, kept)}
+        for name, other in SAME.get(stage, {}).items():
+            if other in found:
+                found[name] = replace(found[other], method=name)
         yield Budget(model, items, stage, kept, found)
 
 
-def which_table(found: Sequence[Budget]) -> list[str]:
-    """Markdown: at each budget the methods that none is ahead of."""
-    heads = ("model", "items", "stage", "kept", "none is ahead of, best first", "`illava`", "`random`")
+def overview_table(found: Sequence[Budget], stock: Row) -> list[str]:
+    """Markdown: accuracy of each method at each budget, bold where no other one is ahead.
+
+    Args:
+        found: the budgets of one model on one kind of items.
+        stock: the unpatched model's row.
+    """
+    heads = ["method", *(f"{budget.stage}, {Fraction(budget.kept).limit_denominator(20)}" for budget in found)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines.append(f"| unpatched {'|'.join([''] + [f' {100 * (stock.accuracy or 0):.1f} '] * len(found))}|")
+    unbeaten = [set(budget.unbeaten()) for budget in found]
+    for name in by_merit(found):
+        cells = []
+        for budget, best in zip(found, unbeaten, strict=True):
+            row = budget.rows.get(name)
+            cell = "" if row is None else f"{100 * (row.accuracy or 0):.1f}"
+            cell = f"**{cell}**" if name in best else cell
+            cells.append(cell + "+" * budget.keeps_more(name))
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def leads_table(found: Sequence[Budget], name: str, stage: str, others: Sequence[str]) -> list[str]:
+    """Markdown: 95 % intervals of one method's lead over others, in points, where one stage or both merge."""
+    heads = ("model", "items", "kept", f"`{name}`", *(f"over `{other}`" for other in others))
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for budget in found:
-        best = ", ".join(f"`{name}` {budget.rows[name].accuracy:.1%}" for name in budget.unbeaten())
-        others = [f"{budget.rows[name].accuracy:.1%}" if name in budget.rows else "" for name in ("illava", "random")]
-        cells = [budget.model, budget.items, budget.stage, f"{budget.kept:.3f}", best, *others]
+        if budget.stage != stage or name not in budget.rows:
+            continue
+        mine, leads = budget.rows[name], []
+        for other in others:
+            low, high = mine.lead(budget.rows[other]) if other in budget.rows else (0.0, 0.0)
+            told = f"{100 * low:+.1f} to {100 * high:+.1f}" if other in budget.rows else ""
+            leads.append(told + "+" * (other in budget.rows and budget.keeps_more(other)))
+        kept = str(Fraction(budget.kept).limit_denominator(20))
+        cells = [budget.model, budget.items, kept, f"{100 * (mine.accuracy or 0):.1f}", *leads]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def which_table(found: Sequence[Budget]) -> list[str]:
+    """Markdown: at how many budgets no other method is ahead of each, by stage."""
+    heads = ("model", "items", "stage", "budgets", "none is ahead of, at how many of them")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for place in dict.fromkeys((budget.model, budget.items, budget.stage) for budget in found):
+        own = [budget for budget in found if (budget.model, budget.items, budget.stage) == place]
+        counts = {name: sum(name in budget.unbeaten() for budget in own) for name in by_merit(own)}
+        best = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
+        told = ", ".join(f"`{name}` {counts[name]}" for name in best)
+        lines.append(f"| {' | '.join(place)} | {len(own)} | {told} |")
+    return lines
+
+
+def by_merit(found: Sequence[Budget]) -> list[str]:
+    """All methods, those first that lack least to the best at the budgets at which they were measured."""
+    names = dict.fromkeys(name for budget in found for name in budget.rows)
+    return sorted(names, key=lambda name: mean_gap(found, name))
+
+
+def mean_gap(found: Sequence[Budget], name: str) -> float:
+    """What a method lacks to the best one, on average over the budgets at which it was measured."""
+    own = [_gap(budget, name) for budget in found if name in budget.rows]
+    return sum(own) / len(own)
 
 
 def rules_table(found: Sequence[Budget]) -> list[str]:
@@ -83,7 +151,7 @@ def rules_table(found: Sequence[Budget]) -> list[str]:
     measured = {name: [budget for budget in found if name in budget.rows] for name in names}
     lost = {name: [budget for budget in own if budget.ahead_of(name)] for name, own in measured.items()}
     beaten = {name: sum(name not in budget.unbeaten() for budget in own) for name, own in measured.items()}
-    gaps = {name: sum(_gap(budget, name) for budget in own) / len(own) for name, own in measured.items()}
+    gaps = {name: mean_gap(found, name) for name in names}
     for name in sorted(names, key=lambda name: (beaten[name] / len(measured[name]), gaps[name])):
         where = "; ".join(
             f"{budget.model} {budget.items}, {budget.stage}, {budget.kept:.3f}: {', '.join(budget.ahead_of(name))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -48,8 +48,8 @@ class Method:
         encoder_score: one of ``ENCODER_SCORES`` or a function of ``ScoreInputs`` that returns ``(S, N)`` scores,
             higher = keep.
         llm_score: one of ``LLM_SCORES`` or such a function.
-        merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"diverse"``, ``"bipartite"``, ``"drop"`` or a
-            ``MergeRule``.
+        merge: ``"recycle"``, ``"cluster"``, ``"nearest"``, ``"diverse"``, ``"selective"``, ``"bipartite"``, ``"drop"``
+            or a ``MergeRule``.
         layout: ``"aligned"``: survivors stay where they are; ``"compact"``: as in the published code.
         proportional: whether encoder layers behind a merge weigh each token by its size: the logarithm of its number
             of original tokens is added to its attention logits (ToMe, arXiv 2210.09461, equation 1). A back-end
@@ -57,6 +57,7 @@ class Method:
         quota: whether what a layout crops away of a tile (LLaVA-OneVision's unpadding) merges apart from what it
             shows, so that the length of the prompt follows from shapes alone. It keeps fewer tokens, since attention
             prefers what is shown.
+        llm_merge: another merge rule for the language model; None: the same.
 
     Raises:
         MergeConfigError: a name is not known.
@@ -69,12 +70,15 @@ class Method:
     layout: Layout = "aligned"
     proportional: bool = False
     quota: bool = False
+    llm_merge: str | MergeRule | None = None
 
     def __post_init__(self) -> None:
         """Refuses names that nothing stands behind."""
         _known("encoder_score", self.encoder_score, (*ENCODER_SCORES, PUBLISHED))
         _known("llm_score", self.llm_score, (*LLM_SCORES, PUBLISHED))
         _known("merge", self.merge, tuple(RULES))
+        if self.llm_merge is not None:
+            _known("llm_merge", self.llm_merge, tuple(RULES))
         if self.layout not in get_args(Layout):
             raise MergeConfigError(f"layout is {self.layout!r}; choose one of {list(get_args(Layout))}")
 
@@ -84,8 +88,13 @@ class Method:
         return PUBLISHED in (self.encoder_score, self.llm_score)
 
     @property
+    def in_llm(self) -> Method:
+        """What the language model does: this method with the rule that merges there."""
+        return self if self.llm_merge is None else replace(self, merge=self.llm_merge, llm_merge=None)
+
+    @property
     def rule(self) -> MergeRule:
-        """The merge rule as a function, where ``merge`` may be its name."""
+        """The encoder's merge rule as a function, where ``merge`` may be its name."""
         if isinstance(self.merge, str):
             return RULES[self.merge]
         return self.merge if self.merge in RULES.values() else partial(_checked_rule, self.name, self.merge)
@@ -98,14 +107,14 @@ class Method:
     @property
     def listens_in_llm(self) -> bool:
         """Whether queries or keys in front of merging decoder layers are; if not, no question decides what merges."""
-        return _listens(self.llm_score, self.rule)
+        return _listens(self.llm_score, self.in_llm.rule)
 
     def max_removed(self, num_tokens: int) -> int:
-        """How many of ``num_tokens`` can be removed at once: by bipartite matching half, else all but one."""
+        """How many of ``num_tokens`` the encoder can remove at once: by bipartite matching half, else all but one."""
         return num_tokens // 2 if self.merge == "bipartite" else num_tokens - 1
 
     def least_kept(self, num_layers: int) -> float:
-        """The smallest fraction of many tokens that so many merging layers can leave; 1 if there are none."""
+        """The smallest fraction of many tokens that so many merging encoder layers can leave; 1 if there are none."""
         if not num_layers:
             return 1.0
         return 0.5**num_layers if self.merge == "bipartite" else 0.0
@@ -192,6 +201,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method("diverse", merge="diverse", proportional=True),
             Method("novel", "uniform", merge="diverse", proportional=True),
             Method("novel-agnostic", "uniform", "uniform", merge="diverse", proportional=True),
+            Method("selective", "uniform", "uniform", merge="selective", proportional=True, llm_merge="diverse"),
             Method("tome", "uniform", "uniform", merge="bipartite"),
             Method("fastv", merge="drop"),
             Method("random", "random", "random", merge="drop"),
@@ -210,6 +220,7 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "diverse": "keeps tokens that no better one resembles, and sizes count",
         "novel": "as diverse, without the encoder's attention: recommended where the encoder alone merges",
         "novel-agnostic": "as novel in both stages, whatever the question: recommended where both stages merge",
+        "selective": "as novel-agnostic, but encoder tokens that no survivor resembles are dropped, not averaged",
         "tome": "bipartite matching by key similarity, after ToMe (2022)",
         "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
         "random": "random tokens are dropped, reproducibly: the baseline to beat",

@@ -19,6 +19,8 @@ __all__ = ["VERSION", "from_entry", "read_settings", "to_entry", "write_settings
 VERSION = 1
 _KEYS = ("illava_hooks", "method", "track", *get_args(Modality))
 _METHOD_KEYS = ("name", "encoder_score", "llm_score", "merge", "layout", "proportional", "quota")
+#: What files of earlier releases do not have, and what is not written where it says nothing.
+_LATER_KEY = "llm_merge"
 _AMOUNTS = ("vit_layers", "vit_r", "llm_layers", "llm_ratio")
 _ONE_NUMBER = ("vit_layers", "llm_layers", "keep", "keep_encoder")
 
@@ -132,7 +134,8 @@ def _method_entry(method: Method) -> Any:
     """A method's name, or the names of its choices."""
     if METHODS.get(method.name) == method:
         return method.name
-    entry = {name: getattr(method, name) for name in _METHOD_KEYS}
+    keys = _METHOD_KEYS if method.llm_merge is None else (*_METHOD_KEYS, _LATER_KEY)
+    entry = {name: getattr(method, name) for name in keys}
     for name, choice in entry.items():
         if not isinstance(choice, str | bool):
             raise MergeConfigError(
@@ -147,8 +150,10 @@ def _method_of(entry: Any) -> Method:
         if entry not in METHODS:
             raise MergeConfigError(f"method is {entry!r}; choose one of {list(METHODS)}")
         return METHODS[entry]
-    _check_keys("method", entry, _METHOD_KEYS)
-    for name in _METHOD_KEYS:
+    later = isinstance(entry, dict) and _LATER_KEY in entry
+    keys = (*_METHOD_KEYS, _LATER_KEY) if later else _METHOD_KEYS
+    _check_keys("method", entry, keys)
+    for name in keys:
         kind = bool if name in ("proportional", "quota") else str
         if not isinstance(entry[name], kind):
             wanted = "true or false" if kind is bool else "text"

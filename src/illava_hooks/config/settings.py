@@ -248,7 +248,7 @@ def _kept_schedule(
     """The schedule of one number; of a modality without any layer, the identity."""
     if not (vit_layers or llm_layers) or keep == 1:
         return MergeSchedule(vit_layers, 0, llm_layers, 1.0)
-    least = method.least_kept(len(vit_layers)), method.least_kept(len(llm_layers))
+    least = method.least_kept(len(vit_layers)), method.in_llm.least_kept(len(llm_layers))
     encoder = split_keep(keep, *least, wish)
     if encoder is None:
         raise MergeConfigError(

@@ -148,7 +148,7 @@ def plan_counts(
     removed: list[dict[int, int]] = []  # of each image or video, by layer
     for (modality, whole), now in zip(visuals, start.visual_lengths, strict=True):
         schedule = config.schedule(modality)
-        amounts = schedule.decoder_removed(now, whole, config.method.max_removed)
+        amounts = schedule.decoder_removed(now, whole, config.method.in_llm.max_removed)
         removed.append(dict(zip(schedule.llm_layers, amounts, strict=True)) if schedule.merges_in_llm else {})
     counts = [start]
     for layer in config.llm_layers:
@@ -296,7 +296,7 @@ class DecoderRun:
                 keys=lambda: _heard(keys).to(hidden.device),
                 token_size=state.token_size.flatten(),
             )
-            local = self.config.method.rule(inputs)
+            local = self.config.method.in_llm.rule(inputs)
         else:  # no visual token is left; stages are counted by plans, so there must be one
             segments, local = Segments.packed([1], hidden.device), _nothing(hidden.device)
         full = min(after.lengths) == after.width

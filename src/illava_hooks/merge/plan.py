@@ -55,12 +55,15 @@ class Fold:
         weights: how tokens enter their survivor's new value: ``"size"``, the mean by token size; ``"none"``, not at
             all; or ``(E,)`` float32, and survivors in ``seats`` then consist of these alone.
         seats: ``(S,)`` int64, flat rows of survivors that are among ``absorbed`` themselves; None: there are none.
+        joins: ``(E,)`` bool, with ``"size"``: False on tokens that are lost, so that their survivor stands for no more
+            than before; None: nobody is.
     """
 
     absorbed: Tensor
     anchors: Tensor
     weights: Tensor | Literal["size", "none"]
     seats: Tensor | None = None
+    joins: Tensor | None = None
 
 
 def nearest_kept(kept: Tensor, lengths: Tensor | None) -> Tensor:
@@ -221,6 +224,8 @@ def _folded(fold: Fold, exists: Tensor, rows: Tensor, sizes: Tensor, single: Ten
     if weights == "none":
         nobody = absorbed[:0]
         return _Decided(kept, holders, nobody, nobody, single[:0], single, sizes)
+    if fold.joins is not None:
+        sizes = sizes.scatter(0, absorbed, sizes[absorbed] * fold.joins)
     # Whole numbers, whose sums are exact in any order.
     total = zeros((len(sizes),), sizes.device).index_add(0, holders, sizes)
     if isinstance(weights, Tensor):

@@ -31,6 +31,7 @@ _COLOURS = {
     "random": "#777755",
     "novel": "#bb5566",
     "novel-agnostic": "#ddaa99",
+    "selective": "#996633",
     "uniform": "#bb9977",
     "downsample": "#ee8833",
 }
