@@ -57,7 +57,7 @@ STOCK: Key = ("", 1.0, "none")
 
 def methods() -> dict[str, Method]:
     """What is compared: named methods, other orders for the novelty, and methods that weigh by size without that."""
-    names = ("illava", "diverse", "novel", "fastv", "nearest", "tome", "random")
+    names = ("illava", "diverse", "novel", "selective", "fastv", "nearest", "tome", "random")
     orders = {"novel, random order": replace(METHODS["novel"], encoder_score="random")}
     without = {f"{name}, no sizes": replace(METHODS[name], proportional=False) for name in ("diverse", "novel")}
     return {name: METHODS[name] for name in names} | orders | without

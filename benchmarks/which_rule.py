@@ -20,7 +20,7 @@ RIVALS = ("fastv", "illava", "nearest", "tome", "random")
 #: Methods that are another one where one stage merges alone, so that they are measured once.
 SAME = {
     "encoder": {"novel-agnostic": "novel"},
-    "language": {"novel": "diverse", without_sizes.name: "novel-agnostic"},
+    "language": {"novel": "diverse", "selective": "novel-agnostic", without_sizes.name: "novel-agnostic"},
 }
 #: Fractions whose tokens count as equally many.
 EQUAL = 0.02

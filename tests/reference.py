@@ -45,7 +45,7 @@ class ReferenceMethod:
     """A method by its three choices (the layout is always "aligned").
 
     Attributes:
-        merge: "recycle", "cluster", "nearest", "diverse", "bipartite" or "drop".
+        merge: "recycle", "cluster", "nearest", "diverse", "selective", "bipartite" or "drop".
         encoder_score: "received_attention" or "query_lse".
         llm_score: "last_query_attention" or "query_lse".
     """
@@ -77,11 +77,13 @@ class Merge:
         kept: Survivors, ascending.
         recipe: For each survivor that changes, the (token, weight) pairs of its new value.
         holder: For each token the survivor that stands for it; None where its content is lost.
+        shown: For lost tokens who is seen in their place; where nothing is said, the nearest.
     """
 
     kept: list[int]
     recipe: dict[int, list[tuple[int, float]]]
     holder: list[int | None]
+    shown: dict[int, int] = field(default_factory=dict)
 
     def apply(self, values: Sequence[Tensor]) -> list[Tensor]:
         """New values of the survivors, from the values of all tokens."""
@@ -102,10 +104,9 @@ class Merge:
         return [totals[token] for token in self.kept]
 
     def holder_or_nearest(self) -> list[int]:
-        """The holder of each token; for lost ones the nearest survivor by index, the lower one on a tie."""
-        return [
-            nearest_index(token, self.kept) if holder is None else holder for token, holder in enumerate(self.holder)
-        ]
+        """The holder of each token; for lost ones who is shown, else the nearest by index, the lower one on a tie."""
+        nearest = {token: nearest_index(token, self.kept) for token in range(len(self.holder))} | self.shown
+        return [nearest[token] if holder is None else holder for token, holder in enumerate(self.holder)]
 
 
 def nearest_index(index: int, kept: Sequence[int]) -> int:
@@ -219,6 +220,18 @@ def diverse(scores: Sequence[float], num_removed: int, hidden: Tensor, sizes: Se
     return _averaged(kept, anchors, sizes)
 
 
+def selective(scores: Sequence[float], num_removed: int, hidden: Tensor, sizes: Sequence[float]) -> Merge:
+    """As `diverse`, but what is unlike its survivor, both seen from the mean of all, is lost; that one is shown."""
+    merge = diverse(scores, num_removed, hidden, sizes)
+    centred = _cosines(hidden - hidden.mean(0))
+    anchors = {token: held for token, held in enumerate(merge.holder) if held is not None and held != token}
+    alike = {token: anchor for token, anchor in anchors.items() if centred[token][anchor] >= 0.5}
+    found = _averaged(merge.kept, alike, sizes)
+    shown = {token: anchor for token, anchor in anchors.items() if token not in alike}
+    holder = [None if token in shown else held for token, held in enumerate(found.holder)]
+    return Merge(found.kept, found.recipe, holder, shown)
+
+
 def bipartite(num_removed: int, keys: Tensor, sizes: Sequence[float]) -> Merge:
     """Token merging: even tokens propose to their most similar odd token, the most similar pairs merge.
 
@@ -263,6 +276,7 @@ def decide(
         "cluster": lambda: cluster(scores, num_removed, hidden),
         "nearest": lambda: nearest(scores, num_removed, keys, sizes),
         "diverse": lambda: diverse(scores, num_removed, hidden, sizes),
+        "selective": lambda: selective(scores, num_removed, hidden, sizes),
         "bipartite": lambda: bipartite(num_removed, keys, sizes),
         "drop": lambda: drop(scores, num_removed),
     }

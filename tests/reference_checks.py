@@ -14,7 +14,7 @@ from illava_hooks import patch
 from illava_hooks.methods import Method
 from tiny_models import Sample, inputs_for, real_positions, tiny_model
 
-RULES = ("recycle", "cluster", "nearest", "diverse", "bipartite", "drop")
+RULES = ("recycle", "cluster", "nearest", "diverse", "selective", "bipartite", "drop")
 SETTINGS: dict[str, Any] = {"vit_layers": [1, 2], "vit_r": 0.25, "llm_layers": [1, 3], "llm_ratio": 0.6}
 
 SAMPLES = {

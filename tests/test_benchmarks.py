@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import commands
 import reproduce_7b
 import results
 import split
@@ -32,27 +33,31 @@ def test_ceiling_prints_the_table_of_the_docs() -> None:
 
 
 def test_the_page_of_results_is_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = results.DOCS / "RESULTS.md"
-    shutil.copytree(results.DOCS / "results", tmp_path / "results")
-    for name, most in (("RESULTS.md", 0.5), ("methods.md", 1.0)):
-        text = (results.DOCS / name).read_text()
+    docs = commands.DOCS
+    shutil.copytree(docs / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.md", "*.png"))
+    for name, most in (("RESULTS.md", 0.7), ("methods.md", 1.0)):
+        text = (docs / name).read_text()
         emptied = re.sub(r"(<!-- (?!end)[^>]* -->\n).*?(?=<!-- end)", r"\1", text, flags=re.DOTALL)
         assert len(emptied) < most * len(text)
         (tmp_path / name).write_text(emptied)
-    monkeypatch.setattr(results, "DOCS", tmp_path)
+    monkeypatch.setattr(commands, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["results.py"])
     results.main()
-    for name in ("RESULTS.md", "methods.md"):
-        assert (tmp_path / name).read_text() == (page.parent / name).read_text()
-    for name in re.findall(r"\((results/.*?png)\)", page.read_text()):
+    pages = [str(page.relative_to(docs)) for page in (docs / "results").glob("*.md")]
+    assert len(pages) == 9 and sorted(page.name for page in (tmp_path / "results").glob("*.md")) == sorted(
+        Path(page).name for page in pages
+    )
+    for name in ("RESULTS.md", "methods.md", *pages):
+        assert (tmp_path / name).read_text() == (docs / name).read_text()
+    for name in re.findall(r"\((results/.*?png)\)", (docs / "RESULTS.md").read_text()):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
 def test_commands_of_the_page_measure_anew_in_a_fresh_clone() -> None:
     """No row that comes with the repository lies where a printed command looks for rows."""
-    page = (results.DOCS / "RESULTS.md").read_text()
-    printed = re.findall(r"^`illava-hooks (evaluate .*)`$", page, re.MULTILINE)
-    assert printed == [str(command).removeprefix("illava-hooks ") for command in results.evaluations().values()]
+    pages = [commands.DOCS / "RESULTS.md", *(commands.DOCS / "results").glob("*.md")]
+    printed = re.findall(r"^`illava-hooks (evaluate .*)`$", "\n".join(map(Path.read_text, pages)), re.MULTILINE)
+    assert sorted(printed) == sorted(command.arguments for command in commands.evaluations().values())
     for line in printed:
         output = Path(shlex.split(line)[-1])
         assert output.name == str(output) and not (BENCHMARKS.parent / output).exists()
@@ -60,7 +65,7 @@ def test_commands_of_the_page_measure_anew_in_a_fresh_clone() -> None:
 
 def test_rows_that_come_with_the_repository_are_reused_by_no_run(tmp_path: Path) -> None:
     """By no run of other versions; those of earlier ones by none at all."""
-    command = results.evaluations()["tiny choices"]
+    command = commands.evaluations()["tiny choices"]
     file = tmp_path / command.file
     shutil.copy(command.path, file)
     if read_header(file) is not None:
@@ -74,16 +79,16 @@ def test_rows_that_come_with_the_repository_are_reused_by_no_run(tmp_path: Path)
 
 def test_a_table_is_measured_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs" / "results").mkdir(parents=True)
-    monkeypatch.setattr(results, "DOCS", tmp_path / "docs")
-    monkeypatch.setattr(results, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(commands, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(commands, "BUILD", tmp_path / "build")
     arguments = "evaluate --items small-scenes --questions 5 --methods illava --kept 0.5 --output rows.jsonl"
-    command = results.Command(arguments, "rows.jsonl")
+    command = commands.Command(arguments, "rows.jsonl")
     command.run()
     header, rows = read_header(command.path), read_rows(command.path)
     assert [row.method for row in rows] == ["none", "illava"] and header is not None
-    table = results.table_of(command)
-    assert f"| both | 0.500 | {rows[1].measured:.3f} | illava | 5 |" in "\n".join(table)
-    assert table[-1].startswith(f"Measured with torch {header['versions']['torch']} and transformers")
+    table = results.quality_of([command])
+    assert f"| both | 0.500 | {rows[1].measured:.3f} | illava | 5 |" in table
+    assert table.splitlines()[-1].startswith(f"Measured with torch {header['versions']['torch']} and transformers")
     before = command.path.read_bytes()
     command.run()
     assert command.path.read_bytes() == before, "what is there stays"
@@ -189,15 +194,15 @@ def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_table_says_what_its_command_has_not_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(results, "DOCS", tmp_path)
+    monkeypatch.setattr(commands, "DOCS", tmp_path)
     shutil.copy(BENCHMARKS.parent / "docs" / "results" / "tiny-choices.jsonl", tmp_path / "results" / "rows.jsonl")
     asked = "evaluate --stages encoder --kept 0.5625,0.25,1/3 --methods illava,illava-reference,fastv"
-    assert results.still_missing(results.Command(asked, "rows.jsonl")) == [
+    assert results.still_missing(commands.Command(asked, "rows.jsonl")) == [
         "encoder, 0.562: fastv",
         "encoder, 0.250: fastv",
         "encoder, 0.333: illava, illava-reference, fastv",
     ]
-    measured = results.evaluations()["tiny choices"].arguments
-    assert results.still_missing(results.Command(measured, "rows.jsonl")) == []
-    keep = results.Command("evaluate --keep 1/3 --methods illava", "rows.jsonl")
+    measured = commands.evaluations()["tiny choices"].arguments
+    assert results.still_missing(commands.Command(measured, "rows.jsonl")) == []
+    keep = commands.Command("evaluate --keep 1/3 --methods illava", "rows.jsonl")
     assert results.still_missing(keep) == ["keep, 0.333: illava"]

@@ -29,7 +29,7 @@ from tiny_models import Sample, inputs_for, tiny_model
 SEEDS = range(20)
 #: Sizes that fill a grid of tiles, where a family has tiles: nothing is cropped.
 WHOLE = [(32, 32), (32, 64), (64, 64), (96, 32), (128, 128)]
-RULES = ("illava", "illava-v2", "nearest", "diverse", "fastv", "random")
+RULES = ("illava", "illava-v2", "nearest", "diverse", "selective", "fastv", "random")
 
 
 @cache

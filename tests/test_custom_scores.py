@@ -16,7 +16,7 @@ from illava_hooks.merge.scores import ScoreInputs
 from tiny_models import FAMILIES, inputs_for, tiny_model
 
 STAGES = ("encoder_score", "llm_score")
-RULES = ("recycle", "cluster", "nearest", "diverse", "drop")
+RULES = ("recycle", "cluster", "nearest", "diverse", "selective", "drop")
 
 
 def places(inputs: ScoreInputs) -> Tensor:

@@ -90,7 +90,7 @@ def test_nothing_removed_is_bitwise_nothing(rule: str) -> None:
     assert torch.equal(apply_merge(tokens[None], plan)[0], tokens)
 
 
-@pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "bipartite"])
+@pytest.mark.parametrize("rule", ["recycle", "nearest", "diverse", "selective", "bipartite"])
 def test_weights_of_each_survivor_sum_to_one(rule: str) -> None:
     tokens = torch.randn(sum(LENGTHS), WIDTH)
     plan, _ = make_plan(rule, LENGTHS, removed_counts(rule, 0.6), tokens)

@@ -23,10 +23,10 @@ from tiny_models import FAMILIES, IMAGE_ID, VIDEO_ID, Inputs, Sample, inputs_for
 #: Every named method without an attention score in the encoder, weighing tokens by size or not.
 NOVEL = {
     name + ("" if sizes else ", no sizes"): replace(METHODS[name], name=f"{name} {sizes}", proportional=sizes)
-    for name in ("novel", "novel-agnostic")
+    for name in ("novel", "novel-agnostic", "selective")
     for sizes in (True, False)
 }
-AGNOSTIC = {name: method for name, method in NOVEL.items() if "agnostic" in name}
+AGNOSTIC = {name: method for name, method in NOVEL.items() if not method.listens_in_llm}
 #: Any other rule and order by place is as blind.
 BLIND = {**AGNOSTIC, "random": METHODS["random"]}
 #: One visual with text in front of it and behind it.

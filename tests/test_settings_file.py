@@ -26,6 +26,7 @@ SCHEDULES = {
     "encoder alone": MergeSchedule((3,), 0, (), 1.0, 0.25, 0.25),
 }
 OWN = Method("mine", "query_lse", "uniform", merge="nearest", proportional=True, quota=True)
+TWO_RULES = Method("two rules", merge="drop", llm_merge="nearest")
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def saved(folder: Path, config: MergeConfig) -> Path:
 
 
 @pytest.mark.parametrize("track", [False, True])
-@pytest.mark.parametrize("method", [*METHODS.values(), OWN], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*METHODS.values(), OWN, TWO_RULES], ids=lambda method: method.name)
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_what_is_saved_is_loaded(kind: str, method: Method, track: bool, tmp_path: Path) -> None:
     for image, video in ((SCHEDULES[kind], BY_AMOUNT), (BY_AMOUNT, SCHEDULES[kind])):
@@ -206,6 +207,14 @@ WRONG: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a method with a wrong kind": (
         {**GOOD, "method": {**METHOD, "proportional": "yes"}},
         ("method: proportional is 'yes'", "true or false"),
+    ),
+    "a method with a wrong rule for one stage": (
+        {**GOOD, "method": {**METHOD, "llm_merge": "melt"}},
+        ("llm_merge is 'melt'", "choose"),
+    ),
+    "a method with none for one stage": (
+        {**GOOD, "method": {**METHOD, "llm_merge": None}},
+        ("method: llm_merge is None", "must be text"),
     ),
     "a method with a number": ({**GOOD, "method": {**METHOD, "merge": 1}}, ("method: merge is 1", "must be text")),
 }
