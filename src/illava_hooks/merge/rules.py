@@ -27,6 +27,7 @@ __all__ = [
     "assemble",
     "best_match",
     "bipartite",
+    "centred_cosine",
     "closest_above",
     "cluster",
     "diverse",
@@ -226,10 +227,10 @@ def selective(inputs: RuleInputs) -> Fold:
     choice between them by layer fits better was noted before (Token Fusion, Kim et al., arXiv 2312.01026).
     """
     fold = diverse(inputs)
-    return replace(fold, joins=_centred_cosine(inputs, fold) >= ALIKE)
+    return replace(fold, joins=centred_cosine(inputs, fold) >= ALIKE)
 
 
-def _centred_cosine(inputs: RuleInputs, fold: Fold) -> Tensor:
+def centred_cosine(inputs: RuleInputs, fold: Fold) -> Tensor:
     """``(E,)`` float32 at least: of each token that goes and its survivor, both less the mean of their segment."""
     tables, rows = inputs.hidden(), _flat(inputs.flat_hidden, inputs.hidden)
     wide = torch.promote_types(rows.dtype, torch.float32)
