@@ -227,9 +227,12 @@ def test_output_that_is_refused(tmp_path: Path) -> None:
 def test_the_command_says_how_many_rows_failed(tmp_path: Path) -> None:
     questions = write_questions(tmp_path, 3)
     found = CliRunner().invoke(app, ["batch", "--input", str(questions), "--output", str(tmp_path / "out"), *OPTIONS])
-    assert found.exit_code == 0, found.output
+    assert found.exit_code == 1, found.output
     assert str(tmp_path / "out" / RESULT) in found.stdout.replace("\n", "")
-    assert "1 rows ended with an error, the first:" in found.stderr
+    assert "1 rows ended with an error, the first:" in found.stderr and "--retry-errors" in found.stderr
+    questions.write_text('{"question": "what is there ?"}\n')
+    found = CliRunner().invoke(app, ["batch", "--input", str(questions), "--output", str(tmp_path / "all"), *OPTIONS])
+    assert found.exit_code == 0 and "error" not in found.stderr
 
 
 def test_the_lines_of_the_docs_are_rows(tmp_path: Path) -> None:

@@ -89,4 +89,6 @@ def batch(
     else:
         print(result)
     if errors:
-        print(f"{len(errors)} rows ended with an error, the first: {errors[0]}", file=sys.stderr)
+        told = f"{len(errors)} rows ended with an error, the first: {errors[0]}; --retry-errors asks them again"
+        print(told, file=sys.stderr)
+        raise typer.Exit(1)
