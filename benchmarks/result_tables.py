@@ -13,13 +13,15 @@ __all__ = ["draw_curves", "quality_table", "speed_table", "sweep_table"]
 
 
 #: Methods whose lead over each other row has a column of its own, where they were measured.
-LEADERS = ("diverse", "novel", "novel-agnostic")
+LEADERS = ("novel-agnostic", "novel", "selective")
 
 
 def quality_table(rows: Sequence[Row]) -> list[str]:
     """Accuracy with its interval, loyalty and divergence; differences question by question."""
     measured = {row.method for row in rows}
-    leaders = [name for name in LEADERS if name in measured or name == LEADERS[0]]
+    leaders = [name for name in LEADERS if name in measured]
+    if LEADERS[0] in leaders and LEADERS[1] in leaders:
+        leaders.remove(LEADERS[1])
     heads = ["stage", "kept", "measured", "method", "questions", "accuracy", "95 % interval", "to `illava`, paired"]
     heads += [*(f"`{name}` to it, paired" for name in leaders), "loyalty", "KL"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -27,7 +27,7 @@ from real_tower import read_tower_rows
 from real_tower import table as tower_table
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
 from variants import without_sizes
-from which_rule import Budget, budgets, leads_table, overview_table, rules_table, which_table
+from which_rule import Budget, budgets, overview_table, rules_table, which_table
 
 #: What ``which_rule.SAME`` says, in words.
 SAME_WORDS = {
@@ -35,9 +35,6 @@ SAME_WORDS = {
     "encoder": "In the encoder alone `novel-agnostic` is `novel`.",
     "language": "In the language model alone `novel` is `diverse`, and `selective` is `novel-agnostic`.",
 }
-#: Whose leads are told, and over whom.
-RECOMMENDED = "selective"
-OTHERS = ("novel-agnostic", "diverse", "illava", "fastv", "nearest", "tome", "random")
 
 
 def rows_of(measured: Sequence[Command]) -> list[Row]:
@@ -128,17 +125,6 @@ def write_page(model: str, items: str) -> None:
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def write_leads(found: Sequence[Budget]) -> None:
-    """The page with the leads of the recommended method over all others."""
-    parts = [
-        f"# Leads of `{RECOMMENDED}`",
-        "95 % intervals in points, paired question by question; `+` marks a method that was left more tokens.",
-    ]
-    for stage in STAGES:
-        parts += [f"## {STAGES[stage]}", "\n".join(leads_table(found, RECOMMENDED, stage, OTHERS))]
-    (commands.DOCS / "results" / "leads.md").write_text("\n\n".join(parts) + "\n")
-
-
 def overview(model: str) -> str:
     """Accuracy of one model on all kinds of items."""
     parts = []
@@ -185,7 +171,6 @@ def main() -> None:
             if rows := rows_of(measured):
                 draw_curves(rows, measured[0].path, f"{MODELS[model]}, {STAGES[stage].lower()}")
     found = [budget for model in MODELS for items in ITEMS for budget in compared(model, items)]
-    write_leads(found)
     results, methods = commands.DOCS / "RESULTS.md", commands.DOCS / "methods.md"
     results.write_text(filled_results(results.read_text(), found))
     text = fill(methods.read_text(), "rules", "\n".join(rules_table(found)))

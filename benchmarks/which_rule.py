@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import numpy as np
+
 from illava_hooks.tools.evaluate import Row
 from variants import without_sizes
 
-__all__ = ["SAME", "Budget", "budgets", "leads_table", "overview_table", "rules_table", "which_table"]
+__all__ = ["SAME", "Budget", "budgets", "is_ahead", "overview_table", "rules_table", "which_table"]
 
 #: Methods that a recommended one must not be behind.
 RIVALS = ("fastv", "illava", "nearest", "tome", "random")
@@ -22,6 +24,8 @@ SAME = {
     "encoder": {"novel-agnostic": "novel"},
     "language": {"novel": "diverse", "selective": "novel-agnostic", without_sizes.name: "novel-agnostic"},
 }
+#: Standard errors of a mean difference between which its 95 % interval could end on either side of 0.
+DOUBT = 1.5, 2.5
 #: Fractions whose tokens count as equally many.
 EQUAL = 0.02
 
@@ -53,7 +57,7 @@ class Budget:
         """Whether a method is ahead of another beyond the interval, with no more tokens."""
         mine, its = self.rows[name], self.rows[other]
         dearer = mine.measured is not None and its.measured is not None and mine.measured > its.measured + EQUAL
-        return not dearer and mine.lead(its)[0] > 0
+        return not dearer and is_ahead(mine, its)
 
     def ahead_of(self, name: str) -> list[str]:
         """The rivals that a method is behind, best first."""
@@ -64,6 +68,15 @@ class Budget:
         """Methods that no other one leads, best first."""
         names = sorted(self.rows, key=lambda name: -(self.rows[name].accuracy or 0))
         return [name for name in names if not any(self.leads(other, name) for other in names if other != name)]
+
+
+def is_ahead(mine: Row, its: Row) -> bool:
+    """Whether the paired 95 % interval of a difference lies above 0; resampled only where that could be doubted."""
+    pairs = [(a, b) for a, b in zip(mine.right, its.right, strict=True) if a is not None and b is not None]
+    gains = np.array([float(a) - float(b) for a, b in pairs])
+    error = float(gains.std()) / len(gains) ** 0.5
+    errors = float(gains.mean()) / error if error else 0.0
+    return errors > DOUBT[0] and (errors > DOUBT[1] or mine.lead(its)[0] > 0)
 
 
 def budgets(model: str, items: str, rows: Sequence[Row]) -> Iterator[Budget]:
@@ -97,24 +110,6 @@ def overview_table(found: Sequence[Budget], stock: Row) -> list[str]:
             cell = f"**{cell}**" if name in best else cell
             cells.append(cell + "+" * budget.keeps_more(name))
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return lines
-
-
-def leads_table(found: Sequence[Budget], name: str, stage: str, others: Sequence[str]) -> list[str]:
-    """Markdown: 95 % intervals of one method's lead over others, in points, where one stage or both merge."""
-    heads = ("model", "items", "kept", f"`{name}`", *(f"over `{other}`" for other in others))
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for budget in found:
-        if budget.stage != stage or name not in budget.rows:
-            continue
-        mine, leads = budget.rows[name], []
-        for other in others:
-            low, high = mine.lead(budget.rows[other]) if other in budget.rows else (0.0, 0.0)
-            told = f"{100 * low:+.1f} to {100 * high:+.1f}" if other in budget.rows else ""
-            leads.append(told + "+" * (other in budget.rows and budget.keeps_more(other)))
-        kept = str(Fraction(budget.kept).limit_denominator(20))
-        cells = [budget.model, budget.items, kept, f"{100 * (mine.accuracy or 0):.1f}", *leads]
-        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -44,7 +44,7 @@ def test_the_page_of_results_is_what_was_measured(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["results.py"])
     results.main()
     pages = [str(page.relative_to(docs)) for page in (docs / "results").glob("*.md")]
-    assert len(pages) == 9 and sorted(page.name for page in (tmp_path / "results").glob("*.md")) == sorted(
+    assert len(pages) == 8 and sorted(page.name for page in (tmp_path / "results").glob("*.md")) == sorted(
         Path(page).name for page in pages
     )
     for name in ("RESULTS.md", "methods.md", *pages):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from illava_hooks.tools.evaluate import Row
-from which_rule import Budget, budgets, rules_table, which_table
+from which_rule import Budget, budgets, is_ahead, overview_table, rules_table, which_table
 
 RNG = np.random.default_rng(0)
 #: Of 1,000 questions the same ones are hard for everybody.
@@ -55,7 +56,34 @@ def test_tables() -> None:
     ]
     both = found(*rows)
     assert [line.split("|")[3].strip() for line in which_table(both)[2:]] == ["both", "encoder"]
-    assert "`novel` 9" in which_table(both)[2] and "`illava` 9" in which_table(both)[3]
-    first, second = rules_table(both)[2:]
+    assert which_table(both)[2].endswith("| 1 | `novel` 1 |") and "`illava` 1, " not in which_table(both)[3]
+    assert which_table(both)[3].endswith("| 1 | `illava` 1 |"), "behind it novel and novel-agnostic, which is the same"
+    first, second, third = rules_table(both)[2:]
     assert first.startswith("| `novel` | 2 | 1 | 1 | tiny scenes, encoder, 0.333: illava | ")
+    assert third.startswith("| `novel-agnostic` | 1 | 1 | 1 | tiny scenes, encoder, 0.333: illava | ")
     assert second.startswith("| `illava` | 2 | 1 | 0 |  | "), "behind novel, which is no rival"
+
+
+def test_methods_that_are_the_same_in_one_stage_share_a_row() -> None:
+    rows = [row("novel-agnostic", 0.9, stage="language"), row("diverse", 0.8, stage="language"), row("fastv", 0.7)]
+    both, language = found(*rows)
+    assert set(both.rows) == {"fastv"}
+    assert language.rows["selective"].right == language.rows["novel-agnostic"].right
+    assert language.rows["novel"].right == language.rows["diverse"].right
+
+
+def test_an_overview_marks_what_none_is_ahead_of_and_who_kept_more() -> None:
+    rows = row("novel", 0.9), row("fastv", 0.8), row("tome", 0.95, 0.5)
+    lines = overview_table(found(*rows), row("none", 0.99, 1.0, kept=1.0))
+    assert lines[0] == "| method | both, 1/3 |"
+    cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines[2:]}
+    assert cells["unpatched"][0].isdigit() and cells["`novel`"].startswith("**9")
+    assert cells["`tome`"].endswith("**+") and not cells["`fastv`"].startswith("**")
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.004, 0.008, 0.012, 0.016, 0.02, 0.03, 0.1])
+def test_what_is_ahead_is_what_the_interval_says(gain: float) -> None:
+    mine, its = row("novel", 0.8 + gain), row("fastv", 0.8)
+    flips = RNG.random(1000) < 0.05
+    mine.right[:] = [bool(hit != flip) for hit, flip in zip(mine.right, flips, strict=True)]
+    assert is_ahead(mine, its) == (mine.lead(its)[0] > 0) and not is_ahead(its, its)
