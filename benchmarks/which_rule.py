@@ -80,11 +80,13 @@ def is_ahead(mine: Row, its: Row) -> bool:
 
 
 def budgets(model: str, items: str, rows: Sequence[Row]) -> Iterator[Budget]:
-    """The budgets of a file of rows, in the order of stages and then of what is left."""
+    """The budgets of some rows, in the order of stages and then of what is left; none where no rival is measured."""
     merged = [row for row in rows if row.method != "none" and row.accuracy is not None]
     keys = dict.fromkeys((row.stage, row.kept) for row in merged)
     for stage, kept in sorted(keys, key=lambda key: (key[0], -key[1])):
         found = {row.method: row for row in merged if (row.stage, row.kept) == (stage, kept)}
+        if not found.keys() & {*RIVALS}:
+            continue
         for name, other in SAME.get(stage, {}).items():
             if other in found:
                 found[name] = replace(found[other], method=name)

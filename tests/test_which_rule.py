@@ -65,11 +65,15 @@ def test_tables() -> None:
 
 
 def test_methods_that_are_the_same_in_one_stage_share_a_row() -> None:
-    rows = [row("novel-agnostic", 0.9, stage="language"), row("diverse", 0.8, stage="language"), row("fastv", 0.7)]
-    both, language = found(*rows)
+    rows = [row(name, 0.8, stage="language") for name in ("novel-agnostic", "diverse", "tome")]
+    both, language = found(*rows, row("fastv", 0.7))
     assert set(both.rows) == {"fastv"}
     assert language.rows["selective"].right == language.rows["novel-agnostic"].right
     assert language.rows["novel"].right == language.rows["diverse"].right
+
+
+def test_a_budget_without_a_rival_says_nothing() -> None:
+    assert found(row("selective", 0.9), row("novel", 0.8)) == []
 
 
 def test_an_overview_marks_what_none_is_ahead_of_and_who_kept_more() -> None:

@@ -218,9 +218,10 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "illava-reference": "the arithmetic of the published code, for reproduction; its compact layout",
         "nearest": "every redundant token is averaged into its most similar survivor",
         "diverse": "keeps tokens that no better one resembles, and sizes count",
-        "novel": "as diverse, without the encoder's attention: recommended where the encoder alone merges",
+        "novel": "as diverse, without the encoder's attention",
         "novel-agnostic": "as novel in both stages, whatever the question: recommended where both stages merge",
-        "selective": "as novel-agnostic, but encoder tokens that no survivor resembles are dropped, not averaged",
+        "selective": "as novel-agnostic, but encoder tokens that are like no survivor are dropped: recommended where the "
+        "encoder alone merges, or as one name for all",
         "tome": "bipartite matching by key similarity, after ToMe (2022)",
         "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
         "random": "random tokens are dropped, reproducibly: the baseline to beat",
