@@ -220,8 +220,7 @@ ABOUT: Mapping[str, str] = MappingProxyType(
         "diverse": "keeps tokens that no better one resembles, and sizes count",
         "novel": "as diverse, without the encoder's attention",
         "novel-agnostic": "as novel in both stages, whatever the question: recommended where both stages merge",
-        "selective": "as novel-agnostic, but encoder tokens that are like no survivor are dropped: recommended where the "
-        "encoder alone merges, or as one name for all",
+        "selective": "as novel-agnostic, without averaging what is unlike: recommended where the encoder alone merges",
         "tome": "bipartite matching by key similarity, after ToMe (2022)",
         "fastv": "redundant tokens are dropped; with vit_r=0 this is FastV",
         "random": "random tokens are dropped, reproducibly: the baseline to beat",
