@@ -24,6 +24,8 @@ SAME = {
     "encoder": {"novel-agnostic": "novel"},
     "language": {"novel": "diverse", "selective": "novel-agnostic", without_sizes.name: "novel-agnostic"},
 }
+#: Rows of what is no method: the unpatched model, and controls that look at nothing.
+NO_METHODS = ("none", "uniform", "downsample")
 #: Standard errors of a mean difference between which its 95 % interval could end on either side of 0.
 DOUBT = 1.5, 2.5
 #: Fractions whose tokens count as equally many.
@@ -81,7 +83,7 @@ def is_ahead(mine: Row, its: Row) -> bool:
 
 def budgets(model: str, items: str, rows: Sequence[Row]) -> Iterator[Budget]:
     """The budgets of some rows, in the order of stages and then of what is left; none where no rival is measured."""
-    merged = [row for row in rows if row.method != "none" and row.accuracy is not None]
+    merged = [row for row in rows if row.method not in NO_METHODS and row.accuracy is not None]
     keys = dict.fromkeys((row.stage, row.kept) for row in merged)
     for stage, kept in sorted(keys, key=lambda key: (key[0], -key[1])):
         found = {row.method: row for row in merged if (row.stage, row.kept) == (stage, kept)}
