@@ -125,14 +125,14 @@ def write_page(model: str, items: str) -> None:
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def overview(model: str) -> str:
+def overview(model: str, found: Sequence[Budget]) -> str:
     """Accuracy of one model on all kinds of items."""
     parts = []
     for items, title in ITEMS.items():
-        if found := compared(model, items):
-            stock = next(rows[0] for own in stages_of(model, items).values() if (rows := rows_of(own)))
+        if own := [budget for budget in found if (budget.model, budget.items) == (model, items)]:
+            stock = next(rows[0] for one in stages_of(model, items).values() if (rows := rows_of(one)))
             link = f"All rows with their intervals, and the commands: [{model}-{items}](results/{model}-{items}.md)."
-            parts += [f"#### {title}", "\n".join(overview_table(found, stock)), link]
+            parts += [f"#### {title}", "\n".join(overview_table(own, stock)), link]
     return "\n\n".join(parts)
 
 
@@ -142,7 +142,7 @@ def filled_results(page: str, found: Sequence[Budget]) -> str:
     page = fill(page, "gpu", "\n".join(gpu_section(folder, folder / "launches.json")))
     page = fill(page, "real tower", "\n".join(tower_table(read_tower_rows(folder / "real-tower.jsonl"))))
     for model in MODELS:
-        page = fill(page, f"{model} quality", overview(model))
+        page = fill(page, f"{model} quality", overview(model, found))
         paged |= {name for items in ITEMS for stage in STAGES for name in names_of(model, items, stage)}
     for name, command in benches().items():
         page = fill(page, name, "\n".join([f"`{command}`", "", *speed_of(command)]))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from illava_hooks import METHODS, Method, evaluate
-from illava_hooks.merge.plan import Fold
-from illava_hooks.merge.rules import RuleInputs, centred_cosine, diverse
+from illava_hooks.merge.rules import selective
 from illava_hooks.tools.evaluate import Row
 from illava_hooks.tools.loading import load_model, quiet
 from split import ITEMS
@@ -24,13 +24,8 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 2.0)
 
 def averaging_from(threshold: float) -> Method:
     """``novel-agnostic`` which averages tokens whose centred cosine is at least that; from 2.0 on none has."""
-
-    def rule(inputs: RuleInputs) -> Fold:
-        fold = diverse(inputs)
-        return replace(fold, joins=centred_cosine(inputs, fold) >= threshold)
-
     name = f"from {threshold}" if threshold <= 1 else "drops all"
-    return replace(METHODS["novel-agnostic"], name=name, merge=rule)
+    return replace(METHODS["novel-agnostic"], name=name, merge=partial(selective, alike=threshold))
 
 
 def table(rows: Sequence[Row]) -> list[str]:

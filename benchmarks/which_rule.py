@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 
@@ -32,7 +33,7 @@ DOUBT = 1.5, 2.5
 EQUAL = 0.02
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Budget:
     """What was measured of one model on one kind of items, in one stage, at one fraction.
 
@@ -66,6 +67,7 @@ class Budget:
         found = [rival for rival in RIVALS if rival in self.rows and rival != name and self.leads(rival, name)]
         return sorted(found, key=lambda rival: -(self.rows[rival].accuracy or 0))
 
+    @cached_property
     def unbeaten(self) -> list[str]:
         """Methods that no other one leads, best first."""
         names = sorted(self.rows, key=lambda name: -(self.rows[name].accuracy or 0))
@@ -74,8 +76,7 @@ class Budget:
 
 def is_ahead(mine: Row, its: Row) -> bool:
     """Whether the paired 95 % interval of a difference lies above 0; resampled only where that could be doubted."""
-    pairs = [(a, b) for a, b in zip(mine.right, its.right, strict=True) if a is not None and b is not None]
-    gains = np.array([float(a) - float(b) for a, b in pairs])
+    gains = np.array(mine.gains(its))
     error = float(gains.std()) / len(gains) ** 0.5
     errors = float(gains.mean()) / error if error else 0.0
     return errors > DOUBT[0] and (errors > DOUBT[1] or mine.lead(its)[0] > 0)
@@ -105,13 +106,12 @@ def overview_table(found: Sequence[Budget], stock: Row) -> list[str]:
     heads = ["method", *(f"{budget.stage}, {Fraction(budget.kept).limit_denominator(20)}" for budget in found)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     lines.append(f"| unpatched {'|'.join([''] + [f' {100 * (stock.accuracy or 0):.1f} '] * len(found))}|")
-    unbeaten = [set(budget.unbeaten()) for budget in found]
     for name in by_merit(found):
         cells = []
-        for budget, best in zip(found, unbeaten, strict=True):
+        for budget in found:
             row = budget.rows.get(name)
             cell = "" if row is None else f"{100 * (row.accuracy or 0):.1f}"
-            cell = f"**{cell}**" if name in best else cell
+            cell = f"**{cell}**" if name in budget.unbeaten else cell
             cells.append(cell + "+" * budget.keeps_more(name))
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
@@ -123,7 +123,7 @@ def which_table(found: Sequence[Budget]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for place in dict.fromkeys((budget.model, budget.items, budget.stage) for budget in found):
         own = [budget for budget in found if (budget.model, budget.items, budget.stage) == place]
-        counts = {name: sum(name in budget.unbeaten() for budget in own) for name in by_merit(own)}
+        counts = {name: sum(name in budget.unbeaten for budget in own) for name in by_merit(own)}
         best = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
         told = ", ".join(f"`{name}` {counts[name]}" for name in best)
         lines.append(f"| {' | '.join(place)} | {len(own)} | {told} |")
@@ -149,7 +149,7 @@ def rules_table(found: Sequence[Budget]) -> list[str]:
     names = dict.fromkeys(name for budget in found for name in budget.rows)
     measured = {name: [budget for budget in found if name in budget.rows] for name in names}
     lost = {name: [budget for budget in own if budget.ahead_of(name)] for name, own in measured.items()}
-    beaten = {name: sum(name not in budget.unbeaten() for budget in own) for name, own in measured.items()}
+    beaten = {name: sum(name not in budget.unbeaten for budget in own) for name, own in measured.items()}
     gaps = {name: mean_gap(found, name) for name in names}
     for name in sorted(names, key=lambda name: (beaten[name] / len(measured[name]), gaps[name])):
         where = "; ".join(

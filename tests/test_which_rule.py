@@ -35,16 +35,16 @@ def test_a_method_is_behind_what_leads_beyond_the_interval_with_no_more_tokens()
     (budget,) = found(*rows)
     assert budget.ahead_of("novel") == [], "tome was left more tokens"
     assert budget.ahead_of("fastv") == [], "novel is no rival, and random is its equal"
-    assert budget.unbeaten() == ["tome", "novel"]
+    assert budget.unbeaten == ["tome", "novel"]
     (budget,) = found(*rows[:3], row("tome", 0.95, 0.34))
-    assert budget.ahead_of("novel") == ["tome"] and budget.unbeaten() == ["tome"]
+    assert budget.ahead_of("novel") == ["tome"] and budget.unbeaten == ["tome"]
 
 
 def test_a_difference_within_the_interval_is_none() -> None:
     """One question of a thousand."""
     (budget,) = found(row("novel", 0.9), row("fastv", np.sort(HARD)[900] + 1e-9))
     assert budget.rows["fastv"].accuracy != budget.rows["novel"].accuracy
-    assert set(budget.unbeaten()) == {"novel", "fastv"} and not budget.ahead_of("novel")
+    assert set(budget.unbeaten) == {"novel", "fastv"} and not budget.ahead_of("novel")
 
 
 def test_tables() -> None:

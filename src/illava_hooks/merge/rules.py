@@ -27,7 +27,6 @@ __all__ = [
     "assemble",
     "best_match",
     "bipartite",
-    "centred_cosine",
     "closest_above",
     "cluster",
     "diverse",
@@ -217,20 +216,20 @@ def diverse(inputs: RuleInputs) -> Fold:
     return _fold(inputs, states, _closest_first(closest.masked_fill_(inputs.scores == torch.inf, -torch.inf)))
 
 
-def selective(inputs: RuleInputs) -> Fold:
+def selective(inputs: RuleInputs, alike: float = ALIKE) -> Fold:
     """As ``diverse``, but a token that no survivor resembles is lost instead of averaged into one.
 
     Hidden states of a layer share a direction (they are anisotropic: Ethayarajh, arXiv 1909.00512), so that all of
     them resemble each other by plain cosine, and at small budgets a mean is of tokens that have little in common.
     What counts here is the cosine between a token and its survivor, both less the mean of their segment: below
-    ``ALIKE`` the token is dropped, and its survivor does not count for more. That plain merging, plain dropping or a
+    ``alike`` the token is dropped, and its survivor does not count for more. That plain merging, plain dropping or a
     choice between them by layer fits better was noted before (Token Fusion, Kim et al., arXiv 2312.01026).
     """
     fold = diverse(inputs)
-    return replace(fold, joins=centred_cosine(inputs, fold) >= ALIKE)
+    return replace(fold, joins=_centred_cosine(inputs, fold) >= alike)
 
 
-def centred_cosine(inputs: RuleInputs, fold: Fold) -> Tensor:
+def _centred_cosine(inputs: RuleInputs, fold: Fold) -> Tensor:
     """``(E,)`` float32 at least: of each token that goes and its survivor, both less the mean of their segment."""
     tables, rows = inputs.hidden(), _flat(inputs.flat_hidden, inputs.hidden)
     wide = torch.promote_types(rows.dtype, torch.float32)

@@ -15,7 +15,7 @@ from typing import Any
 from illava_hooks.errors import InputError
 from illava_hooks.tools.evaluate.fingerprint import Fingerprint
 from illava_hooks.tools.evaluate.lines import add_line, header_of, is_begun
-from illava_hooks.tools.evaluate.statistics import paired_interval
+from illava_hooks.tools.evaluate.statistics import interval
 
 __all__ = ["Key", "Row", "RowFile", "read_header", "read_rows"]
 
@@ -71,8 +71,8 @@ class Row:
         """What tells it from the other rows of a run."""
         return self.method, self.stage, self.kept
 
-    def lead(self, other: Row) -> Interval:
-        """95 % interval of the difference in accuracy to another row over the same questions.
+    def gains(self, other: Row) -> list[float]:
+        """1 where another row over the same questions is wrong and this one right, -1 the other way round, else 0.
 
         Raises:
             InputError: no answer is known.
@@ -80,8 +80,15 @@ class Row:
         pairs = [(a, b) for a, b in zip(self.right, other.right, strict=True) if a is not None and b is not None]
         if not pairs:
             raise InputError("no question has a known answer, so there is no accuracy to compare; compare loyalty")
-        mine, its = zip(*pairs, strict=True)
-        return paired_interval(mine, its)
+        return [float(a) - float(b) for a, b in pairs]
+
+    def lead(self, other: Row) -> Interval:
+        """95 % interval of the difference in accuracy to another row over the same questions.
+
+        Raises:
+            InputError: no answer is known.
+        """
+        return interval(self.gains(other))
 
 
 class RowFile:
