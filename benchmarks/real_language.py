@@ -162,13 +162,13 @@ def build(tower: Path, language: Path, output: Path) -> None:
     """Writes the untrained model and its processor to a folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from real_tower import load_tower
+    from towers import load_dinov2
 
     (file,) = language.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(language, gguf_file=file.name, extra_special_tokens=MARKS)
     words = AutoModelForCausalLM.from_pretrained(language, gguf_file=file.name, dtype="float32")
     processor = build_processor(tokenizer)
-    assemble(load_tower(tower), words, processor.image_token_id, SIDE, DEPTH).save_pretrained(output)
+    assemble(load_dinov2(tower), words, processor.image_token_id, SIDE, DEPTH).save_pretrained(output)
     processor.save_pretrained(output)
 
 

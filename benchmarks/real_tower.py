@@ -8,8 +8,8 @@ repository; docs/RESULTS.md has the commands that fetch them:
 
 A scene is a photo with four small cut-outs in it. Each object has a prototype, the mean feature of its patches in four
 other scenes. An object counts as found as well as the surviving token that resembles its prototype most does, and the
-figure of a scene is how often an object that is there beats one that is not, of four each: 50 % is chance. Merging is
-the library's own (``EncoderRun`` and ``MergeStep``, as in every family); the class token never merges.
+figure of a scene is how often an object that is there beats one that is not, of four each: 50 % is chance. The class
+token never merges; ``--no-class-token`` leaves it out, so that the patches are alone, as in SigLIP.
 """
 
 from __future__ import annotations
@@ -26,20 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cutouts import Box, Painter, read_cut_outs, read_photos
-from illava_hooks import METHODS, MergeConfig, MergeSchedule, MergeSession, Method
-from illava_hooks.engine.attention_tap import TappedConfig
-from illava_hooks.engine.encoder import EncoderRun
-from illava_hooks.engine.encoder_layers import MergeStep
-from illava_hooks.engine.traits import EncoderTraits
+from illava_hooks import METHODS, Method
 from illava_hooks.tools.evaluate import paired_interval
 from illava_hooks.tools.evaluate.fingerprint import code, digest
 from illava_hooks.tools.evaluate.lines import add_line, is_begun
+from towers import PATCH, Tower, listened_to, load_dinov2
 
-SIDE, PATCH = 224, 14
+SIDE = 224
 GRID = SIDE // PATCH
 #: The features that answer are those behind this many blocks.
 DEPTH = 10
@@ -59,88 +55,9 @@ def methods() -> dict[str, Method]:
     """What is compared: named methods, other orders for the novelty, and methods that weigh by size without that."""
     names = ("illava", "diverse", "novel", "selective", "fastv", "nearest", "tome", "random")
     orders = {"novel, random order": replace(METHODS["novel"], encoder_score="random")}
-    without = {f"{name}, no sizes": replace(METHODS[name], proportional=False) for name in ("diverse", "novel")}
+    sized = ("diverse", "novel", "selective")
+    without = {f"{name}, no sizes": replace(METHODS[name], proportional=False) for name in sized}
     return {name: METHODS[name] for name in names} | orders | without
-
-
-# ------------------------------------------------------------------------------------ the tower
-
-
-def load_tower(file: Path) -> Any:
-    """The stock model with the weights of an ONNX file.
-
-    Raises:
-        SystemExit: a weight is missing.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(str(file)).graph
-    given = {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
-    model: Any = Dinov2Model(
-        Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH)
-    ).eval()
-    weights = {_own_name(name): value for name, value in given.items() if name.startswith("backbone.")}
-    for node in graph.node:  # exporters rename the matrices of linear layers
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder") and node.input[1] in given:
-            name = node.name.removesuffix("/MatMul").replace("/", ".")[1:]
-            weights[_own_name(f"{name}.weight")] = given[node.input[1]].T.contiguous()
-    patches = next(value for value in given.values() if tuple(value.shape) == (1, 1369, 384))
-    first = [value for name, value in given.items() if not name.startswith("backbone") and value.numel() == 384]
-    place = first[0].view(1, 1, 384) if first else torch.zeros(1, 1, 384)
-    weights["embeddings.position_embeddings"] = torch.cat([place, patches], 1)
-    if missing := [name for name in model.state_dict() if name not in weights and "mask_token" not in name]:
-        raise SystemExit(f"{file} lacks {missing[:5]}; it is not the tower that this benchmark knows")
-    model.load_state_dict(weights, strict=False)
-    return listened_to(model)
-
-
-def listened_to(model: Any) -> Any:
-    """The same model, whose attention can be heard."""
-    for layer in model.encoder.layer:
-        layer.attention.config = TappedConfig(layer.attention.config)
-    return model
-
-
-def _own_name(name: str) -> str:
-    name = name.removeprefix("backbone.")
-    for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        name = name.replace(f"attention.attention.{theirs}", f"attention.{ours}")
-    return name.replace("attention.output.dense", "attention.o_proj")
-
-
-@torch.inference_mode()
-def run_layers(
-    model: Any, hidden: Tensor, layers: Sequence[int], method: Method | None, places: Sequence[int], kept: float
-) -> Tensor:
-    """Hidden states ``(B, 1 + N, C)`` behind some blocks, merged on the way to ``(B, 1 + K, C)``.
-
-    Args:
-        model: the tower.
-        hidden: in front of the first of ``layers``.
-        layers: the blocks.
-        method: merges in ``places``; None: nothing does.
-        places: blocks that merge.
-        kept: what is left of the patches behind them.
-    """
-    run = None
-    if method is not None:
-        schedule = MergeSchedule(tuple(places), 1 - kept ** (1 / len(places)))
-        session = MergeSession(MergeConfig(schedule, schedule, method), None)
-        lengths = [hidden.shape[1] - 1] * len(hidden)
-        run = EncoderRun(session, "image", EncoderTraits(prefix=1), lengths, len(hidden), hidden.device)
-    for index in layers:
-        block = model.encoder.layer[index]
-
-        def attend(block: Any = block, states: Tensor = hidden) -> Tensor:
-            out: Tensor = states + block.layer_scale1(block.attention(block.norm1(states))[0])
-            return out
-
-        hidden = MergeStep(run, index).around(attend) if run is not None and run.reaches(index) else attend()
-        hidden = hidden + block.layer_scale2(block.mlp(block.norm2(hidden)))
-    if run is not None:
-        run.check_finished()
-    return hidden
 
 
 # ------------------------------------------------------------------------------------ scenes
@@ -193,12 +110,10 @@ def batches(scenes: Sequence[Scene]) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def prototypes(model: Any, painter: Painter) -> tuple[Tensor, Tensor]:
+def prototypes(tower: Tower, painter: Painter) -> tuple[Tensor, Tensor]:
     """``(objects, C)`` unit vectors, and the mean feature that they count from."""
     scenes = [paint(painter, [number]) for number in range(OBJECTS) for _ in range(VIEWS)]
-    features = torch.cat(
-        [run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0)[:, 1:] for some in batches(scenes)]
-    )
+    features = torch.cat([tower.run(tower.embed(some), range(DEPTH))[:, tower.prefix :] for some in batches(scenes)])
     middle = features.flatten(0, 1).mean(0)
     found = torch.zeros(OBJECTS, features.shape[-1])
     centres = torch.arange(GRID) * PATCH + PATCH // 2
@@ -225,9 +140,9 @@ def beats(tokens: Tensor, known: Tensor, middle: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(model: Any, painter: Painter, count: int, planned: Collection[Key]) -> Iterator[dict[str, Any]]:
+def measure(tower: Tower, painter: Painter, count: int, planned: Collection[Key]) -> Iterator[dict[str, Any]]:
     """Rows of what is planned, all on the same scenes, whatever that is."""
-    known, middle = prototypes(model, painter)
+    known, middle = prototypes(tower, painter)
     asked, scenes = [], []
     for _ in range(count):
         numbers = painter.rng.sample(range(OBJECTS), 2 * SHOWN)
@@ -235,20 +150,20 @@ def measure(model: Any, painter: Painter, count: int, planned: Collection[Key]) 
         scenes.append(paint(painter, numbers[:SHOWN]))
 
     def row(where: str, kept: float, name: str, features: Iterator[Tensor]) -> dict[str, Any]:
-        tokens = [one for some in features for one in some[:, 1:]]
+        tokens = [one for some in features for one in some[:, tower.prefix :]]
         right = [beats(one, its, middle) for one, its in zip(tokens, asked, strict=True)]
         return {"blocks": where, "kept": kept, "method": name, "left": len(tokens[0]) / GRID**2, "right": right}
 
     if STOCK in planned:
-        whole = (run_layers(model, model.embeddings(some), range(DEPTH), None, (), 1.0) for some in batches(scenes))
+        whole = (tower.run(tower.embed(some), range(DEPTH)) for some in batches(scenes))
         yield row(*STOCK, whole)
     for where in dict.fromkeys(where for where, _, name in planned if name != "none"):
         layers = PLACES[where]
         # All methods begin with what the blocks in front of the first merge make of the scenes.
-        front = [run_layers(model, model.embeddings(x), range(layers[0]), None, (), 1.0) for x in batches(scenes)]
+        front = [tower.run(tower.embed(some), range(layers[0])) for some in batches(scenes)]
         behind = range(layers[0], DEPTH)
         for kept, name in [(kept, name) for at, kept, name in planned if at == where]:
-            merged = (run_layers(model, hidden, behind, methods()[name], layers, kept) for hidden in front)
+            merged = (tower.run(hidden, behind, methods()[name], layers, kept) for hidden in front)
             yield row(where, kept, name, merged)
 
 
@@ -308,17 +223,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", default="0.3333,0.1111", help="fractions of patches left")
     parser.add_argument("--blocks", default="2-4,5-7", help=f"of {', '.join(PLACES)}")
     parser.add_argument("--size", type=int, default=44, help="of an object, in pixels of 224")
+    parser.add_argument("--no-class-token", action="store_true", help="patches alone, as in SigLIP")
     parser.add_argument("--output", type=Path, help="rows as JSON lines; goes on with those of the same run")
     given = parser.parse_args(arguments)
     kepts, places = [float(part) for part in given.kept.split(",")], given.blocks.split(",")
     planned = [STOCK, *((where, kept, name) for where in places for kept in kepts for name in methods())]
-    model, rows = load_tower(given.tower), list[dict[str, Any]]()
+    tower, rows = listened_to(load_dinov2(given.tower), 0 if given.no_class_token else 1), list[dict[str, Any]]()
     if given.output is not None:
-        weights = digest(value.numpy() for value in model.state_dict().values())
-        rows = known_rows(given.output, {"scenes": given.scenes, "size": given.size}, weights)
+        weights = digest(value.numpy() for value in tower.model.state_dict().values())
+        settings = {"scenes": given.scenes, "size": given.size} | (
+            {"class_token": False} if given.no_class_token else {}
+        )
+        rows = known_rows(given.output, settings, weights)
     known = {(row["blocks"], row["kept"], row["method"]) for row in rows}
     if missing := [key for key in planned if key not in known]:
-        for row in measure(model, scene_painter(given.stamps, given.size), given.scenes, missing):
+        for row in measure(tower, scene_painter(given.stamps, given.size), given.scenes, missing):
             rows.append(row)
             told = f"{row['blocks']} {row['kept']} {row['method']} {np.mean(row['right']):.4f}"
             print(told, file=sys.stderr, flush=True)

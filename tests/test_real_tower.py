@@ -15,50 +15,54 @@ import real_tower
 from illava_hooks import METHODS
 from illava_hooks.errors import InputError
 from illava_hooks.tools.evaluate.lines import add_line
+from towers import Tower, listened_to
 
 
-@pytest.fixture
-def tower() -> Any:
-    """A random tower of four blocks, and pictures of 25 patches."""
+@pytest.fixture(params=[1, 0], ids=["class token", "patches alone"])
+def tower(request: pytest.FixtureRequest) -> Tower:
+    """A random tower of four blocks, for pictures of 25 patches."""
     config = Dinov2Config(
         hidden_size=24, num_hidden_layers=4, num_attention_heads=3, image_size=20, patch_size=4, mlp_ratio=2
     )
     torch.manual_seed(0)
-    return real_tower.listened_to(Dinov2Model(config).eval())
+    return listened_to(Dinov2Model(config).eval(), request.param)
 
 
 PIXELS = torch.randn(3, 3, 20, 20, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def test_blocks_without_merging_are_the_stock_ones(tower: Any) -> None:
-    stock = tower(PIXELS, output_hidden_states=True).hidden_states
-    found = real_tower.run_layers(tower, stock[1], range(1, 3), None, (), 1.0)
-    torch.testing.assert_close(found, stock[3])
-    torch.testing.assert_close(tower.embeddings(PIXELS), stock[0])
+def test_blocks_without_merging_are_the_stock_ones(tower: Tower) -> None:
+    if tower.prefix:
+        stock = tower.model(PIXELS, output_hidden_states=True).hidden_states
+    else:
+        stock = [tower.model.embeddings(PIXELS)[:, 1:]]
+        for layer in tower.model.encoder.layer:
+            stock.append(layer(stock[-1]))
+    torch.testing.assert_close(tower.run(stock[1], range(1, 3)), stock[3])
+    torch.testing.assert_close(tower.embed(PIXELS), stock[0])
 
 
 @pytest.mark.parametrize("name", list(real_tower.methods()))
-@torch.no_grad()
-def test_every_method_leaves_what_is_asked_for(tower: Any, name: str) -> None:
+def test_every_method_leaves_what_is_asked_for(tower: Tower, name: str) -> None:
     method = real_tower.methods()[name]
-    first = tower.embeddings(PIXELS)
-    merged = real_tower.run_layers(tower, first, range(4), method, (1, 2), 0.36)
-    assert merged.shape == (3, 1 + 9, 24)  # 25, 15, 9
-    alone = torch.cat([real_tower.run_layers(tower, one[None], range(4), method, (1, 2), 0.36) for one in first])
+    first = tower.embed(PIXELS)
+    merged = tower.run(first, range(4), method, (1, 2), 0.36)
+    assert merged.shape == (3, tower.prefix + 9, 24)  # 25, 15, 9
+    alone = torch.cat([tower.run(one[None], range(4), method, (1, 2), 0.36) for one in first])
     torch.testing.assert_close(merged, alone, atol=1e-5, rtol=1e-5)
 
 
-@torch.no_grad()
-def test_what_is_dropped_is_gone_and_what_stays_is_stocks(tower: Any) -> None:
-    first = tower.embeddings(PIXELS)
-    kept = real_tower.run_layers(tower, first, range(1), METHODS["random"], (0,), 0.6)
-    whole = real_tower.run_layers(tower, first, range(1), None, (), 1.0)
-    assert kept.shape[1] == 1 + 15
+def test_what_is_dropped_is_gone_and_what_stays_is_stocks(tower: Tower) -> None:
+    first = tower.embed(PIXELS)
+    kept = tower.run(first, range(1), METHODS["random"], (0,), 0.6)
+    whole = tower.run(first, range(1))
+    assert kept.shape[1] == tower.prefix + 15
     for ours, theirs in zip(kept, whole, strict=True):
         places = (ours[:, None] - theirs).abs().amax(-1).argmin(1)
         torch.testing.assert_close(ours, theirs[places])
         assert places.tolist() == sorted({*places.tolist()})
+        assert not tower.prefix or places[0] == 0, "a class token stays"
 
 
 def test_a_scene_is_how_often_the_present_beat_the_absent() -> None:

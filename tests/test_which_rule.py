@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import comb
 
 import numpy as np
 import pytest
 
 from illava_hooks.tools.evaluate import Row
-from which_rule import Budget, budgets, is_ahead, overview_table, rules_table, which_table
+from which_rule import (
+    Budget,
+    budgets,
+    chance,
+    is_ahead,
+    overview_table,
+    rules_table,
+    surely_behind,
+    which_table,
+)
 
 RNG = np.random.default_rng(0)
 #: Of 1,000 questions the same ones are hard for everybody.
@@ -91,3 +102,36 @@ def test_what_is_ahead_is_what_the_interval_says(gain: float) -> None:
     flips = RNG.random(1000) < 0.05
     mine.right[:] = [bool(hit != flip) for hit, flip in zip(mine.right, flips, strict=True)]
     assert is_ahead(mine, its) == (mine.lead(its)[0] > 0) and not is_ahead(its, its)
+
+
+def differing(won: int, lost: int) -> tuple[Row, Row]:
+    """Two rows over the same questions, of which the first alone is right at some and the second alone at others."""
+    mine, its = [True] * won + [False] * lost, [False] * won + [True] * lost
+    alike: list[bool | None] = [True] * (1000 - won - lost)
+    first, second = row("fastv", 0.5), row("selective", 0.5)
+    return replace(first, right=[*mine, *alike]), replace(second, right=[*its, *alike])
+
+
+@pytest.mark.parametrize(("won", "lost"), [(19, 5), (5, 19), (1, 0), (0, 0), (30, 30)])
+def test_chance_is_that_of_as_many_coins(won: int, lost: int) -> None:
+    mine, its = differing(won, lost)
+    coins = won + lost
+    assert chance(mine, its) == pytest.approx(sum(comb(coins, heads) for heads in range(won, coins + 1)) / 2**coins)
+
+
+def test_a_lead_that_chance_explains_among_many_comparisons_is_none() -> None:
+    lucky, even, sure = (
+        Budget("tiny", "scenes", "both", 0.5, {one.method: one for one in differing(*counts)})
+        for counts in ((19, 5), (30, 30), (60, 5))
+    )
+    assert lucky.ahead_of("selective") == ["fastv"]
+    assert surely_behind([lucky], "selective") == 1, "alone it is no chance"
+    assert surely_behind([lucky, *[even] * 40], "selective") == 0
+    assert surely_behind([lucky, sure, *[even] * 40], "selective") == 1
+    assert surely_behind([lucky], "fastv") == surely_behind([lucky], "nearest") == 0, "compared with no rival"
+
+
+def test_a_rival_with_more_tokens_is_not_compared() -> None:
+    mine, its = differing(60, 5)
+    budget = Budget("tiny", "scenes", "both", 0.5, {"fastv": replace(mine, measured=0.5), "selective": its})
+    assert surely_behind([budget], "selective") == 0
