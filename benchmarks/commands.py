@@ -20,6 +20,7 @@ ITEMS = {"scenes": "Single images", "pairs": "Two images in a prompt", "clips": 
 STAGES = {"both": "Both stages", "encoder": "Encoder alone", "language": "Language model alone"}
 MODELS = {"tiny": "LLaVA-OneVision (embedded)", "tiny-qwen2-vl": "Qwen2-VL (embedded)"}
 WITHOUT_SIZES = "benchmarks/variants.py:without_sizes"
+SELECTIVE_WITHOUT_SIZES = "benchmarks/variants.py:selective_without_sizes"
 #: What was added when the others had been measured: of its own command and code.
 LATER = "selective"
 #: Further rows where single images merge in both stages.
@@ -115,7 +116,7 @@ def evaluations() -> dict[str, Command]:
     }
     tables |= {
         f"{items}-{stage}-{LATER}": f"--items {items} --questions 2000 --stages {stage} "
-        f"--kept 0.5,0.3333,0.2222,0.1111 --methods {LATER}"
+        f"--kept 0.5,0.3333,0.2222,0.1111 --methods {LATER},{SELECTIVE_WITHOUT_SIZES}"
         for items in ITEMS
         for stage in STAGES
         if LATER not in SAME.get(stage, {})

@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import commands
-from commands import ITEMS, MODELS, STAGES, WITHOUT_SIZES, Command, benches, evaluations, names_of, stages_of
+import variants
+from commands import ITEMS, MODELS, STAGES, Command, benches, evaluations, names_of, stages_of
 from gpu_tables import fill, gpu_section
 from illava_hooks.tools.evaluate import Row, read_header, read_rows
 from illava_hooks.tools.evaluate.budgets import KEEP
 from real_tower import read_tower_rows
 from real_tower import table as tower_table
 from result_tables import draw_curves, quality_table, speed_table, sweep_table
-from variants import without_sizes
 from which_rule import Budget, budgets, overview_table, rules_table, which_table
 
+#: Rows of the real tower, by the sections of the page.
+TOWERS = {"real tower": "real-tower.jsonl", "real tower without a class token": "real-tower-patches.jsonl"}
 #: What ``which_rule.SAME`` says, in words.
 SAME_WORDS = {
     "both": "",
@@ -73,17 +75,24 @@ def compared(model: str, items: str) -> list[Budget]:
 
 def still_missing(command: Command) -> list[str]:
     """What an ``evaluate`` that was broken off has not measured yet, in words."""
-    words = shlex.split(command.arguments.replace(WITHOUT_SIZES, f"'{without_sizes.name}'"))
+    words = shlex.split(command.arguments)
     asked = dict(zip(words, words[1:], strict=False))
     kept = [float(Fraction(part)) for part in asked.get("--kept", asked.get("--keep", "")).split(",")]
+    methods = [method_name(choice) for choice in asked["--methods"].split(",")]
     known = {row.key for row in read_rows(command.path)}
     found = []
     for stage in asked.get("--stages", KEEP).split(","):
         for fraction in kept:
-            names = [name for name in asked["--methods"].split(",") if (name, stage, fraction) not in known]
+            names = [name for name in methods if (name, stage, fraction) not in known]
             names = [name for name in names if (name, "both", fraction) not in known or name != "downsample"]
             found += [f"{stage}, {fraction:.3f}: {', '.join(names)}"] * bool(names)
     return found
+
+
+def method_name(choice: str) -> str:
+    """What rows call a method that a command names."""
+    _, colon, name = choice.rpartition(":")
+    return getattr(variants, name).name if colon else choice
 
 
 def told_of(command: Command) -> str:
@@ -140,7 +149,8 @@ def filled_results(page: str, found: Sequence[Budget]) -> str:
     """docs/RESULTS.md with all its tables."""
     folder, paged = commands.DOCS / "results", set[str]()
     page = fill(page, "gpu", "\n".join(gpu_section(folder, folder / "launches.json")))
-    page = fill(page, "real tower", "\n".join(tower_table(read_tower_rows(folder / "real-tower.jsonl"))))
+    for name, file in TOWERS.items():
+        page = fill(page, name, "\n".join(tower_table(read_tower_rows(folder / file))))
     for model in MODELS:
         page = fill(page, f"{model} quality", overview(model, found))
         paged |= {name for items in ITEMS for stage in STAGES for name in names_of(model, items, stage)}

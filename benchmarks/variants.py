@@ -6,5 +6,6 @@ from dataclasses import replace
 
 from illava_hooks import METHODS
 
-#: ``novel-agnostic`` whose encoder layers do not weigh tokens by how many they stand for (proportional attention).
+# Encoder layers do not weigh tokens by how many they stand for (proportional attention).
 without_sizes = replace(METHODS["novel-agnostic"], name="novel-agnostic, no sizes", proportional=False)
+selective_without_sizes = replace(METHODS["selective"], name="selective, no sizes", proportional=False)

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binomtest, false_discovery_control
 
 from illava_hooks.tools.evaluate import Row
-from variants import without_sizes
+from variants import selective_without_sizes, without_sizes
 
 __all__ = ["SAME", "Budget", "budgets", "is_ahead", "overview_table", "rules_table", "which_table"]
 
@@ -24,7 +24,12 @@ RIVALS = ("fastv", "illava", "nearest", "tome", "random")
 #: Methods that are another one where one stage merges alone, so that they are measured once.
 SAME = {
     "encoder": {"novel-agnostic": "novel"},
-    "language": {"novel": "diverse", "selective": "novel-agnostic", without_sizes.name: "novel-agnostic"},
+    "language": {
+        "novel": "diverse",
+        "selective": "novel-agnostic",
+        without_sizes.name: "novel-agnostic",
+        selective_without_sizes.name: "novel-agnostic",
+    },
 }
 #: Rows of what is no method: the unpatched model, and controls that look at nothing.
 NO_METHODS = ("none", "uniform", "downsample")

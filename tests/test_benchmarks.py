@@ -1,5 +1,6 @@
 """The pages of figures are what the commands under them gave."""
 
+import json
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from illava_hooks import METHODS, patch, tiny, unpatch
 from illava_hooks.cli import app
 from illava_hooks.tools.datasets import scene_items
 from illava_hooks.tools.evaluate import predict, read_header, read_rows
+from illava_hooks.tools.evaluate.lines import add_line
 
 BENCHMARKS = Path(results.__file__).parent
 
@@ -195,7 +197,9 @@ def test_a_tuned_file_beside_the_preset(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_table_says_what_its_command_has_not_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(commands, "DOCS", tmp_path)
-    shutil.copy(BENCHMARKS.parent / "docs" / "results" / "tiny-choices.jsonl", tmp_path / "results" / "rows.jsonl")
+    rows = tmp_path / "results" / "rows.jsonl"
+    shutil.copy(BENCHMARKS.parent / "docs" / "results" / "tiny-choices.jsonl", rows)
+    lines = rows.read_text().splitlines()
     asked = "evaluate --stages encoder --kept 0.5625,0.25,1/3 --methods illava,illava-reference,fastv"
     assert results.still_missing(commands.Command(asked, "rows.jsonl")) == [
         "encoder, 0.562: fastv",
@@ -204,5 +208,12 @@ def test_a_table_says_what_its_command_has_not_measured_yet(tmp_path: Path, monk
     ]
     measured = commands.evaluations()["tiny choices"].arguments
     assert results.still_missing(commands.Command(measured, "rows.jsonl")) == []
+    variant = f"evaluate --stages encoder --kept 0.25 --methods illava,{commands.WITHOUT_SIZES}"
+    assert results.still_missing(commands.Command(variant, "rows.jsonl")) == [
+        "encoder, 0.250: novel-agnostic, no sizes"
+    ]
+    row = {**json.loads(lines[1]), "method": "novel-agnostic, no sizes", "stage": "encoder", "kept": 0.25}
+    add_line(rows, row)
+    assert results.still_missing(commands.Command(variant, "rows.jsonl")) == [], "a name may hold a comma"
     keep = commands.Command("evaluate --keep 1/3 --methods illava", "rows.jsonl")
     assert results.still_missing(keep) == ["keep, 0.333: illava"]

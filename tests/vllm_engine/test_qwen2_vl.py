@@ -225,8 +225,8 @@ def test_chunks_of_sixteen(folder: Callable[[str], Path], ours: Reference) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["nearest", {"encoder_score": "uniform", "merge": "diverse"}],
-    ids=["by keys", "without a score"],
+    ["nearest", {"encoder_score": "uniform", "merge": "diverse"}, {"encoder_score": "uniform", "merge": "selective"}],
+    ids=["by keys", "without a score", "averages what is alike"],
 )
 def test_other_methods(folder: Callable[[str], Path], ours: Reference, method: Any) -> None:
     from illava_hooks import Method
