@@ -165,6 +165,39 @@ def test_another_job_is_refused(change: dict[str, Any], words: str, tmp_path: Pa
     assert (output / RESULT).read_text() == first
 
 
+OWN = "from illava_hooks import Method\nmine = Method('mine', encoder_score='uniform', merge='{}')\n"
+
+
+@pytest.mark.parametrize("kind", ["method", "method with state", "preset"])
+def test_a_file_that_was_edited_is_another_job(kind: str, tmp_path: Path) -> None:
+    questions, output = write_questions(tmp_path, 2), tmp_path / "out"
+    if kind == "preset":
+        file = tmp_path / "settings.json"
+        image = {"vit_layers": [3], "llm_layers": [2], "llm_ratio": 0.7}
+        both = [{name: {**image, "vit_r": share} for name in ("image", "video")} for share in (0.1, 0.2)]
+        texts = [json.dumps({"illava_hooks": 1, "method": "illava", "track": False, **one}) for one in both]
+        settings: dict[str, Any] = {"preset": str(file)}
+    else:
+        file = tmp_path / "own.py"
+        texts = [OWN.format("drop"), OWN.format("nearest")]
+        settings = {"method": f"{file}:mine"}
+    if kind == "method with state":
+        state = "s = iter([0] * 99)\ndef score(inputs):\n    return inputs.positions * next(s)\n"
+        texts = 2 * [state + texts[0].replace("'uniform'", "score")]
+    file.write_text(texts[0])
+
+    def answered() -> Path:
+        return BatchJob(questions, output, BatchAnswers("tiny", max_new_tokens=4, **settings)).run()
+
+    first = answered().read_text()
+    if kind != "method with state":
+        assert answered().read_text() == first
+    file.write_text(texts[1])
+    with pytest.raises(InputError, match="another job: contents is"):
+        answered()
+    assert (output / RESULT).read_text() == first
+
+
 def test_another_model_under_the_same_name_is_refused(tmp_path: Path) -> None:
     import shutil
 

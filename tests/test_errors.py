@@ -271,6 +271,30 @@ def test_masks_of_the_users_own(family: str) -> None:
     assert_says(caught.value, "^attention_mask is a Tensor", rf"\(1, 1, {length}, {length}\)", "2-D padding mask")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ({"vit_r": 0, "llm_ratio": 0.2}, "llm_ratio of {} asks for 0.8 of the tokens"),
+        ({"vit_r": 0.7, "llm_ratio": 1.0}, "vit_r of {} asks for 0.7 of the tokens"),
+        ({"vit_r": 0.5, "llm_ratio": 0.5}, ""),
+        ({"keep": 0.5}, ""),
+    ],
+    ids=str,
+)
+def test_what_a_method_cannot_remove_is_said(
+    numbers: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(FAMILIES[0])
+    layers: dict[str, Any] = {"vit_layers": [1], "llm_layers": [1]}
+    patch(model, **layers, **numbers, method="tome")
+    said = [record.getMessage() for record in caplog.records if record.name == "illava_hooks"]
+    expected = [told.format(kind) for kind in ("images", "videos")] if told else []
+    assert [message.partition(" of a layer, and method 'tome' removes 0.5 at most")[0] for message in said] == expected
+    caplog.clear()
+    patch(model, **layers, **numbers, method="nearest")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_small_images_are_clamped_and_said_once(family: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(family)

@@ -19,7 +19,17 @@ from typer.testing import CliRunner
 import illava_hooks
 from families import families, family_of
 from helpers import assert_says
-from illava_hooks import PRESETS, InputError, Method, PatchStateError, patch, session_of, tiny, unpatch
+from illava_hooks import (
+    PRESETS,
+    InputError,
+    MergeConfigError,
+    Method,
+    PatchStateError,
+    patch,
+    session_of,
+    tiny,
+    unpatch,
+)
 from illava_hooks.cli import app
 from illava_hooks.config import MergeSchedule
 from illava_hooks.tools import progress as telling
@@ -100,10 +110,24 @@ def with_pixel(items: list[Item]) -> list[Item]:
     return [replace(items[0], pictures=(picture,)), *items[1:]]
 
 
+def with_penalty(model: Any) -> Any:
+    model = deepcopy(model)
+    model.generation_config.repetition_penalty = 1e6
+    return model
+
+
+def with_suppressed(model: Any) -> Any:
+    model = deepcopy(model)
+    model.generation_config.suppress_tokens = [5]
+    return model
+
+
 #: Everything that makes a run another one: what is done to model, processor and items, and what the message names.
 OTHER_RUNS: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
     "weights": (lambda m, p, i: (with_weight(m), p, i), "model weights"),
     "precision": (lambda m, p, i: (deepcopy(m).double(), p, i), "model dtype"),
+    "penalty": (lambda m, p, i: (with_penalty(m), p, i), "model generation"),
+    "suppressed tokens": (lambda m, p, i: (with_suppressed(m), p, i), "model generation"),
     "template": (lambda m, p, i: (m, with_template(p), i), "model processor"),
     "normalisation": (lambda m, p, i: (m, with_mean(p), i), "model processor"),
     "order": (lambda m, p, i: (m, p, i[::-1]), "items content"),
@@ -168,6 +192,46 @@ class TestRowsOfOthers:
             monkeypatch.setattr(prints, "code", lambda: "0")
         self.refused(kept, kept[:3], f"versions {name}: .*, not 0")
 
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+    def test_another_adapter_is_another_model(self, run: Run, tmp_path: Path) -> None:
+        peft = pytest.importorskip("peft")
+        model, processor, items = run
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        wrapper = peft.get_peft_model(deepcopy(model), config)
+        wrapper.add_adapter("other", config)
+        file = tmp_path / "rows.jsonl"
+        rows = measured(wrapper, processor, items, file)
+        assert measured(wrapper, processor, items, file, progress=(heard := Heard())) == rows and not heard.steps
+        with pytest.raises(InputError, match="model adapters"), wrapper.disable_adapter():
+            measured(wrapper, processor, items, file)
+        wrapper.set_adapter("other")
+        with pytest.raises(InputError, match="model adapters"):
+            measured(wrapper, processor, items, file)
+        wrapper.set_adapter("default")
+        for layer in wrapper.modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                layer.scale_layer(2.0)
+        with pytest.raises(InputError, match="model adapters"):
+            measured(wrapper, processor, items, file)
+
+    @pytest.mark.parametrize("way", ["hook", "pre-hook", "forward"])
+    def test_hooks_of_the_users_own(self, kept: tuple[Any, ...], way: str, tmp_path: Path) -> None:
+        model, processor, items, file, rows = kept
+        changed, before = deepcopy(model), file.read_bytes()
+        layer = next(part for name, part in changed.named_modules() if name.endswith("q_proj"))
+
+        def mine(*given: Any) -> Any:
+            return given[-1]
+
+        if way == "forward":
+            layer.forward = mine
+        else:
+            (layer.register_forward_hook if way == "hook" else layer.register_forward_pre_hook)(mine)
+        for output in (file, tmp_path / "new.jsonl"):
+            with pytest.raises(InputError, match=r"mine of your own at .*q_proj.*leave the output out"):
+                measured(changed, processor, items, output)
+        assert file.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
+
     def test_the_same_run_is_gone_on_with_and_says_so(self, kept: tuple[Any, ...], tmp_path: Path) -> None:
         model, processor, items, first, rows = kept
         file = tmp_path / "rows.jsonl"
@@ -224,6 +288,22 @@ class TestFiles:
         assert measured(*run, file, progress=heard) == rows == read_rows(file)
         assert any("its last line was cut off and is measured anew" in note for note in heard.notes)
         assert heard.steps == ["unpatched", "fastv, both, 0.500"]
+
+    def test_a_line_that_was_cut_within_a_letter(self, run: Run, tmp_path: Path) -> None:
+        file, heard = tmp_path / "rows.jsonl", Heard()
+        rows = measured(*run, file)
+        before = file.read_bytes()
+        file.write_bytes(before + '{"method": "café"'.encode()[:-2])
+        assert measured(*run, file, progress=heard) == rows and file.read_bytes() == before
+        assert any("its last line was cut off" in note for note in heard.notes)
+
+    def test_a_run_that_ended_before_its_first_row_holds_no_file(self, run: Run, tmp_path: Path) -> None:
+        model, processor, items = run
+        file, heard = tmp_path / "rows.jsonl", Heard()
+        measured(model, processor, items[:1], file)
+        file.write_bytes(file.read_bytes().partition(b"\n")[0] + b"\n")
+        rows = measured(*run, file, progress=heard)
+        assert read_rows(file) == rows and "begun anew" in heard.notes[0]
 
     def test_rows_of_earlier_versions_are_read_and_never_reused(self, run: Run, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"
@@ -456,6 +536,45 @@ class TestFront:
         assert done.exit_code == 0 and done.stdout == expected
         again = CliRunner().invoke(app, [*line.split(), "--methods", "illava", "--output", str(tmp_path / "r")])
         assert again.stdout == "".join(expected.splitlines(True)[:4]) and "reused from" in again.stderr
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"batch_size": 0}, "batch_size is 0; give a whole number from 1 on"),
+            ({"batch_size": -1}, "batch_size is -1"),
+            ({"batch_size": None}, "batch_size is None"),
+            ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+            ({"questions": "3"}, "questions is '3'"),
+            ({"questions": 2.5}, "questions is 2.5"),
+            ({"questions": 0}, "questions is 0"),
+            ({"kept": "1/3"}, "kept has '1/3'; give numbers"),
+            ({"kept": [None]}, "kept has None"),
+            ({"kept": True}, "kept has True"),
+            ({"kept": []}, "kept is empty; give one or more"),
+            ({"kept": 2, "stages": "keep"}, r"keep is 2; give a fraction in \(0, 1\]"),
+            ({"methods": []}, "methods is empty"),
+            ({"methods": 5}, "methods has 5; give names or Method objects"),
+            ({"methods": [None]}, "methods has None"),
+            ({"stages": []}, "stages is empty"),
+            ({"stages": None}, "stages has None; give names"),
+            ({"items": None}, "items is None; give the name of a suite"),
+            ({"items": 7}, "items is 7"),
+        ],
+        ids=str,
+    )
+    def test_arguments_of_a_wrong_kind(self, run: Run, changes: dict[str, Any], told: str) -> None:
+        model, processor, items = run
+        with pytest.raises(InputError, match=told):
+            illava_hooks.evaluate(model, processor, **{"items": items, "progress": False, **changes})
+
+    def test_default_methods_that_cannot_keep_as_little_are_left_out(self, run: Run) -> None:
+        heard = Heard()
+        rows = illava_hooks.evaluate(*run, stages="keep", kept=1 / 9, progress=heard)
+        methods = {row.method for row in rows}
+        assert "novel-agnostic" in methods and "tome" not in methods
+        assert any(note.startswith("left out: tome, keep, 0.111 (keep is 0.1111") for note in heard.notes)
+        with pytest.raises(MergeConfigError, match="removes at most half"):
+            illava_hooks.evaluate(*run, ["tome"], stages="keep", kept=1 / 9, progress=False)
 
     def test_items_of_a_program_and_what_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
         model, processor = tiny.load(FAMILIES[0])

@@ -21,6 +21,7 @@ from illava_hooks.integrations.arguments import split_arguments
 from illava_hooks.tools import bench
 from illava_hooks.tools.datasets import scene_items
 from illava_hooks.tools.draw import merge_maps
+from illava_hooks.tools.evaluate import installed
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.loading import build_inputs
 from illava_hooks.tools.media import load_media
@@ -285,3 +286,120 @@ class TestIdentity:
     def test_what_cannot_be_told_is_none(self) -> None:
         state = iter([1.0])
         assert identity(Method("made", encoder_score=lambda inputs: inputs.positions * next(state))) is None
+
+    #: Ways to write a score, by name; in each `1.5` is what an edit changes.
+    FORMS = {
+        "dataclass that is called": """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class Score:
+    columns: int = 8
+    def __call__(self, inputs):
+        return inputs.positions % self.columns * 1.5
+score = Score()
+""",
+        "dataclass with slots": """
+from dataclasses import dataclass
+@dataclass(slots=True)
+class Score:
+    columns: int = 8
+    def __call__(self, inputs):
+        return inputs.positions % self.columns * 1.5
+score = Score()
+""",
+        "class of the user's own above it": """
+class Base:
+    def __call__(self, inputs):
+        return inputs.positions * 1.5
+class Score(Base):
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
+        "list of the class": """
+class Score:
+    weights = [1, 1.5]
+    def __call__(self, inputs):
+        return inputs.positions * self.weights[1]
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
+        "tensor of the class": """
+import torch
+class Score:
+    weights = torch.tensor([1, 1.5])
+    def __call__(self, inputs):
+        return inputs.positions * self.weights[1]
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
+        "static method": """
+class Score:
+    @staticmethod
+    def weighed(x):
+        return x * 1.5
+    def __call__(self, inputs):
+        return self.weighed(inputs.positions)
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
+        "property": """
+class Score:
+    @property
+    def weight(self):
+        return 1.5
+    def __call__(self, inputs):
+        return self.weight * inputs.positions
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
+    }
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_an_edit_shows_in_every_form(self, file: Path, form: str) -> None:
+        text = self.FORMS[form] + "from illava_hooks import Method\nmine = Method('mine', encoder_score=score)\n"
+        found = []
+        for body in (text, text, text.replace("1.5", "2.5")):
+            file.write_text(body)
+            found.append(identity(find_method("own.py:mine")))
+        assert found[0] == found[1] != found[2] and None not in found
+
+    def test_a_module_behind_a_module(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        names = ("helper_of_mine", "helper_of_its")
+        file.write_text(
+            "import helper_of_mine\nfrom illava_hooks import Method\n"
+            "mine = Method('mine', encoder_score=lambda inputs: helper_of_mine.f(inputs.positions))\n"
+        )
+        (file.parent / "helper_of_mine.py").write_text("from helper_of_its import g\ndef f(x):\n    return g(x)\n")
+        found = []
+        for factor in ("1", "1", "22"):
+            (file.parent / "helper_of_its.py").write_text(f"def g(x):\n    return x * {factor}\n")
+            for name in names:
+                monkeypatch.delitem(sys.modules, name, raising=False)
+            found.append(identity(find_method("own.py:mine")))
+        for name in names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        assert found[0] == found[1] != found[2] and None not in found
+
+    def test_a_package_that_was_edited_in_its_place(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = file.parent / "packages"
+        folder.mkdir()
+        monkeypatch.setattr(installed, "_folders", lambda: (str(folder),))
+        monkeypatch.syspath_prepend(str(folder))
+        file.write_text(
+            "from some_package import f\nfrom illava_hooks import Method\nmine = Method('mine', encoder_score=f)\n"
+        )
+        found = []
+        for factor in ("1", "1", "22"):
+            (folder / "some_package.py").write_text(f"def f(inputs):\n    return inputs.positions * {factor}\n")
+            monkeypatch.delitem(sys.modules, "some_package", raising=False)
+            found.append(identity(find_method("own.py:mine")))
+        monkeypatch.delitem(sys.modules, "some_package", raising=False)
+        assert found[0] == found[1] != found[2] and None not in found
+
+    def test_what_no_code_names_cannot_be_told(self) -> None:
+        assert identity(Method("made", encoder_score=lambda inputs: globals()["FAMILY"])) is None

@@ -175,6 +175,10 @@ WRONG: dict[str, tuple[Any, tuple[str, ...]]] = {
         {**GOOD, "image": {**SCHEDULE, "keep": 0.5}},
         ("image has an unknown key 'vit_r'", "it may have"),
     ),
+    "one number without layers": (
+        {**GOOD, "video": {**NUMBER, "vit_layers": [], "llm_layers": []}},
+        ("video: keep is 0.25", "list layers that merge, or use keep 1"),
+    ),
     "half of a modality": ({**GOOD, "video": without(NUMBER, "keep_encoder")}, ("video has no 'keep_encoder'",)),
     "a layer that is text": (
         {**GOOD, "image": {**SCHEDULE, "vit_layers": ["1"]}},

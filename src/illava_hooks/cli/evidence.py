@@ -176,12 +176,12 @@ def evaluate(
     fractions = [parse_fraction(part, "--kept") or 0.0 for part in kept.split(",")]
     with status(f"loading {model}"):
         loaded = load_model(model, device, dtype)
-    names = [name for name in methods.split(",") if name]
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     rows = measure(
         *loaded,
         items,
         names or None,
-        stages=stages.split(","),
+        stages=[part.strip() for part in stages.split(",")],
         kept=fractions,
         questions=questions,
         match=match,

@@ -122,6 +122,10 @@ def _schedule_of(modality: str, entry: Any) -> MergeSchedule:
         keep, encoder = (check_keep(name, entry[name]) for name in ("keep", "keep_encoder"))
     except MergeConfigError as error:
         raise MergeConfigError(f"{modality}: {error}") from error
+    if keep < 1 and not (layers or decoder):
+        raise MergeConfigError(
+            f"{modality}: keep is {keep} and vit_layers and llm_layers are []; list layers that merge, or use keep 1"
+        )
     if encoder < keep:
         raise MergeConfigError(
             f"{modality}: keep_encoder is {encoder} and keep is {keep}; the encoder cannot leave less than is left in "

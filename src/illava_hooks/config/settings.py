@@ -58,6 +58,21 @@ class MergeConfig:
         """The schedule of one modality."""
         return self.image if modality == "image" else self.video
 
+    def out_of_reach(self) -> Iterator[str]:
+        """Amounts that the method cannot remove in a layer, which leaves more than they say; in words."""
+        for modality, schedule in (("image", self.image), ("video", self.video)):
+            asked = {
+                "vit_r": (schedule.vit_layers, schedule.vit_r, self.method.least_kept(1)),
+                "llm_ratio": (schedule.llm_layers, 1 - schedule.llm_ratio, self.method.in_llm.least_kept(1)),
+            }
+            for name, (layers, removed, least) in asked.items():
+                if layers and isinstance(removed, float) and removed > 1 - least and schedule.keep is None:
+                    yield (
+                        f"{name} of {modality}s asks for {removed:.4g} of the tokens of a layer, and method "
+                        f"{self.method.name!r} removes {1 - least:.4g} at most: that is what happens; list more "
+                        "layers, or use another method"
+                    )
+
     @property
     def vit_layers(self) -> tuple[int, ...]:
         """Encoder layers in which some modality merges."""

@@ -84,6 +84,8 @@ class MergeSession:
         self._warned: set[str] = set()
         self._report: MergeReport | None = None
         self._provenance: Provenance | None = None
+        for told in config.out_of_reach():
+            self.warn_once(told)
 
     @property
     def enabled(self) -> bool:

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,9 @@ import torch
 
 from illava_hooks.errors import InputError
 from illava_hooks.integrations.batch import ADDED, MEDIA, BatchAnswers
+from illava_hooks.methods import METHODS
+from illava_hooks.tools.evaluate.identity import identity
+from illava_hooks.tools.methods import find_method
 
 __all__ = ["RESULT", "BatchJob"]
 
@@ -108,6 +111,7 @@ class BatchJob:
             "model": [asked.model, *map(list, _files(Path(asked.model)))],
             "merge": asked.merge,
             "settings": json.loads(json.dumps(asked.settings, default=repr)),
+            "contents": _contents(asked.settings),
             "max_new_tokens": asked.max_new_tokens,
             "frames": asked.frames,
             "dtype": asked.dtype,
@@ -246,6 +250,24 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
         return []
     facts = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in facts]
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What stands in the files that settings name, and what a method of the user's own is, as hashes.
+
+    A method about which that cannot be told, such as one with state, is never the same as before.
+
+    Raises:
+        InputError: a method's file cannot be run.
+        MergeConfigError: there is no such method.
+    """
+    found = {}
+    preset, method = settings.get("preset"), settings.get("method")
+    if isinstance(preset, str | Path) and Path(preset).is_file():
+        found["preset"] = hashlib.sha256(Path(preset).read_bytes()).hexdigest()
+    if method is not None and not (isinstance(method, str) and method in METHODS):
+        found["method"] = identity(find_method(method)) or f"unknown, at {time.time_ns()}"
+    return found
 
 
 def _line(answer: dict[str, Any]) -> str:

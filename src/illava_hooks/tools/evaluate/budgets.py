@@ -38,7 +38,7 @@ def budget_settings(schedule: MergeSchedule, stage: str, kept: float) -> dict[st
     if stage not in (*STAGES, KEEP):
         raise InputError(f"stage is {stage!r}; choose one of {[*STAGES, KEEP]}")
     if not 0 < kept <= 1:
-        raise InputError(f"kept is {kept}; give a fraction in (0, 1]")
+        raise InputError(f"{KEEP if stage == KEEP else 'kept'} is {kept}; give a fraction in (0, 1]")
     if stage == KEEP:
         return {"keep": kept}
     layers = {"encoder": schedule.vit_layers, "language": schedule.llm_layers}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from illava_hooks.errors import InputError
+from illava_hooks.tools.evaluate.installed import is_installed
 from illava_hooks.tools.items import Item
 
 __all__ = ["Fingerprint", "differences", "digest", "fingerprint", "shown"]
@@ -30,7 +31,7 @@ _CODE = ("config", "methods.py", "api.py", "merge", "engine", "patchers", "tiny"
 #: What a tokenizer keeps of its last call.
 _OF_A_CALL = ("padding", "truncation")
 #: What a configuration says of the place and the program that it was saved by.
-_VOLATILE = ("_name_or_path", "transformers_version")
+_VOLATILE = ("_name_or_path", "_from_model_config", "transformers_version")
 
 
 def fingerprint(model: Any, processor: Any, items: Sequence[Item], **settings: Any) -> Fingerprint:
@@ -43,14 +44,17 @@ def fingerprint(model: Any, processor: Any, items: Sequence[Item], **settings: A
         **settings: all else that figures depend on, as JSON takes it.
 
     Raises:
-        InputError: weights are not in memory.
+        InputError: weights are not in memory, or hooks of the user's own change what the model says.
     """
+    _check_hooks(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
     return {
         "model": {
             "class": type(model).__name__,
             "weights": digest(_weights(model)),
             "config": digest([_json(config)]),
+            "generation": digest([_json(_generation(model))]),
+            "adapters": digest(_adapters(model)),
             "processor": digest(_processor(processor)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": str(getattr(model.config, "_attn_implementation", None)),
@@ -102,6 +106,39 @@ def _weights(model: Any) -> Iterable[Any]:
                              "the output out, or load the model without offloading")  # fmt: skip
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _generation(model: Any) -> dict[str, Any]:
+    """How answers are generated where nothing else is asked for."""
+    settings = getattr(model, "generation_config", None)
+    found = {} if settings is None else settings.to_dict()
+    return {name: value for name, value in found.items() if name not in _VOLATILE}
+
+
+def _adapters(model: Any) -> Iterator[bytes]:
+    """Which adapters of PEFT are at work, layer by layer; their weights are among the model's."""
+    for name, layer in model.named_modules():
+        # Every model of transformers has methods of these names.
+        if isinstance(getattr(layer, "disable_adapters", None), bool):
+            state = [getattr(layer, part, None) for part in ("active_adapters", "merged_adapters", "scaling")]
+            yield _json([name, layer.disable_adapters, *state])
+
+
+def _check_hooks(model: Any) -> None:
+    """Refuses what no hash tells.
+
+    Raises:
+        InputError: a hook or a replaced ``forward`` is neither this library's nor a package's.
+    """
+    for name, layer in model.named_modules():
+        own = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values(), *[vars(layer).get("forward")]]
+        for hook in own:
+            if hook is not None and not is_installed(hook):
+                raise InputError(
+                    f"model has {getattr(hook, '__qualname__', type(hook).__qualname__)} of your own at "
+                    f"{name or 'its top'}, so rows cannot be told from those without it; leave the output out, or "
+                    "remove it"
+                )
 
 
 def _processor(processor: Any) -> Iterable[bytes]:

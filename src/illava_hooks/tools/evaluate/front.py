@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from illava_hooks.errors import InputError
@@ -44,7 +45,7 @@ def evaluate(
         items: "scenes", "small-scenes", "pairs", "clips", "easy-vqa", a file with JSON lines, or items: each a
             mapping with ``image`` or ``video``, ``question`` and, if you like, ``answer`` and ``kind``.
         methods: names in ``METHODS``, "uniform", "downsample", ``file.py:NAME``, or ``Method`` objects; by default
-            all that can meet a budget.
+            all that can meet a budget; what cannot is left out, and said.
         stages: of "encoder", "language" and "both"; or "keep", which is ``patch(model, keep=...)``.
         kept: fractions of visual tokens left behind the last merging layer, each in (0, 1].
         questions: how many at most; by default 2,000 of a suite and all others.
@@ -59,27 +60,31 @@ def evaluate(
         ``illava_hooks.tools.evaluate`` prints them.
 
     Raises:
-        InputError: an argument cannot be used, or ``output`` holds rows of another run.
+        InputError: an argument cannot be used, hooks of your own change the model, or ``output`` holds rows of
+            another run.
         MergeConfigError: there is no such method, or one cannot keep as little; nothing was measured then.
         PatchStateError: the model is patched.
     """
     teller = progress if isinstance(progress, Progress) else Bar() if progress else Progress()
+    for name, number in (("questions", questions), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if not (number is None and name == "questions" or type(number) is int and number >= 1):
+            raise InputError(f"{name} is {number!r}; give a whole number from 1 on")
     asked = _items(items, questions)
     if questions is not None and len(asked) < questions:
         teller.note(f"{questions} questions were asked for, and there are {len(asked)}")
-    chosen = default_methods() if methods is None else [methods] if isinstance(methods, str | Method) else methods
     return sweep(
         model,
         processor,
         asked,
-        chosen,
-        [stages] if isinstance(stages, str) else stages,
-        [kept] if isinstance(kept, float | int) else kept,
+        default_methods() if methods is None else _listed("methods", methods, str | Method),
+        _listed("stages", stages, str),
+        _listed("kept", kept, float | int),
         None if output is None else Path(output),
         batch_size,
         max_new_tokens,
         match,
         teller,
+        lenient=methods is None,
     )
 
 
@@ -88,11 +93,30 @@ def default_methods() -> list[str]:
     return [*dict.fromkeys([*(name for name, method in METHODS.items() if method.layout == "aligned"), *CONTROLS])]
 
 
+def _listed(name: str, given: Any, kind: type | UnionType) -> list[Any]:
+    """One or several as a list.
+
+    Raises:
+        InputError: there are none, or others.
+    """
+    try:
+        found = [given] if isinstance(given, kind | str) else list(given)
+    except TypeError:
+        found = [given]
+    if not found:
+        raise InputError(f"{name} is empty; give one or more, or leave it out")
+    for one in found:
+        if not isinstance(one, kind) or isinstance(one, bool):
+            wanted = "numbers" if name == "kept" else "names or Method objects" if name == "methods" else "names"
+            raise InputError(f"{name} has {one!r}; give {wanted}")
+    return found
+
+
 def _items(items: str | Path | Iterable[Item | Mapping[str, Any]], questions: int | None) -> list[Item]:
     if isinstance(items, str | Path):
         return load_items(str(items), questions)
-    if questions is not None and questions < 1:
-        raise InputError(f"questions is {questions}; give 1 or more")
+    if not isinstance(items, Iterable):
+        raise InputError(f"items is {items!r}; give the name of a suite, a file, or items")
     given = [
         item if isinstance(item, Item) else make_item(item, f"item {number}", kind="items")
         for number, item in enumerate(items)

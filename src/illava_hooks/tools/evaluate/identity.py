@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import torch
 
 from illava_hooks.methods import Method
 from illava_hooks.tools.evaluate.fingerprint import digest
+from illava_hooks.tools.evaluate.installed import installed_parts, is_installed, module_name
 
 __all__ = ["identity"]
 
@@ -22,6 +30,8 @@ __all__ = ["identity"]
 Seen = dict[int, tuple[int, Any]]
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...), torch.dtype, torch.device)
+#: Builtins whose results depend on what no code names.
+_UNTOLD = {"globals", "vars", "eval", "exec", "__import__", "import_module"}
 
 
 def identity(method: Method) -> str | None:
@@ -55,22 +65,26 @@ def _parts(value: Any, seen: Seen) -> Iterator[str]:
                 yield from _parts(part, seen)
     elif isinstance(value, set | frozenset):
         yield from sorted(" ".join(_parts(one, {})) for one in value)
-    elif isinstance(value, ModuleType | type | BuiltinFunctionType) and _is_installed(value):
-        yield _name(value)
+    elif isinstance(value, ModuleType | type | BuiltinFunctionType) and is_installed(value):
+        yield from installed_parts(value)
     elif isinstance(value, FunctionType):
         yield from _function(value, seen)
     elif isinstance(value, MethodType):
         yield from _parts((value.__func__, value.__self__), seen)
     elif isinstance(value, functools.partial):
         yield from _parts((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, staticmethod | classmethod):
+        yield from _parts(value.__func__, seen)
+    elif isinstance(value, property):
+        yield from _parts((value.fget, value.fset), seen)
     elif isinstance(value, type):
-        yield from _parts({name: part for name, part in vars(value).items() if _counts(part)}, seen)
+        yield from _parts((value.__bases__, dict(_attributes(value))), seen)
     elif is_dataclass(value):
-        yield _name(type(value))
-        yield from _parts({field.name: getattr(value, field.name) for field in fields(value)}, seen)
+        yield from _parts((type(value), {field.name: getattr(value, field.name) for field in fields(value)}), seen)
     elif isinstance(value, ModuleType) and value.__file__:
         yield Path(value.__file__).read_text()
-    elif hasattr(value, "__dict__") and not _is_installed(type(value)):
+        yield from _parts(list(_own_modules(value)), seen)
+    elif hasattr(value, "__dict__") and not is_installed(type(value)):
         yield from _parts((type(value), vars(value)), seen)
     else:
         raise _UnknownError
@@ -78,14 +92,33 @@ def _parts(value: Any, seen: Seen) -> Iterator[str]:
 
 def _function(function: FunctionType, seen: Seen) -> Iterator[str]:
     """A function's code, its defaults, what it closes over, and the globals that it names."""
-    if _is_installed(function) and function.__closure__ is None:
-        yield _name(function)
+    if is_installed(function) and function.__closure__ is None:
+        yield from installed_parts(function)
         return
+    if _UNTOLD & {*_names(function.__code__)}:
+        raise _UnknownError
     yield from _code(function.__code__)
     yield from _parts((function.__defaults__, function.__kwdefaults__), seen)
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     named = sorted(set(_names(function.__code__)) & set(function.__globals__))
     yield from _parts((cells, {name: function.__globals__[name] for name in named}), seen)
+
+
+def _attributes(kind: type) -> Iterator[tuple[str, Any]]:
+    """What a class says itself: names that Python sets count where they are functions, and slots are no values."""
+    for name, part in vars(kind).items():
+        if isinstance(part, MemberDescriptorType | GetSetDescriptorType):
+            continue
+        if not name.startswith("__") or isinstance(part, FunctionType | staticmethod | classmethod):
+            yield name, part
+
+
+def _own_modules(module: ModuleType) -> Iterator[ModuleType]:
+    """The user's own modules that another one uses, by the names in it."""
+    for part in vars(module).values():
+        used = part if isinstance(part, ModuleType) else sys.modules.get(module_name(part))
+        if used is not None and used is not module and not is_installed(used):
+            yield used
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -103,25 +136,3 @@ def _code(code: CodeType) -> Iterator[str]:
             yield from _code(constant)
         else:
             yield repr(sorted(map(repr, constant))) if isinstance(constant, frozenset) else repr(constant)
-
-
-def _counts(part: Any) -> bool:
-    return isinstance(part, (*_PLAIN, FunctionType, tuple, staticmethod, classmethod, property))
-
-
-def _name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
-
-
-@functools.cache
-def _installed_folders() -> tuple[str, ...]:
-    return tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
-def _is_installed(value: Any) -> bool:
-    """Whether a module, class or function comes with Python or a package, whose versions are in the fingerprint."""
-    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
-    if name in sys.builtin_module_names or name.split(".")[0] == "illava_hooks":
-        return True
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return file is not None and file.startswith(_installed_folders())

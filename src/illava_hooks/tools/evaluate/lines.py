@@ -38,16 +38,21 @@ def is_begun(file: Path, form: tuple[str, int], mine: Fingerprint, tell: Callabl
             f"{str(file)!r} does not say what its rows were measured with (an earlier version wrote it); give "
             "another file, or delete it to measure anew"
         )
+    data = file.read_bytes()
     other = differences(mine, theirs)
+    if other and not data.partition(b"\n")[2].strip():
+        tell(f"{file.name}: a run that ended before its first row left it; it is begun anew")
+        file.write_text(_line({"format": form[0], "version": form[1], **mine}), encoding="utf-8")
+        return False
     if other:
         raise InputError(
             f"{str(file)!r} holds rows of another run ({'; '.join(other)}); give another file, or delete it to "
             "measure anew"
         )
-    whole, _, rest = file.read_text(encoding="utf-8").rpartition("\n")
-    if rest and parsed(rest) is None:
+    whole, _, rest = data.rpartition(b"\n")  # bytes: a line can be cut within a letter
+    if rest and parsed(rest.decode(errors="replace")) is None:
         tell(f"{file.name}: its last line was cut off and is measured anew")
-        file.write_text(whole + "\n", encoding="utf-8")
+        file.write_bytes(whole + b"\n")
     elif rest:
         with file.open("a", encoding="utf-8") as lines:
             lines.write("\n")

@@ -12,7 +12,7 @@ import numpy as np
 from illava_hooks.api import patch, session_of, unpatch
 from illava_hooks.config import MergeSchedule, Modality
 from illava_hooks.engine.finding import find_family
-from illava_hooks.errors import InputError, PatchStateError
+from illava_hooks.errors import InputError, MergeConfigError, PatchStateError
 from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.evaluate.budgets import budget_settings, downsampled
 from illava_hooks.tools.evaluate.fingerprint import fingerprint
@@ -56,6 +56,7 @@ def sweep(
     max_new_tokens: int = 4,
     match: str = "exact",
     progress: Progress | None = None,
+    lenient: bool = False,
 ) -> list[Row]:
     """Runs every combination; what ``file`` holds already of the same run is not run again.
 
@@ -71,6 +72,7 @@ def sweep(
         max_new_tokens: length of an answer at most.
         match: how answers are compared, a key of ``MATCHES``.
         progress: hears what runs, and which rows are reused.
+        lenient: whether a method that cannot keep as little is left out, and said, where it would be an error.
 
     Raises:
         InputError: there are no items, no such stage or comparison, a fraction is out of range, two methods have one
@@ -86,6 +88,8 @@ def sweep(
         raise InputError("items is empty; give one or more")
     compare = find_match(match)
     planned = _planned(_schedules(model, items), methods, stages, fractions)
+    if lenient:
+        planned = _within_reach(model, planned, progress)
     record = None
     if file is not None:
         settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "match": match}
@@ -167,6 +171,19 @@ def _check(model: Any, plans: Iterable[_Plan]) -> None:
         for settings in (plan.settings or {}).values():
             patch(model, **settings)
             unpatch(model)
+
+
+def _within_reach(model: Any, planned: Mapping[Key, _Plan], progress: Progress) -> dict[Key, _Plan]:
+    """The rows whose methods can keep as little; the others are told."""
+    found = {}
+    for key, plan in planned.items():
+        try:
+            _check(model, [plan])
+        except MergeConfigError as error:
+            progress.note(f"left out: {_label(key)} ({error})")
+        else:
+            found[key] = plan
+    return found
 
 
 def _by_name(methods: Iterable[str | Method]) -> dict[str, Method | None]:
