@@ -152,3 +152,23 @@ def test_tiles_are_clamped_where_a_method_can_give_only_half(caplog: pytest.LogC
     assert session.report.images[0].vision_tokens == tuple(tiles * n for n in (64, 64, 34, 17, 17))
     (said,) = (record.getMessage() for record in caplog.records if record.name == "illava_hooks")
     assert said.startswith("vit_r is 30, more than some images") and "use a smaller vit_r" in said and "\n" not in said
+
+
+def test_more_images_counted_than_there_are() -> None:
+    """Stock reads on; the image stands as one of two, which has a base tile alone."""
+    model = tiny_model(NAME)
+    inputs = {**inputs_for(model, [Sample(7, images=((30, 30), (30, 30)))])}
+    tokens = int((inputs["input_ids"] == model.config.image_token_id).sum()) // 2
+    places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    kept = torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
+    kept[places[tokens:]] = False
+    one: dict[str, Any] = {name: inputs[name][:, kept] for name in ("input_ids", "attention_mask")}
+    one |= {name: inputs[name][:1] for name in ("pixel_values", "image_sizes")}
+    one["batch_num_images"] = torch.tensor([2])
+    with torch.no_grad():
+        stock = model(**one).logits
+        patch(model, vit_layers=[1], vit_r=1e-4, llm_layers=[1], llm_ratio=0.9999)
+        assert_close(model(**one).logits, stock, TOLERANCE)
+        session = patch(model, vit_layers=[1], vit_r=4, llm_layers=[], llm_ratio=1.0)
+        model(**one)
+    assert session.report.visuals[0].vision_tokens[-1] < session.report.visuals[0].vision_tokens[0]

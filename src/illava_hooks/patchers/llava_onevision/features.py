@@ -100,7 +100,7 @@ class FeatureMethods:
             image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
             if tiled
             else 1
-            for size, tiled in zip(sizes, alone, strict=True)
+            for size, tiled in zip(sizes, alone, strict=False)  # as stock: who is counted and not there is left out
         ]
 
     def geometry(self, tiles: int, size: tuple[int, ...], aspect: str) -> Geometry:
