@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,27 @@ class TestFields:
         ]  # fmt: skip
         (without,) = read_items(write(folder, {"image": "a.png", "question": "q"}))
         assert without.answer is None and without.accepted == ()
+
+    @pytest.mark.parametrize(
+        ("given", "accepted"),
+        [
+            (math.nan, ()),
+            (np.float64("nan"), ()),
+            ([math.nan], ()),
+            ([math.nan, -math.nan], ()),
+            ([math.nan, "two"], ("two",)),
+            (["2", math.nan, "two"], ("2", "two")),
+            ([2, "two", np.float64("nan")], ("2", "two")),
+            ("nan", ("nan",)),
+            (["NaN", math.nan], ("NaN",)),
+        ],
+    )
+    def test_nan_is_no_answer(self, folder: Path, given: Any, accepted: tuple[str, ...]) -> None:
+        """What pandas writes for a label that is missing, in a file and from a program; the text is one."""
+        row = {"image": "a.png", "question": "q", "answer": given}
+        (read,) = read_items(write(folder, row))
+        for item in (read, make_item(row, "item 0", folder)):
+            assert item.accepted == accepted and item.answer == next(iter(accepted), None)
 
     def test_pictures(self, folder: Path) -> None:
         rows: list[Any] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _pictures(source: Any, field: str, where: str, folder: Path, num_frames: int
 
 
 def _answers(given: Any, where: str) -> tuple[str, ...]:
-    """All answers that are right; none where the field is missing or null."""
+    """All answers that are right; none where the field is missing, null or NaN, as pandas writes what is missing."""
     if given is None:
         return ()
     listed = given if isinstance(given, list | tuple) else [given]
@@ -114,7 +115,7 @@ def _answers(given: Any, where: str) -> tuple[str, ...]:
             f"answer is {_short(given)}",
             "write a text, a number, a list of all that are right, or leave it out",
         )
-    return tuple(str(one) for one in listed)
+    return tuple(str(one) for one in listed if not (isinstance(one, float) and math.isnan(one)))
 
 
 def _no_item(where: str, why: str, cure: str = "write image or video, question and answer as JSON") -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,28 @@ __all__ = ["MATCHES", "find_match", "is_right", "normal_form"]
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
-#: Signed numbers with their decimals and thousands, then words; all else separates.
-_TOKENS = re.compile(r"(?:(?<!\w)[-+\u2212])?\d+(?:[.,]\d+)*%?(?!\w)|[\w']+")
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+#: Signs that have a look-alike on the keyboard; the fraction bar is what NFKC leaves of "½".
+_PLAIN = str.maketrans("\u2019\u2212\u2044", "'-/")
+#: With sign; a fraction (and no date), or with its decimals, thousands, exponent and percent sign.
+_NUMBER = re.compile(
+    r"""
+    (?: (?<!\w) [-+] )?
+    (?: (?<![\w/]) \d+/\d+ (?! \w | [/.,]\d )
+      | (?: \d+ | (?<![\w.]) \.\d+ ) (?: [.,]\d+ )* (?: e[-+]?\d+ )? (?: \s*% )? (?!\w) )
+    """,
+    re.VERBOSE,
+)
+#: Numbers, then words with the points of their abbreviations ("U.S.", no "B.Lamp"); all else separates.
+_TOKENS = re.compile(_NUMBER.pattern + r"| [\w'] (?: [\w'] | \. (?! [.\d] | \w{3} ) )*", re.VERBOSE)
+_THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
+#: An article that is no article: no word that it could belong to follows, or it is a capital inside of a sentence.
+_NAMED = re.compile(
+    r"""
+    (?<! [\w.'-] ) (?: an? | the ) (?! ['-]?\w | \.\w\b )
+    (?: (?-i: (?<= [a-z]\ A ) ) | (?! [ \t]+ (?! (?: is | and | or ) \b ) [^\w(]?\w ) )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 Match = Callable[[str, str], bool]
 
@@ -24,30 +44,36 @@ Match = Callable[[str, str], bool]
 def normal_form(text: str) -> str:
     """Lower case, single spaces, no punctuation, no articles, number words as digits, as VQA's evaluation has it.
 
-    A sign, a decimal point and a percent sign of a number stay. Where nothing else would be left, articles (a
-    choice "A") and punctuation (a choice "+") stay.
+    A sign, a decimal point, a percent sign and the bar of a fraction stay with their number; the points of an
+    abbreviation go without a gap. Where nothing else would be left, articles (a choice "A") and punctuation (a choice
+    "+") stay.
 
     Args:
         text: an answer.
     """
-    plain = unicodedata.normalize("NFKC", text).casefold().strip()
-    words = [_word(token) for token in _TOKENS.findall(plain.replace("\u2019", "'"))]
+    plain = _plain(text).casefold().strip()
+    words = [_word(token) for token in _TOKENS.findall(plain)]
     words = [word for word in words if word]
     return " ".join([word for word in words if word not in _ARTICLES] or words) or plain
 
 
+def _plain(text: str) -> str:
+    """One spelling of each character."""
+    return unicodedata.normalize("NFKC", text).translate(_PLAIN)
+
+
 def _word(token: str) -> str:
     """One token: its number in one spelling, or its letters."""
-    if not any(character.isdecimal() for character in token):
-        word = token.replace("'", "")
+    if not _NUMBER.fullmatch(token):
+        word = re.sub("['.]", "", token)
         return _DIGITS.get(word, word)
-    sign, digits = ("-", token[1:]) if token[0] in "-\u2212" else ("", token.lstrip("+"))
-    whole = digits.removesuffix("%")
-    if _THOUSANDS.fullmatch(whole):
-        whole = whole.replace(",", "")
-    if re.fullmatch(r"\d+\.\d+", whole):
-        whole = whole.rstrip("0").rstrip(".")
-    return sign + whole + digits[len(digits.removesuffix("%")) :]
+    number = "".join(token.split()).removeprefix("+")
+    if _THOUSANDS.fullmatch(number):
+        number = number.replace(",", "")
+    number = re.sub(r"^(-?)\.", r"\g<1>0.", number)
+    if decimal := re.fullmatch(r"(-?\d+\.\d+)(%?)", number):
+        number = decimal[1].rstrip("0").rstrip(".") + decimal[2]
+    return number
 
 
 def exact(said: str, wanted: str) -> bool:
@@ -64,15 +90,22 @@ def relaxed(said: str, wanted: str) -> bool:
 
 
 def contains(said: str, wanted: str) -> bool:
-    """The wanted words stand one behind the other in what was said."""
-    return f" {normal_form(wanted)} " in f" {normal_form(said)} "
+    """The wanted words stand one behind the other in what was said.
+
+    Where an article alone is wanted (a choice "A"), it has to be found where it is none: "(A) lamp", not "a lamp".
+    """
+    word = normal_form(wanted)
+    if word in _ARTICLES and word in map(str.casefold, _NAMED.findall(_plain(said))):
+        return True
+    return f" {word} " in f" {normal_form(said)} "
 
 
 def _number(text: str) -> float | None:
     word = normal_form(text)
-    if not re.fullmatch(r"-?\d+(?:\.\d+)?%?", word):
+    if not re.fullmatch(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?%?", word):
         return None
-    return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    number = float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    return number if math.isfinite(number) else None  # infinity is near to everything
 
 
 #: How answers can be compared, by name.
