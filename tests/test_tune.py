@@ -22,6 +22,7 @@ from families import families
 from helpers import assert_says
 from illava_hooks import InputError, MergeConfig, Method, PatchStateError, patch, tiny, unpatch
 from illava_hooks.cli import app
+from illava_hooks.merge.rules import RULES
 from illava_hooks.tools.evaluate.run import item_inputs
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.progress import Progress
@@ -499,6 +500,16 @@ class TestAWholeTuning:
         assert not whole[0].plan["complete"] and whole[0].plan["measurements"] == FAST["measurements"]
         assert any(f"--measurements {FAST['measurements']}" in sentence for sentence in whole[0].verdict)
 
+    @pytest.mark.parametrize("methods", [["illava-reference"], ["illava-reference", "illava"], ["tome"]], ids=str)
+    def test_any_method_in_any_order(self, loaded: tuple[Any, Any], folder: Path, methods: list[str]) -> None:
+        """A layout that wants square numbers, and a rule that removes half at most: left out, or as the file says."""
+        found = tune(*loaded, folder, **{**FAST, "methods": methods, "measurements": 4}, progress=False)
+        for point in found.points:
+            settings = point.settings
+            if settings.get("method") == "tome":
+                assert settings["vit_r"] <= 0.5 <= settings["llm_ratio"]
+        assert found.verdict
+
     def test_no_candidate_is_as_cheap(self, loaded: tuple[Any, Any], folder: Path) -> None:
         found = tune(*loaded, folder, **FAST, flops=0.01, progress=False)
         assert found.config is None and found.verdict[0].startswith("merging does not pay: no candidate")
@@ -553,13 +564,16 @@ class TestBadArguments:
             ({"methods": ["nothing"]}, ["nothing", "choose one of"]),
             ({"methods": [Method("fastv", merge="nearest")]}, ["two methods", "fastv"]),
             ({"methods": Method("mine", encoder_score=lambda tokens: tokens.positions)}, ["encoder_score", "mine"]),
+            ({"methods": Method("mine", merge="drop", llm_merge=RULES["drop"])}, ["llm_merge of method 'mine'"]),
+            ({"items": ""}, ["items is ''", "give a folder"]),
+            ({"items": " "}, ["items is ' '"]),
         ],
     )
     def test_are_refused_in_one_line(
         self, loaded: tuple[Any, Any], folder: Path, given: dict[str, Any], words: list[str]
     ) -> None:
         with pytest.raises(illava_hooks.IllavaHooksError) as error:
-            tune(*loaded, folder, **given, progress=False)
+            tune(*loaded, **{"items": folder, **given}, progress=False)
         assert_says(error.value, *map(re.escape, words))
 
     def test_a_patched_model(self, loaded: tuple[Any, Any], folder: Path) -> None:

@@ -99,6 +99,10 @@ def read_choice(
         raise InputError("question is empty; write one, or leave it out")
     if isinstance(items, str | Path):
         path = Path(items)
+        if not str(items).strip():
+            raise InputError(
+                f"items is {str(items)!r}; give a folder, a file with JSON lines, or one of {list(SUITES)}"
+            )
         if path.is_dir():
             found = _folder(path, asked or [default], pictures or 200, seed, tell)
             if not asked:

@@ -186,6 +186,9 @@ class Judge:
                 low = target
         return found
 
-    @staticmethod
-    def _arguments(candidate: Candidate, keep: float) -> dict[str, Any]:
-        return {**settings_of(candidate, keep), "method": candidate.method}
+    def _arguments(self, candidate: Candidate, keep: float) -> dict[str, Any]:
+        """Amounts that the method can remove: what it leaves is what they say."""
+        method, settings = self.meter.methods[candidate.method], settings_of(candidate, keep)
+        settings["vit_r"] = min(settings["vit_r"], 1 - method.least_kept(1))
+        settings["llm_ratio"] = max(settings["llm_ratio"], method.in_llm.least_kept(1))
+        return {**settings, "method": candidate.method}

@@ -189,8 +189,10 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
             f"{tuned.cost:.3f} of the FLOPs, loyalty {tuned.loyalty:.1%}, KL {tuned.loss:.4f}"
         )
         if judge.loyalty is None and tuned.cost > float(found.wanted["flops"]) + COST_WITHIN:
-            said.append(f"that is more than the {found.wanted['flops']:.3f} that was wanted, which the pictures of "
-                        "the search keep to: these have other sizes; ask for less, or give more pictures")  # fmt: skip
+            said.append(
+                f"that is more than the {found.wanted['flops']:.3f} that was wanted, which the pictures of the search "
+                "keep to: these have other sizes; give a smaller --flops, or more pictures"
+            )
         if found.questions[1] < FEW:
             said.append(f"so few held-out questions, {found.questions[1]}, tell little: give more pictures")
         if found.lead is not None:
@@ -219,8 +221,8 @@ def _why_not(judge: Judge, ranked: Sequence[Candidate]) -> str:
         return "nothing was measured before the limit; give more minutes or measurements"
     if not ranked:
         return (
-            f"merging does not pay: no candidate that was tried comes down to {judge.target:.3f} of the FLOPs; ask "
-            "for less, or give more minutes"
+            f"merging does not pay: no candidate that was tried comes down to {judge.target:.3f} of the FLOPs; give "
+            "a larger --flops, or more minutes"
         )
     if judge.loyalty is None:
         return f"merging does not pay: nothing stays at {judge.target:.3f} of the FLOPs over all questions"

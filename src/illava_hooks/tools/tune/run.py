@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from illava_hooks.tools.evaluate.front import default_methods
 from illava_hooks.tools.evaluate.run import answering
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.loading import QUESTION
-from illava_hooks.tools.methods import find_method
+from illava_hooks.tools.methods import UNIFORM, find_method
 from illava_hooks.tools.progress import SILENT, Bar, Progress
 from illava_hooks.tools.tune.inputs import read_choice
 from illava_hooks.tools.tune.judge import Judge
@@ -162,8 +163,8 @@ def _methods(methods: str | Method | Iterable[str | Method] | None) -> dict[str,
         method = find_method(one)
         if found.setdefault(method.name, method) != method or METHODS.get(method.name, method) != method:
             raise InputError(f"two methods are called {method.name!r}; give Method(...) another name")
-        for part in ("encoder_score", "llm_score", "merge"):
-            if not isinstance(getattr(method, part), str):
+        for part in ("encoder_score", "llm_score", "merge", "llm_merge"):
+            if not isinstance(getattr(method, part), str | None):
                 raise InputError(
                     f"{part} of method {method.name!r} is a function of your own, which the file of settings cannot "
                     "hold; give methods of names alone, and measure yours with evaluate"
@@ -176,19 +177,22 @@ def _methods(methods: str | Method | Iterable[str | Method] | None) -> dict[str,
 def _space(model: Any, methods: Mapping[str, Method]) -> tuple[ModelLimits, Space]:
     """What the model's family lets merge, layer by layer.
 
+    A layer counts where any method merges in it, a plain one among them: what a method itself cannot do, such as a
+    layout that wants a square number of survivors, is found when a candidate is measured.
+
     Raises:
         UnsupportedModelError: no layer can merge.
     """
     family = find_family(model)
     parts, limits = family.locate(model), family.limits(model)
-    method = next(iter(methods.values()))
+    tried = [UNIFORM, *methods.values()]
 
     def allowed(vit: list[int], llm: list[int]) -> bool:
-        try:
-            family.check(model, parts, MergeConfig.build(limits, vit, 0.1, llm, 0.9, method, "auto", False))
-        except IllavaHooksError:
-            return False
-        return True
+        for method in tried:
+            with contextlib.suppress(IllavaHooksError):
+                family.check(model, parts, MergeConfig.build(limits, vit, 0.1, llm, 0.9, method, "auto", False))
+                return True
+        return False
 
     encoder = [layer for layer in range(limits.vit_depth) if allowed([layer], [])]
     decoder = [layer for layer in range(1, limits.llm_depth) if allowed([], [layer])]
