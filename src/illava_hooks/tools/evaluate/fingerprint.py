@@ -131,8 +131,7 @@ def _check_hooks(model: Any) -> None:
         InputError: a hook or a replaced ``forward`` is neither this library's nor a package's.
     """
     for name, layer in model.named_modules():
-        own = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values(), *[vars(layer).get("forward")]]
-        for hook in own:
+        for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values(), vars(layer).get("forward")):
             if hook is not None and not is_installed(hook):
                 raise InputError(
                     f"model has {getattr(hook, '__qualname__', type(hook).__qualname__)} of your own at "

@@ -29,20 +29,22 @@ def is_begun(file: Path, form: tuple[str, int], mine: Fingerprint, tell: Callabl
     Raises:
         InputError: it holds lines of another run, or something else.
     """
+    header = _line({"format": form[0], "version": form[1], **mine})
     if not file.exists() or not file.stat().st_size:
-        file.write_text(_line({"format": form[0], "version": form[1], **mine}), encoding="utf-8")
+        file.write_text(header, encoding="utf-8")
         return False
     theirs = header_of(file, form)
     if theirs is None:
         raise InputError(
-            f"{str(file)!r} does not say what its rows were measured with (an earlier version wrote it); give "
+            f"{str(file)!r} does not say what its rows were measured with (an earlier version wrote it, or its first "
+            "line is damaged); give "
             "another file, or delete it to measure anew"
         )
     data = file.read_bytes()
     other = differences(mine, theirs)
     if other and not data.partition(b"\n")[2].strip():
         tell(f"{file.name}: a run that ended before its first row left it; it is begun anew")
-        file.write_text(_line({"format": form[0], "version": form[1], **mine}), encoding="utf-8")
+        file.write_text(header, encoding="utf-8")
         return False
     if other:
         raise InputError(

@@ -117,7 +117,7 @@ def tune(
             ranked = search(space, judge, choice.seen, rounds, seed, _first(limits, chosen))
             limit.reserved = 0
             if record.reused:
-                teller.note(f"reused from {file}: {record.reused} measurements")
+                teller.note(f"reused from {file}: {record.reused} measurements and costs")
             return conclude(judge, ranked, _plan(rounds, seed, limit, lengths))
     finally:
         teller.end()
