@@ -567,6 +567,16 @@ class TestFront:
         with pytest.raises(InputError, match=told):
             illava_hooks.evaluate(model, processor, **{"items": items, "progress": False, **changes})
 
+    @pytest.mark.parametrize("question", ["what is <image> ?", "<video>", "what is \ud800 ?"])
+    def test_a_question_that_cannot_be_asked_is_told_before_anything_runs(
+        self, run: Run, question: str, tmp_path: Path
+    ) -> None:
+        model, processor, items = run
+        wrong, heard = [*items, replace(items[0], question=question)], Heard()
+        with pytest.raises(InputError, match="^item 4: question "):
+            illava_hooks.evaluate(model, processor, wrong, output=tmp_path / "rows.jsonl", progress=heard)
+        assert heard.steps == [] and not (tmp_path / "rows.jsonl").exists()
+
     def test_default_methods_that_cannot_keep_as_little_are_left_out(self, run: Run) -> None:
         heard = Heard()
         rows = illava_hooks.evaluate(*run, stages="keep", kept=1 / 9, progress=heard)

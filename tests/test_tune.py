@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import illava_hooks
 from families import families
-from helpers import assert_says
+from helpers import TAKES_READY_FEATURES, assert_says
 from illava_hooks import InputError, MergeConfig, Method, PatchStateError, patch, tiny, unpatch
 from illava_hooks.cli import app
 from illava_hooks.merge.rules import RULES
@@ -28,7 +28,8 @@ from illava_hooks.tools.items import Item
 from illava_hooks.tools.progress import Progress
 from illava_hooks.tools.tune import Tuning, tune
 from illava_hooks.tools.tune.inputs import SUITES, Choice, read_choice
-from illava_hooks.tools.tune.result import TUNED, Point, _verdict, pareto
+from illava_hooks.tools.tune.result import TUNED, Point, _verdict, _why_not, pareto
+from illava_hooks.tools.tune.run import _first
 from illava_hooks.tools.tune.search import ELITE, WIDTH, OverError, planned, rungs, search, solve_keep
 from illava_hooks.tools.tune.space import MOST_LAYERS, Candidate, Space, settings_of
 
@@ -182,6 +183,20 @@ class TestTheSpace:
         assert {one.method for one in seen} == set(METHODS)
         assert {0.0, 0.5, 1.0} <= {one.share for one in seen}, "each stage alone is tried too"
         assert {len(one.vit_layers) for one in seen} == {0, 1, 2, 3, 4}
+
+    @pytest.mark.parametrize("layers", [([3], [2]), ([2, 5], []), ([], [1]), ([0, 1], [4])], ids=str)
+    def test_what_is_tried_first_is_what_can_be(self, layers: tuple[list[int], list[int]]) -> None:
+        """Where a layer of the preset cannot merge, the others of it can; neighbours of them exist."""
+        schedules = {"image": SimpleNamespace(vit_layers=(2, 3), llm_layers=(2,)),
+                     "video": SimpleNamespace(vit_layers=(3, 9), llm_layers=(0, 1))}  # fmt: skip
+        space, rng, limits = Space(METHODS, *layers), np.random.default_rng(0), SimpleNamespace(presets=schedules)
+        first: Any = _first(limits, space)  # type: ignore[arg-type]
+        assert len(first) == len(set(first))
+        for one in first:
+            assert one.vit_layers or one.llm_layers
+            assert set(one.vit_layers) <= set(layers[0]) and set(one.llm_layers) <= set(layers[1])
+            for _ in range(30):
+                space.change(one, rng)
 
     @pytest.mark.parametrize(("vit", "llm", "share"), [([1, 2], [], 1.0), ([], [1, 2], 0.0)])
     def test_a_model_with_one_stage(self, vit: list[int], llm: list[int], share: float) -> None:
@@ -377,6 +392,9 @@ class TestWhatIsTunedWith:
 # ---------------------------------------------------------------------- a whole tuning
 
 QUESTION = "how many circles are there ?"
+#: At most half of the tokens can go, in one stage alone.
+HALF_IN_LLM = Method("half in llm", "uniform", "uniform", merge="diverse", llm_merge="bipartite")
+ONE_SIDED = Method("half in encoder", "uniform", "uniform", merge="bipartite", llm_merge="drop")
 FAST: dict[str, Any] = {"question": QUESTION, "methods": ["illava", "diverse"], "rounds": 1, "measurements": 4}
 
 
@@ -500,21 +518,114 @@ class TestAWholeTuning:
         assert not whole[0].plan["complete"] and whole[0].plan["measurements"] == FAST["measurements"]
         assert any(f"--measurements {FAST['measurements']}" in sentence for sentence in whole[0].verdict)
 
-    @pytest.mark.parametrize("methods", [["illava-reference"], ["illava-reference", "illava"], ["tome"]], ids=str)
-    def test_any_method_in_any_order(self, loaded: tuple[Any, Any], folder: Path, methods: list[str]) -> None:
-        """A layout that wants square numbers, and a rule that removes half at most: left out, or as the file says."""
-        found = tune(*loaded, folder, **{**FAST, "methods": methods, "measurements": 4}, progress=False)
-        for point in found.points:
-            settings = point.settings
-            if settings.get("method") == "tome":
-                assert settings["vit_r"] <= 0.5 <= settings["llm_ratio"]
-        assert found.verdict
+    def test_what_was_reused_is_said_as_what_it_is(
+        self, whole: tuple[Tuning, Path], loaded: tuple[Any, Any], folder: Path, tmp_path: Path
+    ) -> None:
+        """Costs are no measurements: of those there are the preset's and as many as the limit allows."""
+        file, heard = tmp_path / "rows.jsonl", Heard()
+        file.write_bytes(whole[1].read_bytes())
+        tune(*loaded, folder, **FAST, rows=file, progress=heard)
+        (note,) = (note for note in heard.notes if note.startswith("reused from"))
+        costs = sum(json.loads(line)["key"][0] == "cost" for line in file.read_text().splitlines()[1:])
+        measurements, of_cost = map(int, re.findall(r"(\d+) (?:measurements|costs)", note))
+        assert measurements == 1 + FAST["measurements"] and measurements < of_cost <= costs
 
-    def test_no_candidate_is_as_cheap(self, loaded: tuple[Any, Any], folder: Path) -> None:
-        found = tune(*loaded, folder, **FAST, flops=0.01, progress=False)
+    @pytest.mark.parametrize(
+        "methods", [("illava-reference", "illava"), (ONE_SIDED, "illava-reference", "tome", "nearest")], ids=str
+    )
+    def test_the_order_of_methods_does_not_matter(
+        self, loaded: tuple[Any, Any], folder: Path, methods: tuple[str | Method, ...]
+    ) -> None:
+        found = [
+            tune(*loaded, folder, **{**FAST, "methods": order}, flops=0.6, progress=False)
+            for order in (methods, methods[::-1], methods[:1] + methods)
+        ]
+        assert found[0].config is not None and found[0] == found[1] == found[2]
+
+    @pytest.mark.parametrize("others", [(), ("illava",)], ids=str)
+    def test_a_method_of_which_nothing_remains_is_said_once(
+        self, loaded: tuple[Any, Any], folder: Path, others: tuple[str, ...]
+    ) -> None:
+        heard = Heard()
+        given = {**FAST, "methods": ["illava-reference", *others], "measurements": None}
+        found = tune(*loaded, folder, **given, flops=0.4, progress=heard)
+        (note,) = (note for note in heard.notes if "illava-reference" in note)
+        assert re.match(r"nothing remains of method 'illava-reference': of (\d+) candidates that were tried, ", note)
+        assert "square number" in note and "\n" not in note
+        assert (found.config is not None) == bool(others)
+
+    def test_a_method_that_costs_too_much_is_said_once(self, loaded: tuple[Any, Any], folder: Path) -> None:
+        heard = Heard()
+        tune(*loaded, folder, **{**FAST, "methods": "illava,tome".split(",")}, flops=0.15, progress=heard)
+        (note,) = (note for note in heard.notes if "tome" in note)
+        assert "nothing remains of method 'tome'" in note and "larger --flops" in note
+
+    @pytest.mark.parametrize("flops", [0.4, 0.6])
+    @pytest.mark.parametrize("method", ["tome", HALF_IN_LLM, ONE_SIDED, "diverse"], ids=str)
+    def test_what_is_offered_is_within_reach(
+        self, loaded: tuple[Any, Any], folder: Path, method: str | Method, flops: float
+    ) -> None:
+        """What is left behind every layer, by the report of a run, is what the settings say, to a token."""
+        given = {**FAST, "methods": method, "measurements": 12}
+        found = tune(*loaded, folder, **given, flops=flops, progress=False)
+        offered = [point.settings for point in found.points if point.settings]
+        assert offered
+        for settings in offered:
+            named = {"method": method} if isinstance(method, Method) else {}
+            session = patch(loaded[0], **{**settings, **named})
+            try:
+                assert list(session.config.out_of_reach()) == []
+                loaded[0](**item_inputs(loaded[1], [read(folder, question=QUESTION)[0].items[0]]))
+                (visual,) = session.report.visuals
+            finally:
+                unpatch(loaded[0])
+            assert_left(visual, settings)
+
+    @pytest.mark.parametrize("methods", [["illava", "diverse"], ["tome"]], ids=str)
+    def test_too_little_is_asked_for_and_what_is_said_helps(
+        self, loaded: tuple[Any, Any], folder: Path, methods: list[str]
+    ) -> None:
+        given = {**FAST, "methods": methods, "measurements": 2, "progress": False}
+        found = tune(*loaded, folder, **given, flops=0.01)
         assert found.config is None and found.verdict[0].startswith("merging does not pay: no candidate")
         with pytest.raises(InputError, match="nothing to save"):
             found.save("x.json")
+        cure = re.search(r"give --flops ([\d.]+) or more", found.verdict[0])
+        assert cure and tune(*loaded, folder, **given, flops=float(cure[1])).config is not None
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"least": 0.312}, ["costs 0.312", "give --flops 0.32 or more"]),
+            ({"least": 0.7, "loyalty": 0.9}, ["costs 0.700", "give --flops 0.7 or more instead of --loyalty"]),
+            ({"least": 0.97}, ["costs 0.970", "other --methods"]),
+            ({"least": math.inf}, ["can run", "other --methods"]),
+            ({"ranked": [BEST]}, ["over all questions", "a larger --flops"]),
+            ({"ranked": [BEST], "loyalty": 0.9}, ["the best one has 80.0%", "a smaller --loyalty"]),
+            ({"ended": "time"}, ["before the limit", "more minutes or measurements"]),
+        ],
+    )
+    def test_every_refusal_names_its_cure(self, given: dict[str, Any], words: list[str]) -> None:
+        judge: Any = SimpleNamespace(
+            target=0.3, most=0.95, least=0.5, loyalty=None, choice=SimpleNamespace(seen=6), settings=lambda *_: {},
+            sample=lambda *_: SimpleNamespace(loyalty=0.8), meter=SimpleNamespace(limit=SimpleNamespace(ended=None)),
+        )  # fmt: skip
+        vars(judge).update({name: value for name, value in given.items() if name in vars(judge)})
+        judge.meter.limit.ended = given.get("ended")
+        said = _why_not(judge, given.get("ranked", []))
+        assert_says(InputError(said), *map(re.escape, words))
+        assert "ask for less" not in said
+
+
+def assert_left(visual: Any, settings: dict[str, Any]) -> None:
+    """Each merging layer leaves the fraction that the settings name, to a token of each of two tiles."""
+    tokens, layers = visual.vision_tokens, settings["vit_layers"]
+    for layer in layers:
+        assert tokens[layer + 1] == pytest.approx((1 - settings["vit_r"]) * tokens[layer], abs=2)
+    left = visual.language_tokens[0]
+    for _ in settings["llm_layers"]:
+        left *= settings["llm_ratio"]
+    assert visual.left == pytest.approx(left, abs=2)
 
 
 def first_word(model: Any, inputs: Any) -> list[float]:
@@ -565,6 +676,7 @@ class TestBadArguments:
             ({"methods": [Method("fastv", merge="nearest")]}, ["two methods", "fastv"]),
             ({"methods": Method("mine", encoder_score=lambda tokens: tokens.positions)}, ["encoder_score", "mine"]),
             ({"methods": Method("mine", merge="drop", llm_merge=RULES["drop"])}, ["llm_merge of method 'mine'"]),
+            ({"question": "what is <image> ?"}, ["item 1: question contains '<image>'"]),
             ({"items": ""}, ["items is ''", "give a folder"]),
             ({"items": " "}, ["items is ' '"]),
         ],
@@ -598,6 +710,12 @@ class TestTheCommand:
         assert body["plan"]["measurements"] == 2 and body["questions"] == [6, 2]
         asked = CliRunner().invoke(app, ["ask", "--question", QUESTION, "--preset", str(file), "--json"])
         assert asked.exit_code == 0, asked.output
+        page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+        (timed,) = re.findall(r"^illava-hooks (bench .*)$", page, re.M)
+        command = [str(file) if word == "tuned.json" else word for word in timed.split()]
+        command[command.index("--model") + 1] = "tiny"  # the page's is to be downloaded
+        done = CliRunner().invoke(app, [*command, "--rounds", "1"])
+        assert done.exit_code == 0 or not TAKES_READY_FEATURES, done.output
 
     def test_where_it_does_not_pay_no_settings_are_written(self, folder: Path, tmp_path: Path) -> None:
         file = tmp_path / "mine.json"
@@ -609,7 +727,9 @@ class TestTheCommand:
     @pytest.mark.parametrize(
         ("options", "word"),
         [(["--output", "x.txt"], "ends in .json"), (["--output", "no/x.json"], "where no file can be"),
-         (["--flops", "half"], "--flops"), (["--loyalty", "2"], "loyalty is 2"), (["--items", "nowhere"], "nowhere")],
+         (["--flops", "half"], "--flops"), (["--loyalty", "2"], "loyalty is 2"), (["--items", "nowhere"], "nowhere"),
+         (["--items", ""], "items is ''; give a folder"), (["--input", " "], "items is ' '"),
+         (["--methods", " , "], "methods is empty"), (["--methods", "illava, nothing"], "method is 'nothing'")],
     )  # fmt: skip
     def test_errors_are_one_line(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], word: str

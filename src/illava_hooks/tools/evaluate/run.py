@@ -14,12 +14,13 @@ from torch import Tensor
 
 from illava_hooks.api import session_of
 from illava_hooks.engine.report import MergeReport
+from illava_hooks.errors import InputError
 from illava_hooks.tools.evaluate.matching import MATCHES, is_right
 from illava_hooks.tools.evaluate.sharing import distinct, repeated
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.loading import check_question
 
-__all__ = ["Outcome", "Prompts", "accuracy", "answering", "item_inputs", "predict", "run_items"]
+__all__ = ["Outcome", "Prompts", "accuracy", "answering", "check_questions", "item_inputs", "predict", "run_items"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,19 @@ def _in_prompt(model: Any, ids: Tensor) -> tuple[int, int]:
 def predict(model: Any, processor: Any, items: Sequence[Item], batch_size: int = 32, **settings: Any) -> list[str]:
     """The answers of ``run_items`` alone."""
     return run_items(model, processor, items, batch_size, **settings).answers
+
+
+def check_questions(processor: Any, items: Sequence[Item]) -> None:
+    """Refuses, before a long run begins, what ``item_inputs`` would refuse in the midst of it.
+
+    Raises:
+        InputError: a question holds a placeholder of the model, or letters that are no Unicode.
+    """
+    for number, item in enumerate(items, 1):
+        try:
+            check_question(processor, item.question)
+        except InputError as error:
+            raise InputError(f"item {number}: {error}") from error
 
 
 def item_inputs(processor: Any, items: Sequence[Item]) -> Any:

@@ -19,7 +19,7 @@ from illava_hooks.tools.evaluate.fingerprint import fingerprint
 from illava_hooks.tools.evaluate.identity import identity
 from illava_hooks.tools.evaluate.matching import Match, find_match, is_right
 from illava_hooks.tools.evaluate.rows import Key, Row, RowFile
-from illava_hooks.tools.evaluate.run import Outcome, Prompts, answering, run_items
+from illava_hooks.tools.evaluate.run import Outcome, Prompts, answering, check_questions, run_items
 from illava_hooks.tools.evaluate.statistics import interval
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.methods import find_method
@@ -75,8 +75,8 @@ def sweep(
         lenient: whether a method that cannot keep as little is left out, and said, where it would be an error.
 
     Raises:
-        InputError: there are no items, no such stage or comparison, a fraction is out of range, two methods have one
-            name, or ``file`` holds rows of another run; nothing has run then.
+        InputError: there are no items, a question cannot be asked, no such stage or comparison, a fraction is out of
+            range, two methods have one name, or ``file`` holds rows of another run; nothing has run then.
         MergeConfigError: there is no such method, or one cannot keep as little; nothing has run then.
         PatchStateError: the model is patched.
         UnsupportedModelError: the model cannot merge like that; nothing has run then.
@@ -87,6 +87,7 @@ def sweep(
     if not items:
         raise InputError("items is empty; give one or more")
     compare = find_match(match)
+    check_questions(processor, items)
     planned = _planned(_schedules(model, items), methods, stages, fractions)
     if lenient:
         planned = _within_reach(model, planned, progress)

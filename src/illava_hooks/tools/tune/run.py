@@ -15,7 +15,7 @@ from illava_hooks.errors import IllavaHooksError, InputError, PatchStateError, U
 from illava_hooks.methods import METHODS, Method
 from illava_hooks.tools.evaluate.budgets import CONTROLS
 from illava_hooks.tools.evaluate.front import default_methods
-from illava_hooks.tools.evaluate.run import answering
+from illava_hooks.tools.evaluate.run import answering, check_questions
 from illava_hooks.tools.items import Item
 from illava_hooks.tools.loading import QUESTION
 from illava_hooks.tools.methods import UNIFORM, find_method
@@ -94,6 +94,7 @@ def tune(
     chosen = _methods(methods)
     limits, space = _space(model, chosen)
     choice = read_choice(items, question, pictures, seed, teller.note, default_question)
+    check_questions(processor, choice.items)
     lengths = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     limit = Limit(minutes, measurements)
     file = None if rows is None else Path(rows)
