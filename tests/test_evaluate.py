@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -551,7 +552,7 @@ class TestFront:
             ({"kept": [None]}, "kept has None"),
             ({"kept": True}, "kept has True"),
             ({"kept": []}, "kept is empty; give one or more"),
-            ({"kept": 2, "stages": "keep"}, r"keep is 2; give a fraction in \(0, 1\]"),
+            ({"kept": 2, "stages": "keep"}, r"keep is 2.0; give a fraction in \(0, 1\]"),
             ({"methods": []}, "methods is empty"),
             ({"methods": 5}, "methods has 5; give names or Method objects"),
             ({"methods": [None]}, "methods has None"),
@@ -566,6 +567,11 @@ class TestFront:
         model, processor, items = run
         with pytest.raises(InputError, match=told):
             illava_hooks.evaluate(model, processor, **{"items": items, "progress": False, **changes})
+
+    def test_numbers_of_any_kind(self, run: Run) -> None:
+        odd: list[Any] = [Fraction(1, 2), np.float32(0.25)]
+        rows = illava_hooks.evaluate(*run, "fastv", kept=odd, batch_size=np.int64(4), progress=False)  # type: ignore[arg-type]
+        assert rows == illava_hooks.evaluate(*run, "fastv", kept=[0.5, 0.25], batch_size=4, progress=False)
 
     @pytest.mark.parametrize("question", ["what is <image> ?", "<video>", "what is \ud800 ?"])
     def test_a_question_that_cannot_be_asked_is_told_before_anything_runs(

@@ -316,6 +316,18 @@ class Score(Base):
         self.by = 1
 score = Score()
 """,
+        "class with a promise": """
+from abc import ABC
+from typing import Protocol
+class Promise(Protocol):
+    def __call__(self, inputs): ...
+class Score(ABC, Promise):
+    def __call__(self, inputs):
+        return inputs.positions * 1.5
+    def __init__(self):
+        self.by = 1
+score = Score()
+""",
         "list of the class": """
 class Score:
     weights = [1, 1.5]

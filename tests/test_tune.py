@@ -189,8 +189,9 @@ class TestTheSpace:
         """Where a layer of the preset cannot merge, the others of it can; neighbours of them exist."""
         schedules = {"image": SimpleNamespace(vit_layers=(2, 3), llm_layers=(2,)),
                      "video": SimpleNamespace(vit_layers=(3, 9), llm_layers=(0, 1))}  # fmt: skip
-        space, rng, limits = Space(METHODS, *layers), np.random.default_rng(0), SimpleNamespace(presets=schedules)
-        first: Any = _first(limits, space)  # type: ignore[arg-type]
+        limits: Any = SimpleNamespace(presets=schedules)
+        space, rng = Space(METHODS, *layers), np.random.default_rng(0)
+        first = _first(limits, space)
         assert len(first) == len(set(first))
         for one in first:
             assert one.vit_layers or one.llm_layers
@@ -542,17 +543,21 @@ class TestAWholeTuning:
         ]
         assert found[0].config is not None and found[0] == found[1] == found[2]
 
-    @pytest.mark.parametrize("others", [(), ("illava",)], ids=str)
-    def test_a_method_of_which_nothing_remains_is_said_once(
-        self, loaded: tuple[Any, Any], folder: Path, others: tuple[str, ...]
+    @pytest.mark.parametrize(
+        ("others", "flops", "remains"),
+        [((), 0.4, "nothing remains"), (("illava",), 0.4, "nothing remains"), ((), 0.9, "a part is left out")],
+    )
+    def test_what_is_left_out_of_a_method_is_said_once(
+        self, loaded: tuple[Any, Any], folder: Path, others: tuple[str, ...], flops: float, remains: str
     ) -> None:
+        """A layout that wants square numbers: it merges in the decoder alone, which cannot save much."""
         heard = Heard()
-        given = {**FAST, "methods": ["illava-reference", *others], "measurements": None}
-        found = tune(*loaded, folder, **given, flops=0.4, progress=heard)
+        given = {**FAST, "methods": ["illava-reference", *others], "measurements": 6}
+        found = tune(*loaded, folder, **given, flops=flops, progress=heard)
         (note,) = (note for note in heard.notes if "illava-reference" in note)
-        assert re.match(r"nothing remains of method 'illava-reference': of (\d+) candidates that were tried, ", note)
+        assert re.match(rf"{remains} of method 'illava-reference': of \d+ candidates that were tried, ", note)
         assert "square number" in note and "\n" not in note
-        assert (found.config is not None) == bool(others)
+        assert (found.config is None) == (remains == "nothing remains" and not others)
 
     def test_a_method_that_costs_too_much_is_said_once(self, loaded: tuple[Any, Any], folder: Path) -> None:
         heard = Heard()

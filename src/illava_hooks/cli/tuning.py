@@ -47,7 +47,9 @@ def tune(
     output: Annotated[
         Path, typer.Option(help="The file of settings; rows, front and picture get names beside it.")
     ] = Path("tuned.json"),
-    methods: Annotated[str, typer.Option(help="Names, separated by commas; by default all but the controls.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Names, separated by commas; by default all but the controls and illava-reference.")
+    ] = "",
     pictures: Annotated[
         int | None, typer.Option(help="How many at most; by default 200, or all of a JSONL file.")
     ] = None,
@@ -91,7 +93,7 @@ def tune(
         question=question,
         flops=parse_fraction(flops, "--flops"),
         loyalty=parse_fraction(loyalty, "--loyalty"),
-        methods=[name for name in methods.split(",") if name] or None,
+        methods=[name.strip() for name in methods.split(",") if name.strip()] if methods else None,
         pictures=pictures,
         minutes=minutes,
         rounds=rounds,

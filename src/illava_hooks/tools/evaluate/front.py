@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -66,8 +67,10 @@ def evaluate(
         PatchStateError: the model is patched.
     """
     teller = progress if isinstance(progress, Progress) else Bar() if progress else Progress()
-    for name, number in (("questions", questions), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if not (number is None and name == "questions" or type(number) is int and number >= 1):
+    counts: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    counts |= {} if questions is None else {"questions": questions}
+    for name, number in counts.items():
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise InputError(f"{name} is {number!r}; give a whole number from 1 on")
     asked = _items(items, questions)
     if questions is not None and len(asked) < questions:
@@ -78,7 +81,7 @@ def evaluate(
         asked,
         default_methods() if methods is None else _listed("methods", methods, str | Method),
         _listed("stages", stages, str),
-        _listed("kept", kept, float | int),
+        [float(fraction) for fraction in _listed("kept", kept, Real)],
         None if output is None else Path(output),
         batch_size,
         max_new_tokens,

@@ -105,11 +105,12 @@ def _function(function: FunctionType, seen: Seen) -> Iterator[str]:
 
 
 def _attributes(kind: type) -> Iterator[tuple[str, Any]]:
-    """What a class says itself: names that Python sets count where they are functions, and slots are no values."""
+    """What a class says itself, without slots, and of the names that Python sets the user's own functions alone."""
     for name, part in vars(kind).items():
-        if isinstance(part, MemberDescriptorType | GetSetDescriptorType):
+        if isinstance(part, MemberDescriptorType | GetSetDescriptorType) or name == "_abc_impl":
             continue
-        if not name.startswith("__") or isinstance(part, FunctionType | staticmethod | classmethod):
+        own = isinstance(part, FunctionType | staticmethod | classmethod) and not is_installed(part)
+        if own or not name.startswith("__"):
             yield name, part
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from illava_hooks.config import MergeSchedule, Modality
@@ -29,6 +30,7 @@ class Judge:
 
     Attributes:
         target: prefill FLOPs of the unpatched model's; None: no cost keeps the wanted loyalty.
+        least: the smallest cost that any candidate was found to have; infinity: none can run.
     """
 
     def __init__(self, meter: Meter, choice: Choice, presets: Mapping[Modality, MergeSchedule]) -> None:
@@ -46,9 +48,9 @@ class Judge:
         self.preset_cost: float | None = None
         self.wanted: dict[str, float | str] = {}
         self.loyalty: float | None = None
-        self.target, self.most = 1.0, 1.0
+        self.target, self.most, self.least = 1.0, 1.0, math.inf
         self._bias = 1.0
-        self._refused: set[Candidate] = set()
+        self._refused: dict[Candidate, str] = {}
         self._solved: dict[tuple[Candidate, float], dict[str, Any] | None] = {}
         self._hints: dict[tuple[Any, ...], float] = {}
         if self.has_preset:
@@ -104,6 +106,25 @@ class Judge:
         """What is measured next."""
         self.meter.progress.step(what)
 
+    def left_out(self) -> Iterator[str]:
+        """After the search: a line on each method whose candidates cannot all run, or none of which meets the cost."""
+        for name in self.meter.methods:
+            tried = {one for one, _ in self._solved if one.method == name}
+            refused = [one for one in self._refused if one.method == name]
+            remains = any(found for (one, _), found in self._solved.items() if one.method == name)
+            reasons = []
+            if tried and not remains and len(refused) < len(tried):
+                cure = "name other methods" if self.loyalty else "give a larger --flops, or name other methods"
+                dear = len(tried) - len(refused)
+                reasons.append(f"{dear} cost more than {self.target:.3f} of the FLOPs ({cure})")
+            if refused:
+                vit, llm = list(refused[0].vit_layers), list(refused[0].llm_layers)
+                reasons.append(f"{len(refused)} cannot run, the first, with encoder layers {vit} and decoder layers "
+                               f"{llm}, for this: {self._refused[refused[0]]}")  # fmt: skip
+            if reasons:
+                what = "a part is left out" if remains else "nothing remains"
+                yield f"{what} of method {name!r}: of {len(tried)} candidates that were tried, {' and '.join(reasons)}"
+
     # ------------------------------------------------------------------ what the end asks as well
 
     def _parts(self, questions: int) -> list[tuple[int, int]]:
@@ -124,14 +145,14 @@ class Judge:
         shape = candidate.vit_layers, candidate.llm_layers, candidate.share, target
 
         def cost_at(keep: float) -> float:
-            return self._bias * self.meter.cost(self._arguments(candidate, keep), self.choice.seen)
+            cost = self._bias * self.meter.cost(self._arguments(candidate, keep), self.choice.seen)
+            self.least = min(self.least, cost)
+            return cost
 
         try:
             keep = solve_keep(cost_at, target, self._hints.get(shape))
         except (MergeConfigError, UnsupportedModelError) as error:
-            self._refused.add(candidate)
-            self.meter.progress.note(f"left out {candidate.method} with encoder layers {list(candidate.vit_layers)} "
-                                     f"and decoder layers {list(candidate.llm_layers)}: {error}")  # fmt: skip
+            self._refused[candidate] = str(error)
             return None
         if keep is None:
             return None

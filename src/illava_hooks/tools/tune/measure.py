@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,11 @@ class Limit:
 
 
 class Record:
-    """What was measured, in a file to which lines are added, so that a killed run goes on."""
+    """What was measured, in a file to which lines are added, so that a killed run goes on.
+
+    Attributes:
+        reused: how often something was found that an earlier run had measured, by its kind: "sample" or "cost".
+    """
 
     def __init__(self, file: Path | None, mine: Callable[[], dict[str, Any]], tell: Callable[[str], None]) -> None:
         """Opens or begins it.
@@ -124,7 +129,7 @@ class Record:
         Raises:
             InputError: the file is another run's, or holds something else.
         """
-        self.file, self.reused = file, 0
+        self.file, self.reused = file, Counter[str]()
         self._known: dict[str, Any] = {}
         if file is not None and is_begun(file, FORM, mine(), tell):
             for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[1:], start=2):
@@ -138,8 +143,8 @@ class Record:
         """Whether it was measured."""
         return _canonical(key) in self._known
 
-    def fetch(self, key: Any, measure: Callable[[], Any]) -> Any:
-        """What was measured before, or is measured now."""
+    def fetch(self, key: Sequence[Any], measure: Callable[[], Any]) -> Any:
+        """What was measured before, or is measured now; a key begins with its kind."""
         name = _canonical(key)
         if name not in self._known:
             # As the file will give it back: a run that was broken off and one that was not go the same way.
@@ -148,7 +153,7 @@ class Record:
                 add_line(self.file, {"key": key, "value": self._known[name]})
         elif name in self._old:
             self._old.discard(name)
-            self.reused += 1
+            self.reused[key[0]] += 1
         return self._known[name]
 
 

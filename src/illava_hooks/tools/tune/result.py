@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -203,7 +204,7 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
                         f"to {high:.4f})")  # fmt: skip
         if judge.loyalty is not None and tuned.loyalty < judge.loyalty:
             said.append(f"the loyalty that was wanted, {judge.loyalty:.1%}, is not reached on the held-out questions; "
-                        "give more pictures, or ask for more loyalty")  # fmt: skip
+                        "give more pictures, or a larger --loyalty")  # fmt: skip
     if not found.plan["complete"]:
         number = found.plan["measurements"]
         said.append(f"the search ended at its limit, after {number} measurements: the same comes out again with "
@@ -219,16 +220,24 @@ def _verdict(found: Tuning, judge: Judge, ranked: Sequence[Candidate], held: Map
 def _why_not(judge: Judge, ranked: Sequence[Candidate]) -> str:
     if not ranked and judge.meter.limit.ended is not None:
         return "nothing was measured before the limit; give more minutes or measurements"
+    if math.isinf(judge.least):
+        return "merging does not pay: no candidate that was tried can run; name other --methods"
     if not ranked:
+        reachable = math.ceil(100 * judge.least) / 100
+        instead = "" if judge.loyalty is None else " instead of --loyalty"
+        cure = "name" if reachable > judge.most else f"give --flops {reachable} or more{instead}, or name"
         return (
-            f"merging does not pay: no candidate that was tried comes down to {judge.target:.3f} of the FLOPs; give "
-            "a larger --flops, or more minutes"
+            f"merging does not pay: no candidate that was tried comes down to {judge.target:.3f} of the FLOPs, and "
+            f"the cheapest costs {judge.least:.3f}; {cure} other --methods"
         )
     if judge.loyalty is None:
-        return f"merging does not pay: nothing stays at {judge.target:.3f} of the FLOPs over all questions"
+        return (
+            f"merging does not pay: nothing stays at {judge.target:.3f} of the FLOPs over all questions; give a "
+            "larger --flops"
+        )
     settings = judge.settings(ranked[0], judge.most)
     reached = "" if settings is None else f"; the best one has {judge.sample(settings, judge.choice.seen).loyalty:.1%}"
     return (
         f"merging does not pay: no candidate that saves {1 - judge.most:.0%} of the FLOPs or more keeps a loyalty of "
-        f"{judge.loyalty:.1%}{reached}"
+        f"{judge.loyalty:.1%}{reached}; give a smaller --loyalty"
     )

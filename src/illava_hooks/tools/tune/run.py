@@ -115,10 +115,15 @@ def tune(
                 )
             judge.aim(flops, loyalty, MOST_COST, START_COST)
             limit.reserved = Judge.reserve(choice)
-            ranked = search(space, judge, choice.seen, rounds, seed, _first(limits, chosen))
+            ranked = search(space, judge, choice.seen, rounds, seed, _first(limits, space))
+            for line in judge.left_out():
+                teller.note(line)
             limit.reserved = 0
             if record.reused:
-                teller.note(f"reused from {file}: {record.reused} measurements and costs")
+                teller.note(
+                    f"reused from {file} in the search: {record.reused['sample']} measurements, the preset's among "
+                    f"them, and {record.reused['cost']} costs, which are looked up before a candidate is measured"
+                )
             return conclude(judge, ranked, _plan(rounds, seed, limit, lengths))
     finally:
         teller.end()
@@ -151,7 +156,7 @@ def _check(
 
 
 def _methods(methods: str | Method | Iterable[str | Method] | None) -> dict[str, Method]:
-    """By name; only those that a file of settings can hold.
+    """By name, always in one order; only those that a file of settings can hold.
 
     Raises:
         InputError: a method has functions of one's own, or two have one name.
@@ -172,14 +177,14 @@ def _methods(methods: str | Method | Iterable[str | Method] | None) -> dict[str,
                 )
     if not found:
         raise InputError("methods is empty; give one or more, or leave it out")
-    return found
+    return {name: found[name] for name in (*METHODS, *sorted(found)) if name in found}
 
 
 def _space(model: Any, methods: Mapping[str, Method]) -> tuple[ModelLimits, Space]:
     """What the model's family lets merge, layer by layer.
 
     A layer counts where any method merges in it, a plain one among them: what a method itself cannot do, such as a
-    layout that wants a square number of survivors, is found when a candidate is measured.
+    layout that wants a square number of survivors, is found when a candidate's cost is.
 
     Raises:
         UnsupportedModelError: no layer can merge.
@@ -202,8 +207,15 @@ def _space(model: Any, methods: Mapping[str, Method]) -> tuple[ModelLimits, Spac
     return limits, Space(list(methods), encoder, decoder)
 
 
-def _first(limits: ModelLimits, methods: Mapping[str, Method]) -> list[Candidate]:
-    """The preset's layers with every method, and with each stage alone."""
-    schedules = dict.fromkeys((s.vit_layers, s.llm_layers) for s in limits.presets.values())
-    found = [Candidate(name, *layers, share) for layers in schedules for share in (0.5, 0.3) for name in methods]
+def _first(limits: ModelLimits, space: Space) -> list[Candidate]:
+    """The preset's layers, those of them that can merge, with every method."""
+
+    def within(layers: Iterable[int], able: Sequence[int]) -> tuple[int, ...]:
+        return tuple(layer for layer in layers if layer in able)
+
+    schedules = [
+        (within(s.vit_layers, space.vit_layers), within(s.llm_layers, space.llm_layers))
+        for s in limits.presets.values()
+    ]
+    found = [Candidate(name, *layers, share) for layers in schedules for share in (0.5, 0.3) for name in space.methods]
     return [one for one in dict.fromkeys(found) if one.vit_layers or one.llm_layers]
