@@ -70,7 +70,7 @@ def evaluate(
     counts: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     counts |= {} if questions is None else {"questions": questions}
     for name, number in counts.items():
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise InputError(f"{name} is {number!r}; give a whole number from 1 on")
     asked = _items(items, questions)
     if questions is not None and len(asked) < questions:
