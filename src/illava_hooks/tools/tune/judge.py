@@ -114,9 +114,9 @@ class Judge:
             remains = any(found for (one, _), found in self._solved.items() if one.method == name)
             reasons = []
             if tried and not remains and len(refused) < len(tried):
-                cure = "name other methods" if self.loyalty else "give a larger --flops, or name other methods"
+                cure = "give a larger --flops, or name" if self.loyalty is None else "name"
                 dear = len(tried) - len(refused)
-                reasons.append(f"{dear} cost more than {self.target:.3f} of the FLOPs ({cure})")
+                reasons.append(f"{dear} cost more than {self.target:.3f} of the FLOPs ({cure} other --methods)")
             if refused:
                 vit, llm = list(refused[0].vit_layers), list(refused[0].llm_layers)
                 reasons.append(f"{len(refused)} cannot run, the first, with encoder layers {vit} and decoder layers "

@@ -121,7 +121,7 @@ def tune(
             limit.reserved = 0
             if record.reused:
                 teller.note(
-                    f"reused from {file} in the search: {record.reused['sample']} measurements, the preset's among "
+                    f"reused from {file}: {record.reused['sample']} measurements of the search, the preset's among "
                     f"them, and {record.reused['cost']} costs, which are looked up before a candidate is measured"
                 )
             return conclude(judge, ranked, _plan(rounds, seed, limit, lengths))
