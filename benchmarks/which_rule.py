@@ -203,6 +203,5 @@ def rules_table(found: Sequence[Budget]) -> list[str]:
 
 def _gap(budget: Budget, name: str) -> float:
     """How much accuracy a method lacks to the best one with no more tokens."""
-    mine = budget.rows[name]
-    fair = [row for row in budget.rows.values() if (row.measured or 0) <= (mine.measured or 0) + EQUAL]
-    return max(row.accuracy or 0 for row in fair) - (mine.accuracy or 0)
+    fair = [row for other, row in budget.rows.items() if budget.is_fair(other, name)]
+    return max(row.accuracy or 0 for row in fair) - (budget.rows[name].accuracy or 0)
